@@ -1,0 +1,1 @@
+"""Crystals from files to packed batches."""

@@ -1,0 +1,1 @@
+"""Command-line entry points: each reads top to bottom like a recipe."""

@@ -1,0 +1,53 @@
+"""What an encoder is: packed batch in, one latent per atom out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from datapipe.schema import CrystalBatch, GraphSpec
+from models.registry import Registry, configure
+
+
+class Encoder(nn.Module):
+    """Base of all encoders. A subclass sets `Config` (a dataclass whose every field has a
+    default), `tiny` (field values of its debug flavour), `graph`, `dim`, and implements `nodes`.
+    """
+
+    Config: ClassVar[type]
+    tiny: ClassVar[Mapping[str, Any]]
+
+    graph: GraphSpec
+    """The graph this encoder needs."""
+    dim: int
+    """Width of the latents."""
+
+    @abstractmethod
+    def nodes(self, batch: CrystalBatch) -> Tensor:
+        """Latents of the batch's nodes, [N, dim]."""
+
+    def forward(self, batch: CrystalBatch) -> Tensor:
+        """Latents of the batch's atoms, [A, dim]."""
+        return self.nodes(batch)[batch.node_of_atom]
+
+
+ENCODERS: Registry[type[Encoder]] = Registry("encoder")
+
+
+def build_encoder(section: Mapping[str, Any]) -> Encoder:
+    """An encoder from its config section `{name: pddformer, width: 256, …}`. `tiny: true` starts
+    from the debug flavour.
+
+    Raises:
+        ValueError: no name, an unknown name or an unknown key.
+    """
+    values = dict(section)
+    if "name" not in values:
+        raise ValueError(f"config section 'encoder' needs a name: one of {', '.join(ENCODERS)}")
+    cls = ENCODERS[values.pop("name")]
+    if values.pop("tiny", False):
+        values = {**cls.tiny, **values}
+    return cls(configure(cls.Config, values, "encoder"))

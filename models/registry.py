@@ -1,0 +1,84 @@
+"""Names for interchangeable parts, and configs from plain mappings with helpful errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A sentence that lists the choices and names the nearest one."""
+    choices = sorted(choices)
+    match = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    hint = f"did you mean {match[0]!r}? " if match else ""
+    return f"{hint}valid: {', '.join(choices)}"
+
+
+class Registry(Generic[T]):
+    """Classes by name; an unknown name is an error that lists the choices."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Class decorator: makes the class available under `name`."""
+
+        def add(item: T) -> T:
+            if name in self._items:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            self._items[name] = item
+            return item
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._items:
+            raise ValueError(f"unknown {self.kind} {name!r}: {nearest(str(name), self._items)}")
+        return self._items[name]
+
+    def __iter__(self):
+        return iter(sorted(self._items))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+
+def configure(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Builds dataclass `cls` from a mapping, converting and checking types.
+
+    Raises:
+        ValueError: an unknown key (names the nearest valid one) or a value of the wrong type.
+            `where` is the dotted prefix of the section, for the message.
+    """
+    prefix = f"{where}." if where else ""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), dict(values))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except ConfigKeyError as error:
+        full = str(error.full_key or error.key)
+        *path, key = full.split(".")
+        valid = _fields_at(cls, path)
+        raise ValueError(f"unknown config key {prefix + full!r}: {nearest(key, valid)}") from None
+    except OmegaConfBaseException as error:
+        key = prefix + str(error.full_key or error.key)
+        raise ValueError(f"config key {key!r}: {str(error).splitlines()[0]}") from None
+
+
+def _fields_at(cls: Any, path: list[str]) -> list[str]:
+    import typing
+
+    for name in path:
+        hint = typing.get_type_hints(cls).get(name)
+        options = [hint, *typing.get_args(hint)]
+        cls = next((o for o in options if dataclasses.is_dataclass(o)), None)
+        if cls is None:
+            return []
+    return [f.name for f in dataclasses.fields(cls)]
