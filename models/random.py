@@ -29,7 +29,17 @@ def _mix(x: Tensor) -> Tensor:
 
 def derive(keys: Tensor, salt: int | Tensor) -> Tensor:
     """New independent keys from keys (int64, any shape) and a salt (int, or int64 tensor)."""
-    return _mix(keys + (salt + 1) * _GOLDEN)
+    step = (salt + 1) * _GOLDEN
+    if isinstance(step, int):  # Python's integers do not wrap at 64 bits
+        step = (step + (1 << 63)) % (1 << 64) - (1 << 63)
+    return _mix(keys + step)
+
+
+def member_keys(key: Tensor, batch: Tensor, ptr: Tensor) -> Tensor:
+    """A key for every atom, [A], from the keys of the crystals [B] and the atom's number within
+    its crystal; `batch` [A] and `ptr` [B+1] as in CrystalBatch."""
+    number = torch.arange(len(batch), device=batch.device) - ptr[batch]
+    return derive(key[batch], number)
 
 
 def _bits(keys: Tensor, width: int, salt: int) -> Tensor:
