@@ -1,0 +1,120 @@
+"""Who am I among the processes of this job: one answer for every launcher."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in the job and the device it works on."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        """`rank 0/2 on host, cuda:0 (NVIDIA L40)`, for the log."""
+        name = ""
+        if self.device.type == "cuda":
+            name = f" ({torch.cuda.get_device_name(self.device)})"
+        return f"rank {self.rank}/{self.size} on {socket.gethostname()}, {self.device}{name}"
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: float) -> float:
+        """Rank 0's number, on every rank."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor([float(value)], dtype=torch.float64, device=self.device)
+        dist.broadcast(tensor, 0)
+        return float(tensor.item())
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.size == 1:
+            return flag
+        tensor = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+
+def place(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, world size, local rank) from a launcher's environment variables.
+
+    The deepspeed launcher and torchrun set RANK, WORLD_SIZE and LOCAL_RANK; srun sets SLURM_PROCID,
+    SLURM_NTASKS and SLURM_LOCALID; without any of them the process is alone. A Slurm batch or
+    interactive shell with several tasks is not a launched task and counts as alone.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return (
+            int(environ["RANK"]),
+            int(environ["WORLD_SIZE"]),
+            int(environ.get("LOCAL_RANK", 0)),
+        )
+    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
+        return (
+            int(environ["SLURM_PROCID"]),
+            int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", 1))),
+            int(environ.get("SLURM_LOCALID", 0)),
+        )
+    return 0, 1, 0
+
+
+def init(timeout_s: float = 1800) -> World:
+    """Joins the job's process group (NCCL on GPUs, gloo on CPUs) and claims this rank's device.
+
+    Raises:
+        ValueError: more local ranks than GPUs, or a launcher that left out the master's address.
+    """
+    rank, size, local_rank = place(os.environ)
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        index = local_rank if count > 1 else 0  # Slurm may show each task its own GPU only
+        if index >= count:
+            raise ValueError(
+                f"local rank {local_rank} has no GPU: this node shows {count}; "
+                "start one process per GPU"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    world = World(rank, size, local_rank, device)
+    if size > 1 and not dist.is_initialized():
+        os.environ.setdefault("RANK", str(rank))
+        os.environ.setdefault("WORLD_SIZE", str(size))
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            raise ValueError(
+                "several processes but no MASTER_ADDR and MASTER_PORT: start with the deepspeed "
+                "launcher, torchrun, or launch/submit.py"
+            )
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            **({"device_id": device} if device.type == "cuda" else {}),
+        )
+    return world
+
+
+def shutdown() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
