@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -24,6 +25,8 @@ class Encoder(nn.Module):
     """The graph this encoder needs."""
     dim: int
     """Width of the latents."""
+    section: dict[str, Any]
+    """The complete config section that `build_encoder` rebuilds this encoder from."""
 
     @abstractmethod
     def nodes(self, batch: CrystalBatch) -> Tensor:
@@ -47,7 +50,11 @@ def build_encoder(section: Mapping[str, Any]) -> Encoder:
     values = dict(section)
     if "name" not in values:
         raise ValueError(f"config section 'encoder' needs a name: one of {', '.join(ENCODERS)}")
-    cls = ENCODERS[values.pop("name")]
+    name = values.pop("name")
+    cls = ENCODERS[name]
     if values.pop("tiny", False):
         values = {**cls.tiny, **values}
-    return cls(configure(cls.Config, values, "encoder"))
+    config = configure(cls.Config, values, "encoder")
+    encoder = cls(config)
+    encoder.section = {"name": name, **dataclasses.asdict(config)}
+    return encoder
