@@ -1,0 +1,170 @@
+"""From samples and their cached geometry to one packed batch, as a plain or a quotient graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from datapipe.crystal import Crystal
+from datapipe.neighbours import Neighbours, neighbours
+from datapipe.quotient import classes, derive, refine
+from datapipe.schema import MASKED, CrystalBatch, GraphSpec
+from datapipe.transforms import Sample
+
+__all__ = ["Neighbours", "build", "neighbours", "pack"]
+
+
+def build(
+    samples: Sequence[Crystal | Sample],
+    spec: GraphSpec,
+    targets: Sequence[str] = (),
+    quotient: bool = True,
+) -> CrystalBatch:
+    """One batch from crystals (shown whole, key 0) or samples: `neighbours`, then `pack`."""
+    ready = [s if isinstance(s, Sample) else Sample.clean(s) for s in samples]
+    return pack(ready, [neighbours(s.seen, spec) for s in ready], spec, targets, quotient)
+
+
+def pack(
+    samples: Sequence[Sample],
+    neighbours: Sequence[Neighbours],
+    spec: GraphSpec,
+    targets: Sequence[str] = (),
+    quotient: bool = True,
+) -> CrystalBatch:
+    """One batch of samples whose geometry is known; `concat` of two batches equals the batch of
+    both.
+
+    Args:
+        neighbours: of each sample's `seen` structure, under the same spec.
+        targets: names of the labels to carry; a crystal without one gets NaN.
+        quotient: merge atoms that an encoder of the spec's depth cannot tell apart. A spec
+            without depth has no quotient, whatever this says. On a plain graph an edge of count
+            2 is there twice.
+
+    Raises:
+        ValueError: no samples, or geometry that belongs to other crystals.
+    """
+    if not samples:
+        raise ValueError("a batch needs at least one crystal")
+    atoms = [g.num_atoms for g in neighbours]
+    if [len(s.seen) for s in samples] != atoms:
+        raise ValueError("the neighbours are not those of the samples: numbers of atoms differ")
+    crystals = [s.crystal for s in samples]
+    every = np.arange(len(samples))
+    ptr, batch = _ptr(atoms), np.repeat(every, atoms)
+    numbers = _join([c.numbers for c in crystals])
+    masked = np.concatenate([s.masked for s in samples])
+    seen = np.where(masked, MASKED, _join([s.seen.numbers for s in samples]))
+    key = np.array([s.key for s in samples], dtype=np.int64)
+
+    edges = [g.edges for g in neighbours]
+    owner = np.repeat(every, [e.shape[1] for e in edges])
+    target, source, shell, count = np.concatenate(edges, axis=1, dtype=np.int64, casting="unsafe")
+    target += ptr[owner]
+    source += ptr[owner]
+    shell += _ptr([len(g.distances) for g in neighbours])[owner]
+    row_ptr = _ptr([len(g.pdd) for g in neighbours])
+    row = _join([g.pdd_row for g in neighbours]) + row_ptr[batch]
+
+    if quotient and spec.depth is not None:
+        edge_ptr = _ptr(np.bincount(target, minlength=len(batch)))
+        seed = derive(derive(batch.astype(np.uint64), seen), row)
+        colour = refine(seed, source, shell, count, edge_ptr, spec.depth)
+        first, node_of_atom = classes(colour)
+        target, source, shell, count = _merge(target, source, shell, count, first, node_of_atom)
+        vectors = None
+    else:
+        first = node_of_atom = np.arange(len(batch))
+        target, source, shell = (np.repeat(x, count) for x in (target, source, shell))
+        vectors = _vectors(neighbours, count) if spec.vectors else None
+        count = np.ones(len(target), dtype=np.int64)
+
+    node_batch = batch[first]
+    node_ptr = np.searchsorted(first, ptr)
+    local = np.arange(len(first)) - node_ptr[node_batch]
+    node_key = derive(key[node_batch].astype(np.uint64), local).view(np.int64)
+
+    arrays = {
+        "numbers": numbers,
+        "masked": masked,
+        "frac_coords": np.concatenate([c.frac_coords for c in crystals], dtype=np.float32),
+        "lattice": np.stack([c.lattice for c in crystals], dtype=np.float32),
+        "batch": batch,
+        "ptr": ptr,
+        "key": key,
+        "node_of_atom": node_of_atom,
+        "node_numbers": seen[first],
+        "node_count": np.bincount(node_of_atom, minlength=len(first)).astype(np.float32),
+        "node_batch": node_batch,
+        "node_ptr": node_ptr,
+        "node_key": node_key,
+        "pdd": _pdd(spec, neighbours, row[first], _share(seen, batch, len(samples))[first]),
+        "edge_index": np.stack([source, target]),
+        "edge_ptr": _ptr(np.bincount(target, minlength=len(first))),
+        "edge_count": count.astype(np.float32),
+        "edge_shell": shell,
+        "distances": np.concatenate([g.distances for g in neighbours]),
+    }
+    labels = {
+        name: torch.tensor([c.targets.get(name, np.nan) for c in crystals], dtype=torch.float32)
+        for name in targets
+    }
+    return CrystalBatch(
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
+        edge_vector=None if vectors is None else torch.from_numpy(vectors),
+        targets=labels,
+        ids=[c.id for c in crystals],
+    )
+
+
+def _merge(target, source, shell, count, first, node_of_atom):
+    """Edges between classes: those into the first atom of each class, equal ones summed."""
+    is_first = np.zeros(len(node_of_atom), dtype=bool)
+    is_first[first] = True
+    keep = np.flatnonzero(is_first[target])
+    target, source = node_of_atom[target[keep]], node_of_atom[source[keep]]
+    shell, count = shell[keep], count[keep]
+    if len(keep) == 0:
+        return target, source, shell, count
+    # Sources count from the target, so that the key stays small in a long batch.
+    away = source - target
+    away -= away.min()
+    key = (target * (away.max() + 1) + away) * (shell.max() + 1) + shell
+    order = np.argsort(key)
+    new = np.flatnonzero(np.diff(key[order], prepend=-1))
+    first_of = order[new]
+    return target[first_of], source[first_of], shell[first_of], np.add.reduceat(count[order], new)
+
+
+def _share(seen: np.ndarray, batch: np.ndarray, crystals: int) -> np.ndarray:
+    """[A] share of each atom in its crystal's sum of visible atomic numbers; 0 where masked."""
+    total = np.bincount(batch, weights=seen, minlength=crystals)
+    return seen / np.maximum(total, 1)[batch]
+
+
+def _pdd(spec: GraphSpec, neighbours, row: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """[N, 1 + k] float32, or [N, 0] where the spec has no distance rows."""
+    if spec.pdd == 0:
+        return np.zeros((len(row), 0), dtype=np.float32)
+    out = np.empty((len(row), 1 + spec.pdd), dtype=np.float32)
+    out[:, 0] = share
+    out[:, 1:] = np.concatenate([g.pdd for g in neighbours])[row]
+    return out
+
+
+def _vectors(neighbours, count: np.ndarray) -> np.ndarray:
+    return np.repeat(np.concatenate([g.vectors for g in neighbours]), count, axis=0)
+
+
+def _ptr(sizes) -> np.ndarray:
+    """[m+1] int64: where each of m consecutive parts starts, then the end."""
+    out = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=out[1:])
+    return out
+
+
+def _join(arrays) -> np.ndarray:
+    return np.concatenate(arrays, dtype=np.int64, casting="unsafe")
