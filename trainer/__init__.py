@@ -1,1 +1,13 @@
 """One training loop, its engines, stages and checkpoints."""
+
+from typing import Any
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from trainer.predictor import load
+
+        return load
+    raise AttributeError(f"module 'trainer' has no attribute {name!r}")

@@ -279,8 +279,10 @@ class DeepSpeedEngine(Engine):
         from deepspeed.utils import safe_set_full_optimizer_state
 
         zero = self.optimizer
-        sharded = zero.single_partition_of_fp32_groups if self.zero_stage < 3 else (
-            zero.fp32_partitioned_groups_flat
+        sharded = (
+            zero.single_partition_of_fp32_groups
+            if self.zero_stage < 3
+            else (zero.fp32_partitioned_groups_flat)
         )
         for flat in sharded:
             moments = {k: torch.zeros_like(flat) for k in _MOMENTS}

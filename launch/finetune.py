@@ -1,0 +1,109 @@
+"""Finetunes an encoder on labels, on one device, and reports errors in physical units.
+
+    python launch/finetune.py --config configs/finetune/tiny.yaml init_from=RUN target=e_form \\
+        data=DIR run_dir=RUN2
+    … init_from=none               from scratch
+    … init_from=RUN init_stage=vae from the first pretraining stage
+    … label_fraction=0.2 seed=1    from a fifth of the labels
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from datapipe.shards import Dataset
+from trainer import distributed, jobs, reports
+from trainer.checkpoint import RunDirectory
+from trainer.config import parse, required, run, to_yaml
+from trainer.export import Scaler, export_stage, standardisation
+from trainer.files import write_json
+from trainer.loop import fit
+from trainer.settings import FinetuneConfig
+from trainer.stages.finetune import FinetuneStage
+
+
+def main() -> None:
+    config = parse(FinetuneConfig, __doc__)
+    required(config, "data", "run_dir", "targets")
+    config.trainer.engine = "torch"
+    dataset = Dataset.open(config.data)
+    jobs.check_splits(dataset, config.data, "train", "val")
+    items = {"train": jobs.labelled_items(dataset, config)}
+    items |= {s: jobs.with_label(dataset, s, config.targets) for s in ("val", "test")}
+    world = distributed.init()
+
+    encoder = jobs.starting_encoder(config)
+    labels = {n: dataset.targets_of(n) for n in config.targets}
+    mean, std = standardisation(
+        [
+            list(row)
+            for row in zip(*(labels[n][items["train"]] for n in config.targets), strict=True)
+        ]
+    )
+    units = [dataset.manifest.targets[n].unit for n in config.targets]
+    scaler = Scaler(config.targets, units, mean, std)
+    jobs.seed_everything(config.seed, "finetune")
+    stage = FinetuneStage(config.finetune, encoder, config.targets, mean, std)
+
+    train, validation = (
+        jobs.make_stream(
+            dataset,
+            split,
+            stage,
+            config.loader,
+            world,
+            seed=config.seed,
+            batch_size=jobs.micro_batch(config.finetune, config.trainer),
+            epochs=epochs,
+            select=items[split],
+        )
+        for split, epochs in (("train", config.finetune.epochs), ("val", None))
+    )
+    print(jobs.plan_text(stage, train, config.finetune, world, config.trainer.accumulation))
+    if config.dry_run:
+        return
+
+    directory = RunDirectory(config.run_dir)
+    identity = jobs.identity(
+        config,
+        dataset,
+        encoder,
+        {
+            "targets": config.targets,
+            "labels": len(items["train"]),
+            "finetune": jobs.settings_of(config.finetune),
+        },
+    )
+    record = jobs.claim(directory, world, to_yaml(config), identity, config.resume)
+    if "finetune" in record["finished"]:
+        print(f"{directory.path}: already finished, see metrics.json")
+        return
+    monitor = f"mae/{config.target}" if config.target else "mse"
+    began = time.monotonic()
+    engine, result = fit(
+        stage,
+        config.finetune,
+        config.trainer,
+        train,
+        validation,
+        directory,
+        world,
+        monitor=monitor,
+        lr_scales=stage.lr_scales,
+    )
+    data = {"fingerprint": dataset.manifest.fingerprint, "labels": len(items["train"])}
+    export_stage(directory.path, stage, engine.weights(), data, scaler)
+    metrics = reports.finetuned(engine, dataset, config, items, directory.path)
+    metrics |= {"best_step": result.best_step, "steps": result.steps}
+    metrics |= {"seconds": round(time.monotonic() - began, 1)}
+    write_json(directory.path / "metrics.json", metrics)
+    directory.finish("finetune")
+    print(reports.summary(metrics, directory.path))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,85 @@
+"""Pretrains a crystal encoder: one stage after another, each handing its encoder on.
+
+    deepspeed launch/pretrain.py --config configs/pretrain/crysldnet.yaml data=DIR run_dir=RUN
+    deepspeed --num_gpus 2 launch/pretrain.py --config configs/pretrain/tiny.yaml data=DIR run_dir=RUN
+    python launch/pretrain.py --config configs/pretrain/tiny.yaml data=DIR run_dir=RUN stages=[vae]
+
+A killed run continues with the same command.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from datapipe.shards import Dataset
+from trainer import distributed, jobs
+from trainer.checkpoint import RunDirectory
+from trainer.config import parse, required, run, to_yaml
+from trainer.export import export_stage, open_model
+from trainer.loop import fit
+from trainer.settings import pretrain_schema
+from trainer.stage import STAGES
+
+
+def main() -> None:
+    config = parse(pretrain_schema(), __doc__)
+    required(config, "data", "run_dir", "stages")
+    sections = {name: getattr(config, name) for name in config.stages if STAGES[name]}
+    dataset = Dataset.open(config.data)
+    jobs.check_splits(dataset, config.data, "train")
+    world = distributed.init(config.trainer.timeout_s)
+    print(world.describe(), flush=True)
+
+    encoder = jobs.starting_encoder(config)
+    directory = RunDirectory(config.run_dir)
+    if not config.dry_run:
+        settings = {name: jobs.settings_of(section) for name, section in sections.items()}
+        identity = jobs.identity(config, dataset, encoder, {"stages": config.stages, **settings})
+        record = jobs.claim(directory, world, to_yaml(config), identity, config.resume)
+
+    for name, section in sections.items():
+        if not config.dry_run and name in record["finished"]:
+            encoder = open_model(directory.path, name).build_encoder()
+            if world.main:
+                print(f"{name}: already finished, taken from {directory.path / name}", flush=True)
+            continue
+        jobs.seed_everything(config.seed, name)
+        stage = STAGES[name](section, encoder)
+        micro_batch = jobs.micro_batch(section, config.trainer)
+        train, validation = (
+            jobs.make_stream(
+                dataset,
+                split,
+                stage,
+                config.loader,
+                world,
+                seed=config.seed,
+                batch_size=micro_batch,
+                epochs=epochs,
+            )
+            for split, epochs in (("train", section.epochs), ("val", None))
+        )
+        if world.main:
+            print(jobs.plan_text(stage, train, section, world, config.trainer.accumulation))
+        if config.dry_run:
+            continue
+        engine, result = fit(stage, section, config.trainer, train, validation, directory, world)
+        weights = engine.weights()
+        if world.main:
+            data = {"fingerprint": dataset.manifest.fingerprint}
+            export_stage(directory.path / name, stage, weights, data)
+            directory.finish(name)
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in result.validation.items())
+            print(f"{name}: finished after {result.steps} steps; validation {shown}", flush=True)
+        world.barrier()
+        encoder = open_model(directory.path, name).build_encoder()
+    if world.main and not config.dry_run:
+        print(f"run: {directory.path}\ntensorboard: {directory.path / 'tensorboard'}", flush=True)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,173 @@
+"""Pieces that the launch scripts put together: streams, stages, run identity."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from datapipe.stream import LoaderConfig, Stream
+from torch import nn
+
+from datapipe.shards import Dataset
+from models.encoders import Encoder, build_encoder
+from trainer.checkpoint import RunDirectory
+from trainer.distributed import World
+from trainer.engine import EngineConfig
+from trainer.export import open_model, take_encoder
+from trainer.settings import FinetuneConfig, JobConfig
+from trainer.stage import Stage, StageConfig
+
+
+def seed_everything(seed: int, purpose: str) -> None:
+    """Seeds torch's initialisation; depends on (seed, purpose) and not on what ran before."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def starting_encoder(config: JobConfig) -> Encoder:
+    """The encoder a job starts from: another run's (`init_from`) or a fresh one."""
+    if config.init_from:
+        return take_encoder(open_model(config.init_from, config.init_stage), config.encoder)
+    seed_everything(config.seed, "encoder")
+    return build_encoder(config.encoder)
+
+
+def check_splits(dataset: Dataset, data: str, *names: str) -> None:
+    """Raises ValueError naming a split that the data set lacks."""
+    for name in names:
+        if len(dataset.split_items(name)) == 0:
+            raise ValueError(f"data set {data} has no crystals in its {name!r} split")
+
+
+def make_stream(
+    dataset: Dataset,
+    split: str,
+    stage: Stage,
+    loader: LoaderConfig,
+    world: World,
+    *,
+    seed: int,
+    batch_size: int,
+    epochs: float | None = None,
+    select: np.ndarray | None = None,
+) -> Stream:
+    """A stage's stream over a split: endless shuffled epochs for training when `epochs` is given,
+    else one ordered pass."""
+    return Stream(
+        dataset,
+        split,
+        stage.encoder.graph,
+        loader,
+        rank=world.rank,
+        world_size=world.size,
+        seed=seed,
+        batch_size=batch_size,
+        transform=stage.transform(),
+        select=select,
+        min_atoms=stage.min_atoms,
+        epochs=epochs,
+        train=epochs is not None,
+    )
+
+
+def identity(
+    config: JobConfig, dataset: Dataset, encoder: Encoder, sections: Mapping[str, Any]
+) -> dict:
+    """What must not change when a run is continued, as JSON: data, seed, encoder, stage settings.
+
+    Number of ranks, ZeRO stage, precision, logging and loader workers may change.
+    """
+    value = {
+        "data": dataset.manifest.fingerprint,
+        "seed": config.seed,
+        "encoder": encoder.section,
+        "init_from": config.init_from,
+        **sections,
+    }
+    return json.loads(json.dumps(value))
+
+
+def claim(
+    run: RunDirectory, world: World, config_yaml: str, identity: Mapping[str, Any], resume: str
+) -> dict[str, Any]:
+    """Rank 0 claims the run directory; every rank gets its run.json or the error."""
+    error: list[str | None] = [None]
+    if world.main:
+        try:
+            run.start(config_yaml, identity, resume)
+        except (ValueError, OSError) as problem:
+            error[0] = str(problem)
+    if world.size > 1:
+        torch.distributed.broadcast_object_list(error, 0)
+    if error[0] is not None:
+        raise ValueError(error[0])
+    return run.read()
+
+
+def labelled_items(dataset: Dataset, config: FinetuneConfig) -> np.ndarray:
+    """The training crystals a finetuning job learns from: those with a label, of which a seeded
+    random share is taken. Smaller shares are subsets of larger ones with the same seed."""
+    items = with_label(dataset, "train", config.targets)
+    count = len(items)
+    if config.label_count is not None:
+        if config.label_count > count:
+            raise ValueError(f"label_count={config.label_count}, but only {count} are labelled")
+        count = config.label_count
+    else:
+        count = max(1, round(config.label_fraction * count))
+    order = np.random.default_rng(config.seed).permutation(len(items))
+    return np.sort(items[order[:count]])
+
+
+def with_label(dataset: Dataset, split: str, targets: list[str]) -> np.ndarray:
+    """Items of a split that have at least one of the labels.
+
+    Raises:
+        ValueError: an unknown target (lists those the data has), or no labelled crystal.
+    """
+    items = dataset.split_items(split)
+    if len(items) == 0:
+        return items
+    columns = [dataset.targets_of(name)[items] for name in targets]
+    present = items[~np.isnan(np.stack(columns)).all(axis=0)]
+    if len(present) == 0:
+        raise ValueError(f"no crystal of the {split!r} split has a label for {', '.join(targets)}")
+    return present
+
+
+def plan_text(stage: Stage, stream: Stream, config: Any, world: World, accumulation: int) -> str:
+    """One line on what a stage will do, for the log and `--dry-run`."""
+    steps = stream.total_steps // accumulation
+    if config.max_steps is not None:
+        steps = min(steps, config.max_steps)
+    return (
+        f"{stage.name}: {stream.epoch_size} crystals, {steps} steps of {config.batch_size}, "
+        f"{count_parameters(stage):,} parameters ({count_parameters(stage.encoder):,} in the "
+        f"encoder), {world.size} rank(s)"
+    )
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable and frozen parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A config dataclass as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def micro_batch(section: StageConfig, trainer: EngineConfig) -> int:
+    """Crystals per micro-batch over all ranks. Raises ValueError if accumulation does not divide
+    the batch size."""
+    if section.batch_size % trainer.accumulation:
+        raise ValueError(
+            f"batch_size={section.batch_size} is not a multiple of "
+            f"trainer.accumulation={trainer.accumulation}"
+        )
+    return section.batch_size // trainer.accumulation

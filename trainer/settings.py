@@ -1,0 +1,85 @@
+"""The config schemas of the jobs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from datapipe.stream import LoaderConfig
+
+from trainer.loop import TrainerConfig
+from trainer.stage import STAGES
+from trainer.stages.finetune import FinetuneStage
+
+
+@dataclass(kw_only=True)
+class JobConfig:
+    """Settings every training job has."""
+
+    data: str = ""
+    """Directory or URL of a prepared data set."""
+    run_dir: str = ""
+    """Where the run lives. A run that is there is continued."""
+    init_from: str = ""
+    """Run whose encoder weights to start from; empty or `none` starts from scratch."""
+    init_stage: str = ""
+    """Stage of `init_from` to take the encoder from; default its last one."""
+    encoder: dict[str, Any] = field(default_factory=dict)
+    """`name` of a registered encoder and its settings; `tiny: true` for its debug flavour."""
+    seed: int = 0
+    """Seed of initial weights, order and all draws."""
+    resume: str = "auto"
+    """`auto` continues the run in run_dir if there is one; `must` insists; `never` refuses."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    dry_run: bool = False
+    """Show what would be run, and stop."""
+
+    def __post_init__(self) -> None:
+        if self.resume not in ("auto", "must", "never"):
+            raise ValueError(f"resume must be auto, must or never, got {self.resume!r}")
+        if self.init_from == "none":
+            self.init_from = ""
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(JobConfig):
+    """One or more pretraining stages in sequence."""
+
+    stages: list[str] = field(default_factory=lambda: ["vae", "joint"])
+    """Stages to run, in order; each has a section of its own name."""
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(JobConfig):
+    """Supervised training of an encoder with a readout head, on one device."""
+
+    target: str = ""
+    """Name of the label to predict."""
+    targets: list[str] = field(default_factory=list)
+    """Several labels at once; missing ones are skipped crystal by crystal."""
+    label_fraction: float = 1.0
+    """Share of the labelled training crystals to use, drawn with the seed."""
+    label_count: int | None = None
+    """Number of labelled training crystals to use, instead of a fraction."""
+    finetune: FinetuneStage.Config = field(default_factory=FinetuneStage.Config)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.label_fraction <= 1:
+            raise ValueError(f"label_fraction must be in (0, 1], got {self.label_fraction}")
+        if self.target and self.targets:
+            raise ValueError("give target=NAME or targets=[…], not both")
+        if self.target:
+            self.targets = [self.target]
+
+
+def pretrain_schema() -> type[PretrainConfig]:
+    """`PretrainConfig` with a section for every registered stage."""
+    sections = [
+        (name, STAGES[name].Config, field(default_factory=STAGES[name].Config)) for name in STAGES
+    ]
+    return dataclasses.make_dataclass(
+        "PretrainConfig", sections, bases=(PretrainConfig,), kw_only=True
+    )
