@@ -1,8 +1,8 @@
 """Pretrains a crystal encoder: one stage after another, each handing its encoder on.
 
     deepspeed launch/pretrain.py --config configs/pretrain/crysldnet.yaml data=DIR run_dir=RUN
-    deepspeed --num_gpus 2 launch/pretrain.py --config configs/pretrain/tiny.yaml data=DIR run_dir=RUN
-    python launch/pretrain.py --config configs/pretrain/tiny.yaml data=DIR run_dir=RUN stages=[vae]
+    deepspeed --num_gpus 2 launch/pretrain.py --config configs/pretrain/tiny.yaml data=DIR …
+    python launch/pretrain.py --config configs/pretrain/tiny.yaml data=DIR … stages=[vae]
 
 A killed run continues with the same command.
 """
