@@ -219,7 +219,7 @@ class _Session:
         batches = iter(self.stream)
         epochs = self.stream.position / self.stream.epoch_size
         while step < total:
-            loss, lr = self.train_step(batches, step, total)
+            lr = self.train_step(batches, step, total)
             step += 1
             self.logger.advance()
             if step % self.trainer.log_every == 0 or step == total:
@@ -234,8 +234,8 @@ class _Session:
                 self.save(step)
         self.result.steps = step
 
-    def train_step(self, batches: Any, step: int, total: int) -> tuple[Tensor, float]:
-        """One optimiser step: wait for data, forward, backward, update."""
+    def train_step(self, batches: Any, step: int, total: int) -> float:
+        """One optimiser step: wait for data, forward, backward, update; the rate used."""
         engine, world = self.engine, self.engine.world
         for _ in range(self.trainer.accumulation):
             began = time.monotonic()
@@ -257,7 +257,7 @@ class _Session:
         else:
             self.skipped_in_row = 0
         self.window.steps += 1
-        return loss.detach(), lr
+        return lr
 
     def report_skip(self, step: int, batch: CrystalBatch) -> None:
         """An update was skipped: name the crystals, keep the batch, stop if it goes on."""

@@ -57,7 +57,8 @@ def finetuned(
     path: Path,
 ) -> dict[str, Any]:
     """Predicts validation and test split, writes CSVs and figures into the run directory, and
-    returns the numbers for metrics.json: per target and split, beside composition-only baselines."""
+    returns the numbers for metrics.json: per target and split, beside composition-only
+    baselines."""
     units = {n: dataset.manifest.targets[n].unit or "" for n in config.targets}
     out: dict[str, Any] = {
         "targets": config.targets,

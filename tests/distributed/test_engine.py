@@ -64,7 +64,7 @@ def job(engines: list, per: int = 3) -> list | None:
             torch.distributed.broadcast_object_list(box, 0)
         weights, state = box
     distributed.shutdown()
-    return torch.cat([w.flatten() for w in weights.values()]).tolist() + [float(state["step"])]
+    return [*torch.cat([w.flatten() for w in weights.values()]).tolist(), float(state["step"])]
 
 
 @pytest.fixture(scope="module")
