@@ -22,12 +22,12 @@ from trainer.config import parse, required, run, to_yaml
 from trainer.export import Scaler, export_stage, standardisation
 from trainer.files import write_json
 from trainer.loop import fit
-from trainer.settings import FinetuneConfig
+from trainer.settings import FinetuneJob
 from trainer.stages.finetune import FinetuneStage
 
 
 def main() -> None:
-    config = parse(FinetuneConfig, __doc__)
+    config = parse(FinetuneJob, __doc__)
     required(config, "data", "run_dir", "targets")
     config.trainer.engine = "torch"
     dataset = Dataset.open(config.data)
@@ -44,7 +44,7 @@ def main() -> None:
             for row in zip(*(labels[n][items["train"]] for n in config.targets), strict=True)
         ]
     )
-    units = [dataset.manifest.targets[n].unit for n in config.targets]
+    units = [dataset.manifest.targets[n].unit or "" for n in config.targets]
     scaler = Scaler(config.targets, units, mean, std)
     jobs.seed_everything(config.seed, "finetune")
     stage = FinetuneStage(config.finetune, encoder, config.targets, mean, std)

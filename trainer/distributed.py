@@ -109,7 +109,7 @@ def init(timeout_s: float = 1800) -> World:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_s),
-            **({"device_id": device} if device.type == "cuda" else {}),
+            device_id=device if device.type == "cuda" else None,
         )
     return world
 

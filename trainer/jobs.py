@@ -19,7 +19,7 @@ from trainer.checkpoint import RunDirectory
 from trainer.distributed import World
 from trainer.engine import EngineConfig
 from trainer.export import open_model, take_encoder
-from trainer.settings import FinetuneConfig, JobConfig
+from trainer.settings import FinetuneJob, JobConfig
 from trainer.stage import Stage, StageConfig
 
 
@@ -109,7 +109,7 @@ def claim(
     return run.read()
 
 
-def labelled_items(dataset: Dataset, config: FinetuneConfig) -> np.ndarray:
+def labelled_items(dataset: Dataset, config: FinetuneJob) -> np.ndarray:
     """The training crystals a finetuning job learns from: those with a label, of which a seeded
     random share is taken. Smaller shares are subsets of larger ones with the same seed."""
     items = with_label(dataset, "train", config.targets)

@@ -11,25 +11,27 @@ from typing import Any
 import numpy as np
 import torch
 
+from datapipe.crystal import Crystal
 from datapipe.schema import CrystalBatch
 from datapipe.shards import Dataset
 from trainer import jobs, plots
 from trainer.baselines import baselines
 from trainer.engine import Engine
 from trainer.logger import read_metrics
-from trainer.settings import FinetuneConfig
+from trainer.settings import FinetuneJob
+from trainer.stages import FinetuneStage
 
 
 def predictions(
-    engine: Engine, batches: Iterator[CrystalBatch]
+    stage: FinetuneStage, batches: Iterator[CrystalBatch], device: torch.device
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
     """(ids, labels [n, T], predictions [n, T]) in physical units, in evaluation mode."""
-    stage = engine.stage.eval()
+    stage.eval()
     ids: list[str] = []
     labels, outputs = [], []
     with torch.no_grad():
         for batch in batches:
-            on_device = batch.to(engine.world.device)
+            on_device = batch.to(device)
             outputs.append(stage.predict(on_device).cpu())
             labels.append(stage.labels(batch))
             ids += batch.ids
@@ -52,13 +54,15 @@ def errors(label: np.ndarray, prediction: np.ndarray) -> dict[str, float]:
 def finetuned(
     engine: Engine,
     dataset: Dataset,
-    config: FinetuneConfig,
+    config: FinetuneJob,
     items: Mapping[str, np.ndarray],
     path: Path,
 ) -> dict[str, Any]:
     """Predicts validation and test split, writes CSVs and figures into the run directory, and
     returns the numbers for metrics.json: per target and split, beside composition-only
     baselines."""
+    stage = engine.stage
+    assert isinstance(stage, FinetuneStage)
     units = {n: dataset.manifest.targets[n].unit or "" for n in config.targets}
     out: dict[str, Any] = {
         "targets": config.targets,
@@ -66,7 +70,7 @@ def finetuned(
         "seed": config.seed,
         "labels": len(items["train"]),
         "init_from": config.init_from or "none",
-        "encoder": engine.stage.encoder.section["name"],
+        "encoder": stage.encoder.section["name"],
         "data": dataset.manifest.fingerprint,
     }
     for split in ("val", "test"):
@@ -75,14 +79,14 @@ def finetuned(
         stream = jobs.make_stream(
             dataset,
             split,
-            engine.stage,
+            stage,
             config.loader,
             engine.world,
             seed=config.seed,
             batch_size=config.finetune.batch_size,
             select=items[split],
         )
-        ids, label, prediction = predictions(engine, iter(stream))
+        ids, label, prediction = predictions(stage, iter(stream), engine.world.device)
         write_predictions(path / f"predictions_{split}.csv", config.targets, ids, label, prediction)
         by_target = {
             name: errors(label[:, i], prediction[:, i]) for i, name in enumerate(config.targets)
@@ -107,11 +111,13 @@ def _baselines(dataset: Dataset, target: str, items: Mapping[str, np.ndarray]) -
     """Test MAE of predictors that see the composition only, from the same labels."""
     parts = {}
     for split, chosen in items.items():
-        labels = dataset.targets_of(target)[chosen]
-        chosen, labels = chosen[~np.isnan(labels)], labels[~np.isnan(labels)]
-        crystals = dict(dataset.read(chosen))
-        good = [i for i, c in enumerate(chosen) if not isinstance(crystals[c], Exception)]
-        parts[split] = ([crystals[chosen[i]].numbers for i in good], labels[good])
+        labels = dataset.targets_of(target)
+        numbers, values = [], []
+        for item, crystal in dataset.read(chosen[~np.isnan(labels[chosen])]):
+            if isinstance(crystal, Crystal):
+                numbers.append(crystal.numbers)
+                values.append(labels[item])
+        parts[split] = (numbers, np.array(values))
     return baselines(parts["train"], parts["val"], parts["test"])
 
 

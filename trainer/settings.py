@@ -10,7 +10,7 @@ from datapipe.stream import LoaderConfig
 
 from trainer.loop import TrainerConfig
 from trainer.stage import STAGES
-from trainer.stages.finetune import FinetuneStage
+from trainer.stages import FinetuneConfig
 
 
 @dataclass(kw_only=True)
@@ -44,7 +44,7 @@ class JobConfig:
 
 
 @dataclass(kw_only=True)
-class PretrainConfig(JobConfig):
+class PretrainJob(JobConfig):
     """One or more pretraining stages in sequence."""
 
     stages: list[str] = field(default_factory=lambda: ["vae", "joint"])
@@ -52,7 +52,7 @@ class PretrainConfig(JobConfig):
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig(JobConfig):
+class FinetuneJob(JobConfig):
     """Supervised training of an encoder with a readout head, on one device."""
 
     target: str = ""
@@ -63,7 +63,7 @@ class FinetuneConfig(JobConfig):
     """Share of the labelled training crystals to use, drawn with the seed."""
     label_count: int | None = None
     """Number of labelled training crystals to use, instead of a fraction."""
-    finetune: FinetuneStage.Config = field(default_factory=FinetuneStage.Config)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,11 +75,9 @@ class FinetuneConfig(JobConfig):
             self.targets = [self.target]
 
 
-def pretrain_schema() -> type[PretrainConfig]:
-    """`PretrainConfig` with a section for every registered stage."""
+def pretrain_schema() -> type[PretrainJob]:
+    """`PretrainJob` with a section for every registered stage."""
     sections = [
         (name, STAGES[name].Config, field(default_factory=STAGES[name].Config)) for name in STAGES
     ]
-    return dataclasses.make_dataclass(
-        "PretrainConfig", sections, bases=(PretrainConfig,), kw_only=True
-    )
+    return dataclasses.make_dataclass("PretrainJob", sections, bases=(PretrainJob,), kw_only=True)

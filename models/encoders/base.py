@@ -54,7 +54,7 @@ def build_encoder(section: Mapping[str, Any]) -> Encoder:
     cls = ENCODERS[name]
     if values.pop("tiny", False):
         values = {**cls.tiny, **values}
-    config = configure(cls.Config, values, "encoder")
+    config: Any = configure(cls.Config, values, "encoder")
     encoder = cls(config)
     encoder.section = {"name": name, **dataclasses.asdict(config)}
     return encoder
