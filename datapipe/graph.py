@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,16 +109,13 @@ def pack(
         "edge_shell": shell,
         "distances": np.concatenate([g.distances for g in neighbours]),
     }
-    labels = {
+    fields: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    fields["edge_vector"] = None if vectors is None else torch.from_numpy(vectors)
+    fields["targets"] = {
         name: torch.tensor([c.targets.get(name, np.nan) for c in crystals], dtype=torch.float32)
         for name in targets
     }
-    return CrystalBatch(
-        **{name: torch.from_numpy(array) for name, array in arrays.items()},
-        edge_vector=None if vectors is None else torch.from_numpy(vectors),
-        targets=labels,
-        ids=[c.id for c in crystals],
-    )
+    return CrystalBatch(**fields, ids=[c.id for c in crystals])
 
 
 def _merge(target, source, shell, count, first, node_of_atom):
