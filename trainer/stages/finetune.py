@@ -1,0 +1,137 @@
+"""Supervised training of an encoder on labels: regression of one or several crystal properties."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from datapipe.schema import CrystalBatch
+from models.encoders.base import Encoder
+from models.heads import ReadoutHead
+from models.registry import nearest
+from trainer.stage import Stage, StageConfig, Term
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(StageConfig):
+    """Settings of finetuning; the defaults are the paper's (Section H.1)."""
+
+    epochs: float = 1000
+    batch_size: int = 32
+    lr: float = 1e-3
+    grad_clip: float = 0.0
+    freeze_encoder: bool = False
+    """Trains the head alone; the encoder stays as it is, batch statistics too."""
+    encoder_lr_scale: float = 1.0
+    """Factor on the encoder's learning rate."""
+
+    def __post_init__(self) -> None:
+        if not self.encoder_lr_scale > 0:
+            raise ValueError(
+                f"encoder_lr_scale must be positive, got {self.encoder_lr_scale}; "
+                "freeze_encoder=true keeps the encoder as it is"
+            )
+
+
+class FinetuneStage(Stage):
+    """Encoder → mean over atoms → MLP → one number per target.
+
+    Trained with the squared error of standardised labels; missing labels (NaN) count nothing, so
+    that targets known for different crystals train together.
+
+    Terms: `mse` (of standardised labels, over all present labels of all targets) and `mae/<target>`
+    in the target's unit. `mean` and `std` are buffers: the state dict holds all that predicting in
+    physical units needs.
+
+    Args:
+        targets: names of the labels, in the order of the output.
+        mean, std: [T] of the training labels, in physical units.
+
+    Raises:
+        ValueError: no or repeated targets, statistics of another length or that are not finite,
+            or a target that does not vary.
+    """
+
+    Config = FinetuneConfig
+    name = "finetune"
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        encoder: Encoder,
+        targets: Sequence[str],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        _check_statistics(targets, mean, std)
+        self.config = config
+        self.encoder = encoder.requires_grad_(not config.freeze_encoder)
+        self.readout = ReadoutHead(encoder.dim, len(targets))
+        self.targets = tuple(targets)
+        self.weights = {"mse": 1.0}
+        self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32))
+
+    @property
+    def lr_scales(self) -> dict[str, float]:
+        """Prefix of parameter names → factor on the learning rate."""
+        return {"encoder.": self.config.encoder_lr_scale}
+
+    def train(self, mode: bool = True) -> FinetuneStage:
+        super().train(mode)
+        if self.config.freeze_encoder:
+            self.encoder.eval()
+        return self
+
+    def standardised(self, batch: CrystalBatch) -> Tensor:
+        """Predictions in units of the training labels' spread, fp32 [B, T]."""
+        return self.readout(self.encoder.nodes(batch), batch).float()
+
+    def predict(self, batch: CrystalBatch) -> Tensor:
+        """Predictions in physical units, fp32 [B, T]; needs no labels."""
+        return self.standardised(batch) * self.std + self.mean
+
+    def forward(self, batch: CrystalBatch) -> dict[str, Term]:
+        labels = self.labels(batch)
+        present = torch.isfinite(labels)
+        prediction = self.standardised(batch)
+        target = torch.where(present, (labels - self.mean) / self.std, 0)
+        error = (prediction - target) * present
+        terms = {"mse": Term(error.square().sum(), present.sum().float())}
+        absolute = error.detach().abs().sum(0) * self.std
+        counts = present.sum(0).float()
+        for i, name in enumerate(self.targets):
+            terms[f"mae/{name}"] = Term(absolute[i], counts[i])
+        return terms
+
+    def labels(self, batch: CrystalBatch) -> Tensor:
+        """Labels in physical units, NaN where missing, [B, T]. Raises ValueError for a target
+        that the data does not have."""
+        columns: Mapping[str, Tensor] = batch.targets
+        for name in self.targets:
+            if name not in columns:
+                raise ValueError(f"the data has no target {name!r}: {nearest(name, columns)}")
+        return torch.stack([columns[name] for name in self.targets], dim=1)
+
+
+def _check_statistics(targets: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
+    if not targets or len(set(targets)) != len(targets):
+        raise ValueError(f"targets must be one or more different names, got {list(targets)}")
+    if not len(targets) == len(mean) == len(std):
+        raise ValueError(
+            f"{len(targets)} targets need as many means and standard deviations, "
+            f"got {len(mean)} and {len(std)}"
+        )
+    for name, m, s in zip(targets, mean, std, strict=True):
+        if not (abs(m) < float("inf") and 0 < s < float("inf")):
+            raise ValueError(
+                f"target {name!r} cannot be standardised: its training labels have mean {m} and "
+                f"standard deviation {s}; it needs at least two different finite labels"
+            )

@@ -1,0 +1,124 @@
+"""Stage 2 of CrysLDNet: encoder and DiT trained together by latent flow matching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from datapipe.schema import CrystalBatch
+from datapipe.transforms import MaskAtoms, Transform
+from models.dit import DiT, DiTConfig
+from models.encoders.base import Encoder
+from models.flow import flow_losses
+from models.vae import Reconstruct, ReconstructionHeads
+from trainer.stage import STAGES, Stage, StageConfig, Term
+from trainer.stages.vae import check_mask_ratio
+
+TIME_BINS = 5
+COLLAPSE = 0.1
+"""Share of its first value below which the latent variance is a sign of collapse."""
+
+
+@dataclass(kw_only=True)
+class JointConfig(StageConfig):
+    """Settings of stage 2; the defaults are the released code's."""
+
+    lr: float = 1e-4
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    """Size of the denoiser."""
+    latent_norm: bool = False
+    """Normalises each atom's latents (layer norm without parameters) before the flow. Off as
+    published: a softplus leaves them with a mean and a scale."""
+    reconstruct: Reconstruct = field(
+        default_factory=lambda: Reconstruct(atoms=0.0, coords=0.0, lattice=0.0)
+    )
+    """Weights of reconstruction losses kept in this stage, decoded from the flow's latents. All 0
+    as published; the paper's Table 10 tries them."""
+    mask_ratio: float = 0.0
+    """Share of the atoms whose element is hidden. 0 as published; then the element loss, where it
+    is kept, counts all atoms."""
+
+    def __post_init__(self) -> None:
+        check_mask_ratio(self.mask_ratio)
+
+
+@STAGES.register("joint")
+class JointStage(Stage):
+    """Encoder → latents Z1 → flow matching with a DiT that predicts Z1.
+
+    Z1 is the encoder's deterministic output, before any bottleneck, and is not detached: gradient
+    reaches the encoder through the target and through Zt. So the loss falls when the latents
+    shrink, and must not select checkpoints; `latent_variance` is watched instead.
+
+    Terms: `flow`, `flow_t/0.0-0.2` … `flow_t/0.8-1.0` (the same by time), `latent_variance` (mean
+    over channels of the variance over the atoms of a batch), and kept reconstruction losses.
+    """
+
+    Config = JointConfig
+    name = "joint"
+    min_atoms = 2  # a single atom has no noise left after centring, hence nothing to denoise
+
+    first_variance: Tensor
+
+    def __init__(self, config: JointConfig, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.denoiser = DiT(config.dit, encoder.dim)
+        self.heads = ReconstructionHeads(
+            encoder.dim, config.reconstruct, masked_only=config.mask_ratio > 0
+        )
+        self.weights = {"flow": 1.0, **config.reconstruct.active()}
+        self.register_buffer("first_variance", torch.zeros(()))  # 0: not seen yet
+
+    def transform(self) -> Transform | None:
+        return MaskAtoms(self.config.mask_ratio) if self.config.mask_ratio > 0 else None
+
+    def forward(self, batch: CrystalBatch) -> dict[str, Term]:
+        z1 = self.encoder(batch).float()
+        if self.config.latent_norm:
+            z1 = F.layer_norm(z1, z1.shape[1:])
+        losses, t = flow_losses(self.denoiser, z1, batch.key, batch.batch, batch.ptr)
+        terms = {name: Term(*pair) for name, pair in self.heads(z1, batch).items()}
+        return {
+            "flow": Term(losses.sum(), losses.new_full((), len(losses))),
+            **terms,
+            **_by_time(losses.detach(), t),
+            "latent_variance": _variance(z1.detach()),
+        }
+
+    def warnings(self, means: Mapping[str, float]) -> list[str]:
+        variance = means.get("latent_variance")
+        if variance is None:
+            return []
+        first = float(self.first_variance)
+        if first == 0:
+            self.first_variance.fill_(variance)
+        elif variance < COLLAPSE * first:
+            return [
+                f"the latents are collapsing: their variance is {variance:.3g}, "
+                f"{variance / first:.0%} of the first value {first:.3g}; "
+                "lower the learning rate or set latent_norm=true"
+            ]
+        return []
+
+
+def _by_time(losses: Tensor, t: Tensor) -> dict[str, Term]:
+    """Losses [B] averaged apart for each fifth of the times [B]."""
+    bins = torch.arange(TIME_BINS, device=t.device)
+    inside = ((t[:, None] * TIME_BINS).long() == bins).float()
+    sums, counts = (inside * losses[:, None]).sum(0), inside.sum(0)
+    return {
+        f"flow_t/{i / TIME_BINS:.1f}-{(i + 1) / TIME_BINS:.1f}": Term(sums[i], counts[i])
+        for i in range(TIME_BINS)
+    }
+
+
+def _variance(latents: Tensor) -> Term:
+    """Mean over channels of the variance over atoms, of this rank's part of the batch."""
+    one = latents.new_ones(())
+    return Term(latents.var(dim=0, correction=0).mean(), one)

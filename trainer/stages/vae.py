@@ -1,0 +1,73 @@
+"""Stage 1 of CrysLDNet: the encoder as a variational autoencoder of partly masked crystals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from datapipe.schema import CrystalBatch
+from datapipe.transforms import MaskAtoms, Transform
+from models.encoders.base import Encoder
+from models.vae import Posterior, Reconstruct, ReconstructionHeads, posterior_noise
+from trainer.stage import STAGES, Stage, StageConfig, Term
+
+
+@dataclass(kw_only=True)
+class VAEConfig(StageConfig):
+    """Settings of stage 1; the defaults are the released code's."""
+
+    mask_ratio: float = 0.3
+    """Share of the atoms whose element is hidden; the element loss counts these. 0 hides none and
+    counts all."""
+    kl_weight: float = 1e-5
+    """Weight of the divergence, summed over channels, averaged over atoms."""
+    reconstruct: Reconstruct = field(default_factory=Reconstruct)
+    """Weights of the reconstruction losses."""
+    latent_dim: int | None = None
+    """Width of the latents; None is the encoder's."""
+
+    def __post_init__(self) -> None:
+        check_mask_ratio(self.mask_ratio)
+        if not self.kl_weight >= 0:
+            raise ValueError(f"kl_weight must not be negative, got {self.kl_weight}")
+        if not self.reconstruct.active():
+            raise ValueError("stage vae needs a positive weight in reconstruct")
+
+
+def check_mask_ratio(ratio: float) -> None:
+    """Raises ValueError unless the share of masked atoms is in [0, 1]."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"mask_ratio must be in [0, 1], got {ratio}")
+
+
+@STAGES.register("vae")
+class VAEStage(Stage):
+    """Encoder → Gaussian latents → elements, coordinates, lattice.
+
+    Terms: `atoms`, `coords`, `lattice` (those with a weight), `kl`, `atom_accuracy`. Latents are
+    sampled in validation too.
+    """
+
+    Config = VAEConfig
+    name = "vae"
+    min_atoms = 2
+
+    def __init__(self, config: VAEConfig, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.latent_dim = config.latent_dim or encoder.dim
+        self.posterior = Posterior(encoder.dim, self.latent_dim)
+        self.heads = ReconstructionHeads(
+            self.latent_dim, config.reconstruct, masked_only=config.mask_ratio > 0
+        )
+        self.weights = {**config.reconstruct.active(), "kl": config.kl_weight}
+
+    def transform(self) -> Transform | None:
+        return MaskAtoms(self.config.mask_ratio) if self.config.mask_ratio > 0 else None
+
+    def forward(self, batch: CrystalBatch) -> dict[str, Term]:
+        latents = self.posterior(self.encoder(batch))
+        z = latents.sample(posterior_noise(batch, self.latent_dim))
+        kl = latents.kl()
+        terms = {name: Term(*pair) for name, pair in self.heads(z, batch).items()}
+        return {**terms, "kl": Term(kl.sum(), kl.new_full((), len(kl)))}
