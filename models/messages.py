@@ -1,0 +1,288 @@
+"""Messages of attention layers as one function each: gather, message, gate, segment sum.
+
+A fused kernel can replace a whole function (`op.on("cuda")`). The definitions here are written for
+CPU: one `autograd.Function` that walks blocks of edges whose buffers stay in the cache, keeps only
+what a matrix product made and recomputes the rest in the backward pass.
+
+No concatenation over edges: a weight on [x_target; x_source; feature] is applied to nodes and to
+distinct features beforehand, and an edge adds up three rows (`ops.gather_sum`).
+
+Letters in shapes: N nodes, E edges, R rows of the edge features, D channels, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.norm import BatchNorm, moments
+from models.ops import Block, Edges, Op
+
+_BLOCK = 1 << 18
+"""Elements of a block's largest buffer on CPU: 1 MB in fp32."""
+
+silu_backward = torch.ops.aten.silu_backward
+sigmoid_backward = torch.ops.aten.sigmoid_backward
+layer_norm_backward = torch.ops.aten.native_layer_norm_backward
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in fp32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@Op
+def comformer_messages(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_out: nn.Linear,
+    value_out: nn.Linear,
+    norm: BatchNorm,
+    edges: Edges,
+) -> Tensor:
+    """Summed messages of the ComFormer node layer, [N, D], fp32 or wider.
+
+        key = key_out(silu(gather_sum(keys)));  value = value_out(silu(gather_sum(values)))
+        message = value · sigmoid(norm(query_target · key)),  summed with multiplicities
+
+    Args:
+        query: [N, D], already divided by sqrt(D).
+        keys, values: [2N+R, D] tables, see `ops.gather_sum`.
+        norm: over all equal edges of the batch; its running statistics are updated in training.
+    """
+    return _ComformerMessages.apply(
+        query,
+        keys,
+        values,
+        key_out.weight,
+        key_out.bias,
+        value_out.weight,
+        value_out.bias,
+        norm.weight,
+        norm.bias,
+        norm,
+        edges,
+    )
+
+
+class _ComformerMessages(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, keys, values, wk, bk, wv, bv, gamma, beta, norm, edges):
+        blocks = edges.blocks(_BLOCK // query.shape[1])
+        with torch.autocast(query.device.type, enabled=False):
+            query, weight = _wide(query), edges.weight.to(_wide(query).dtype)
+            key, value = (t.new_empty(len(edges), t.shape[1]) for t in (keys, values))
+            parts = []
+            for b in blocks:
+                for out, table, w, bias in ((key, keys, wk, bk), (value, values, wv, bv)):
+                    hidden = F.silu(b.gather(table), inplace=True)
+                    torch.addmm(bias.to(hidden), hidden, w.t().to(hidden), out=out[b.edges])
+                if norm.training:
+                    score = query.index_select(0, b.target).mul_(key[b.edges])
+                    parts.append(moments(score, weight[b.edges]))
+            standard = norm.standard(parts, weight)
+            scale = standard.rstd * gamma
+            shift = beta - standard.mean * scale
+            summed = torch.empty_like(query)
+            for b in blocks:
+                score = query.index_select(0, b.target).mul_(key[b.edges])
+                gate = torch.addcmul(shift, score, scale).sigmoid_()
+                summed[b.nodes] = b.into(gate.mul_(value[b.edges]))
+        ctx.save_for_backward(query, keys, values, wk, wv, gamma, beta, key, value)
+        ctx.edges, ctx.standard = edges, standard
+        return summed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        query, keys, values, wk, wv, gamma, beta, key, value = ctx.saved_tensors
+        edges, (mean, rstd, share, _) = ctx.edges, ctx.standard
+        blocks = edges.blocks(_BLOCK // query.shape[1])
+        offset = -mean * rstd
+        dgate = torch.empty_like(query.new_empty(key.shape))  # before the sigmoid
+        sums = torch.zeros_like(torch.stack([gamma, beta]).to(query))
+        dquery = torch.empty_like(query)
+        mlp_value, mlp_key = _HiddenGrad(values, wv, edges), _HiddenGrad(keys, wk, edges)
+
+        def standard_score(b):
+            score = query.index_select(0, b.target).mul_(key[b.edges])
+            return torch.addcmul(offset, score, rstd)
+
+        with torch.autocast(query.device.type, enabled=False):
+            for b in blocks:
+                score = standard_score(b)
+                gate = torch.addcmul(beta, score, gamma).sigmoid_()
+                dmessage = b.spread(grad)
+                block = torch.mul(dmessage, value[b.edges], out=dgate[b.edges])
+                sigmoid_backward(block, gate, grad_input=block)
+                sums[0] += block.sum(0)
+                sums[1] += score.mul_(block).sum(0)
+                mlp_value.add(b, dmessage.mul_(gate))
+            first, second = ctx.standard.sum_over_ranks(sums.clone())
+            for b in blocks:
+                score = standard_score(b)
+                dscore = score.mul_(second).add_(first).mul_(share[b.edges, None])
+                dscore = torch.sub(dgate[b.edges], dscore, out=dscore).mul_(gamma * rstd)
+                dquery[b.nodes] = b.total(dscore * key[b.edges])
+                mlp_key.add(b, dscore.mul_(query.index_select(0, b.target)))
+        dkeys, dwk, dbk = mlp_key.result()
+        dvalues, dwv, dbv = mlp_value.result()
+        return dquery, dkeys, dvalues, dwk, dbk, dwv, dbv, sums[1], sums[0], None, None
+
+
+class _HiddenGrad:
+    """Backward of `silu(gather_sum(table)) @ weight.t() + bias`, block by block."""
+
+    def __init__(self, table, weight, edges: Edges) -> None:
+        self.table, self.weight, self.edges = table, weight.to(table.dtype), edges
+        self.hidden = table.new_empty(len(edges), table.shape[1])
+        self.dweight = torch.zeros_like(_wide(weight))
+        self.dbias = self.dweight.new_zeros(len(weight))
+
+    def add(self, block: Block, grad: Tensor) -> None:
+        """`grad` [e, D] of the block's output."""
+        self.dbias += grad.sum(0)
+        grad = grad.to(self.table.dtype)
+        hidden = block.gather(self.table)
+        if grad.dtype == self.dweight.dtype:
+            self.dweight.addmm_(grad.t(), F.silu(hidden))
+        else:
+            self.dweight += grad.t() @ F.silu(hidden)
+        silu_backward(grad @ self.weight, hidden, grad_input=self.hidden[block.edges])
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of table, weight, bias."""
+        return self.edges.gather.transpose(self.hidden), self.dweight, self.dbias
+
+
+@Op
+def matformer_messages(
+    query: Tensor,
+    key: Tensor,
+    feature_key: Tensor,
+    values: Tensor,
+    gate_norm: nn.LayerNorm,
+    message: nn.Linear,
+    message_norm: nn.LayerNorm,
+    edges: Edges,
+) -> Tensor:
+    """Summed messages of the Matformer layer, [N, H, C], fp32 or wider.
+
+        score = query_target · [key_target; key_source; feature_key]
+        message = message_norm(message(gather_sum(values) · sigmoid(gate_norm(score))))
+
+    summed with multiplicities; all parameters are shared by the heads.
+
+    Args:
+        query: [N, H, C], already divided by sqrt(3C). key: [N, H, C]. feature_key: [R, H, C].
+        values: [2N+R, H·3C] table, see `ops.gather_sum`.
+    """
+    return _MatformerMessages.apply(
+        query,
+        key,
+        feature_key,
+        values,
+        gate_norm.weight,
+        gate_norm.bias,
+        message.weight,
+        message.bias,
+        message_norm.weight,
+        message_norm.bias,
+        gate_norm.eps,
+        edges,
+    )
+
+
+class _MatformerMessages(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, feature, values, wg, bg, wm, bm, wn, bn, eps, edges):
+        _, heads, width = query.shape
+        ctx.heads, ctx.eps, ctx.edges = heads, eps, edges
+        with torch.autocast(query.device.type, enabled=False):
+            query, key, feature = (_wide(x.flatten(1)) for x in (query, key, feature))
+            wg, bg, wn, bn = (p.to(query) for p in (wg, bg, wn, bn))
+            product = values.new_empty(len(edges) * heads, width)
+            summed = torch.empty_like(query)
+            own = query * key
+            for b in edges.blocks(_BLOCK // values.shape[1]):
+                *_, score = _scores(query, key, feature, own, edges, b, heads)
+                gate = F.layer_norm(score, score.shape[-1:], wg, bg, eps).sigmoid_()
+                update = gate.mul_(b.gather(values).view_as(gate)).flatten(0, 1).to(values)
+                rows = product[b.edges.start * heads : b.edges.stop * heads]
+                torch.addmm(bm.to(update), update, wm.t().to(update), out=rows)
+                messages = F.layer_norm(rows.to(query), (width,), wn, bn, eps)
+                summed[b.nodes] = b.into(messages.view(-1, heads * width))
+        ctx.save_for_backward(query, key, feature, values, wg, bg, wm, wn, bn, product)
+        return summed.view(-1, heads, width)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        query, key, feature, values, wg, bg, wm, wn, bn, product = ctx.saved_tensors
+        edges, heads, eps = ctx.edges, ctx.heads, ctx.eps
+        width = product.shape[1]
+        grad = grad.flatten(1)
+        own = query * key
+        dquery, down = torch.empty_like(query), torch.empty_like(query)
+        dkey, dfeature = (query.new_empty(len(edges), query.shape[1]) for _ in range(2))
+        dvalues = values.new_empty(len(edges), values.shape[1])
+        dparameters = [torch.zeros_like(_wide(p)) for p in (wg, bg, wm, wn, wn, bn)]
+        dwg, dbg, dwm, dbm, dwn, dbn = dparameters
+        with torch.autocast(query.device.type, enabled=False):
+            for b in edges.blocks(_BLOCK // values.shape[1]):
+                q, k, f, score = _scores(query, key, feature, own, edges, b, heads)
+                normed, mean, rstd = torch.native_layer_norm(score, score.shape[-1:], wg, bg, eps)
+                gate = normed.sigmoid_()
+                update = b.gather(values).view_as(gate).to(gate)
+
+                rows = product[b.edges.start * heads : b.edges.stop * heads].to(query)
+                dmessage = b.spread(grad).view(-1, width)
+                drows, *dnorm = _layer_norm_backward(dmessage, rows, wn, bn, eps)
+                dwn += dnorm[0]
+                dbn += dnorm[1]
+                dbm += drows.sum(0)
+                drows = drows.to(values)
+                dwm += drows.t() @ (update * gate).flatten(0, 1).to(values)
+                dproduct = (drows @ wm.to(values)).view_as(gate).to(gate)
+                torch.mul(dproduct, gate, out=dvalues[b.edges].view_as(gate))
+                dgate = sigmoid_backward(dproduct.mul_(update), gate)
+                dscore, *dnorm = layer_norm_backward(
+                    dgate, score, score.shape[-1:], mean, rstd, wg, bg, [True] * 3
+                )
+                dwg += dnorm[0]
+                dbg += dnorm[1]
+                first, second, third = dscore.split(width, -1)
+                down[b.nodes] = b.total(first.reshape(-1, heads * width))
+                torch.mul(second, q, out=dkey[b.edges].view_as(q))
+                torch.mul(third, q, out=dfeature[b.edges].view_as(q))
+                dquery[b.nodes] = b.total((second * k).addcmul_(third, f).flatten(1))
+        shape = (-1, heads, width)
+        return (
+            dquery.addcmul_(down, key).view(shape),
+            edges.from_source.transpose(dkey).addcmul_(down, query).view(shape),
+            edges.from_row.transpose(dfeature).view(shape),
+            edges.gather.transpose(dvalues),
+            *dparameters,
+            None,
+            None,
+        )
+
+
+def _scores(query, key, feature, own, edges: Edges, b: Block, heads: int):
+    """For the edges of a block, [e, H, C] each: query, source's key, feature key; and the score
+    [e, H, 3C]."""
+    q = query.index_select(0, b.target).view(len(b.target), heads, -1)
+    k = key.index_select(0, edges.source[b.edges]).view_as(q)
+    f = feature.index_select(0, edges.row[b.edges]).view_as(q)
+    o = own.index_select(0, b.target).view_as(q)
+    return q, k, f, torch.cat([o, q * k, q * f], dim=-1)
+
+
+def _layer_norm_backward(grad, x, weight, bias, eps):
+    """Gradients of x, weight and bias, with the statistics of x computed anew."""
+    _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return layer_norm_backward(grad, x, x.shape[-1:], mean, rstd, weight, bias, [True] * 3)

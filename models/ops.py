@@ -1,0 +1,286 @@
+"""Operations on packed graphs: gathers, segment sums, neighbour softmax, readout.
+
+Every gather and every segment sum is a product with a sparse matrix of ones or multiplicities
+whose transpose is known, so the backward pass is a segment sum too: no atomics, bit-equal reruns.
+What is here is the definition and the path on CPU; a faster twin for another device type is
+registered with `@op.on("cuda")`.
+
+Letters in shapes: A atoms, N nodes, E edges, B crystals, R rows of the edge features, D channels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datapipe.schema import CrystalBatch
+
+
+class Op:
+    """A function with a plain definition, and faster twins chosen by the first tensor's device."""
+
+    def __init__(self, plain: Callable[..., Tensor]) -> None:
+        functools.update_wrapper(self, plain)
+        self.plain = plain
+        self.twins: dict[str, Callable[..., Tensor]] = {}
+
+    def on(self, device_type: str) -> Callable[[Callable], Callable]:
+        """Decorator: the function is the twin for a device type such as "cuda"."""
+
+        def add(twin: Callable) -> Callable:
+            self.twins[device_type] = twin
+            return twin
+
+        return add
+
+    def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return self.twins.get(x.device.type, self.plain)(x, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class RowSum:
+    """Sparse matrix in CSR form: row r of its product with x is the sum of
+    weight[p] · x[index[p]] over p in ptr[r] … ptr[r+1]; no weight means one."""
+
+    index: Tensor
+    ptr: Tensor
+    weight: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product with x [n, D], [len(ptr) - 1, D]; no gradient."""
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        # Measured on CPU (15,000 edges, 512 channels): embedding_bag takes 1.0 ms for a segment
+        # sum, index_add_ 1.1 (unsorted 3.5), sparse CSR 4.1, segment_reduce and PyG's segment 9.9;
+        # for the sum of three gathers 3.1 ms against 12.5 by index_select and 19 by indexing.
+        return F.embedding_bag(
+            self.index, x, self.ptr, mode="sum", per_sample_weights=weight, include_last_offset=True
+        )
+
+
+@dataclass(frozen=True)
+class Incidence:
+    """A sparse matrix with its transpose, so that its product has a gradient."""
+
+    forward: RowSum
+    transpose: RowSum
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product with x [n, D]."""
+        return _Product.apply(x, self)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, matrix: Incidence) -> Tensor:
+        ctx.matrix = matrix
+        return matrix.forward(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        return ctx.matrix.transpose(grad.contiguous()), None
+
+
+def _order_by(index: Tensor, size: int) -> RowSum:
+    """Sums the entries of equal index: the transpose of a gather by `index` from `size` rows."""
+    ptr = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
+    torch.cumsum(torch.bincount(index, minlength=size), 0, out=ptr[1:])
+    return RowSum(index.argsort(stable=True), ptr)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of nodes with the edges into them."""
+
+    nodes: slice
+    edges: slice
+    target: Tensor
+    """Node of each edge of the block."""
+    gather: RowSum
+    """As `Edges.gather`, for the block's edges."""
+    into: RowSum
+    """As `Edges.into`, for the block's nodes, from the block's edges alone."""
+    total: RowSum
+    """The same without multiplicities."""
+    spread: RowSum
+    """Transpose of `into`, from the rows of all nodes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edges:
+    """Edges sorted by target node, with the sums over them in both directions. Made once per
+    batch; all layers share it."""
+
+    source: Tensor
+    """[E] node."""
+    target: Tensor
+    """[E] node, ascending."""
+    row: Tensor
+    """[E] row of the edge feature table."""
+    ptr: Tensor
+    """[N+1] first edge into each node, then E."""
+    count: Tensor
+    """[E] equal edges into one atom of the target."""
+    weight: Tensor
+    """[E] equal edges in the batch: the weight in batch statistics."""
+    rows: int
+    """R."""
+    _blocks: dict[int, list[Block]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, batch: CrystalBatch) -> Edges:
+        """The edges of a batch; their feature rows are the batch's distinct distances."""
+        source, target = batch.edge_index
+        return cls(
+            source=source,
+            target=target,
+            row=batch.edge_shell,
+            ptr=batch.edge_ptr,
+            count=batch.edge_count,
+            weight=batch.edge_count * batch.node_count[target],
+            rows=len(batch.distances),
+        )
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.ptr) - 1
+
+    @functools.cached_property
+    def _each(self) -> Tensor:
+        return torch.arange(len(self) + 1, device=self.ptr.device)
+
+    @functools.cached_property
+    def into(self) -> Incidence:
+        """[N, E]: multiplicity-weighted sum over the edges into each node."""
+        return Incidence(
+            RowSum(self._each[:-1], self.ptr, self.count),
+            RowSum(self.target, self._each, self.count),
+        )
+
+    @functools.cached_property
+    def from_target(self) -> Incidence:
+        """[E, N]: the target node's row."""
+        return Incidence(
+            RowSum(self.target, self._each), RowSum(self._each[:-1], self.ptr)
+        )
+
+    @functools.cached_property
+    def from_source(self) -> Incidence:
+        """[E, N]: the source node's row."""
+        return Incidence(
+            RowSum(self.source, self._each), _order_by(self.source, self.num_nodes)
+        )
+
+    @functools.cached_property
+    def from_row(self) -> Incidence:
+        """[E, R]: the edge's row of the feature table."""
+        return Incidence(RowSum(self.row, self._each), _order_by(self.row, self.rows))
+
+    @functools.cached_property
+    def gather(self) -> Incidence:
+        """[E, 2N+R]: target's row + source's row + feature row, from a table of N rows for
+        targets, N for sources and R for features."""
+        n, e = self.num_nodes, len(self)
+        index = torch.stack([self.target, self.source + n, self.row + 2 * n], dim=1)
+        parts = [x.transpose for x in (self.from_target, self.from_source, self.from_row)]
+        starts = [p.ptr[:-1] + i * e for i, p in enumerate(parts)]
+        return Incidence(
+            RowSum(index.flatten(), self._each * 3),
+            RowSum(
+                torch.cat([p.index for p in parts]),
+                torch.cat([*starts, self._each[-1:] * 3]),
+            ),
+        )
+
+    def blocks(self, size: int) -> list[Block]:
+        """Runs of whole nodes with at most about `size` edges each: on CPU the buffers of one
+        block then stay in the cache. Elsewhere one block holds everything."""
+        if size not in self._blocks:
+            cuts = self._cuts(size)
+            self._blocks[size] = [self._block(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return self._blocks[size]
+
+    def _cuts(self, size: int) -> list[int]:
+        if self.ptr.device.type != "cpu":
+            return [0, self.num_nodes]
+        cuts, ptr = [0], self.ptr.numpy()
+        while cuts[-1] < self.num_nodes:
+            end = int(ptr.searchsorted(ptr[cuts[-1]] + size, side="right")) - 1
+            cuts.append(max(end, cuts[-1] + 1))
+        return cuts
+
+    def _block(self, first: int, last: int) -> Block:
+        whole = first == 0 and last == self.num_nodes  # then the device need not be asked
+        start, end = (0, len(self)) if whole else (int(self.ptr[first]), int(self.ptr[last]))
+        edges, gather, spread = slice(start, end), self.gather.forward, self.into.transpose
+        each, ptr = self._each[: end - start + 1], self.ptr[first : last + 1] - start
+        return Block(
+            nodes=slice(first, last),
+            edges=edges,
+            target=self.target[edges],
+            gather=RowSum(gather.index[3 * start : 3 * end], each * 3),
+            into=RowSum(each[:-1], ptr, self.count[edges]),
+            total=RowSum(each[:-1], ptr),
+            spread=RowSum(spread.index[edges], each, self.count[edges]),
+        )
+
+
+@Op
+def gather_sum(table: Tensor, edges: Edges) -> Tensor:
+    """What an edge sees, [E, D]: the sum of its target's, its source's and its feature's row.
+
+    `table` [2N+R, D] holds N rows for targets, N for sources, R for features. With the blocks of
+    a weight matrix applied to nodes and features beforehand, this is the matrix applied to the
+    concatenation [x_target; x_source; feature], at the cost of a gather.
+    """
+    return edges.gather(table)
+
+
+@Op
+def gather_source(x: Tensor, edges: Edges) -> Tensor:
+    """Source node's row of x [N, D] for every edge, [E, D]."""
+    return edges.from_source(x)
+
+
+@Op
+def gather_target(x: Tensor, edges: Edges) -> Tensor:
+    """Target node's row of x [N, D] for every edge, [E, D]."""
+    return edges.from_target(x)
+
+
+@Op
+def segment_sum(messages: Tensor, edges: Edges) -> Tensor:
+    """Sum over the edges into each node, with multiplicities: [E, D] → [N, D]."""
+    return edges.into(messages)
+
+
+@Op
+def segment_softmax(scores: Tensor, edges: Edges) -> Tensor:
+    """Softmax over the edges into each node, [E, D] → [E, D], in fp32 or wider. An edge that
+    stands for c equal ones has the weight of one of them: Σ c · softmax = 1."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    top = scores.new_full((edges.num_nodes, scores.shape[1]), -torch.inf)
+    index = edges.target[:, None].expand_as(scores)
+    top = top.scatter_reduce(0, index, scores.detach(), "amax")
+    exp = torch.exp(scores - top[edges.target])
+    return exp / gather_target(segment_sum(exp, edges), edges)
+
+
+@Op
+def mean_readout(x: Tensor, batch: CrystalBatch) -> Tensor:
+    """Mean over the atoms of each crystal from node rows x [N, D], [B, D], in fp32 or wider."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    atoms = batch.ptr.diff().to(x.dtype)
+    share = batch.node_count.to(x.dtype) / atoms[batch.node_batch]
+    each = torch.arange(len(x) + 1, device=x.device)
+    return Incidence(
+        RowSum(each[:-1], batch.node_ptr, share), RowSum(batch.node_batch, each, share)
+    )(x)
