@@ -109,7 +109,7 @@ def prototype_crystal(index: int, seed: int = 0) -> Crystal:
     kind, ions = _choice(index, seed)
     rng = np.random.default_rng([seed, index])
     strain = np.eye(3)
-    shift = np.zeros((len(kind.site), 3))
+    shift: np.ndarray = np.zeros((len(kind.site), 3))
     lattice = kind.lattice * kind.scale(np.array([ion.radius for ion in ions]), _charges(ions))
     lattice = lattice * (_STRETCH[0] + rng.random() * (_STRETCH[1] - _STRETCH[0]))
     if rng.random() < 0.5:

@@ -21,7 +21,7 @@ WIDTH = 8.0
 """Inches: every figure is 1200 pixels wide."""
 
 TRAIN, VAL = "#3b6ea8", "#d1662a"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 12,
     "axes.titlesize": 13,
     "axes.labelsize": 12,
@@ -112,7 +112,7 @@ def learning_curves(
     names = sorted(quantities, key=lambda q: (q == "lr", q != "loss", not q.startswith("mae/")))
     columns = 2 if len(names) <= 4 else 3
     rows = -(-len(names) // columns)
-    with matplotlib.rc_context({**_STYLE, **({"font.size": 10} if columns == 3 else {})}):
+    with matplotlib.rc_context(_STYLE | {"font.size": 12 if columns == 2 else 10}):
         figure = _figure(2.9 * rows if columns == 2 else 2.4 * rows)
         grid = figure.add_gridspec(rows, columns)
         spare = rows * columns - len(names) if columns == 2 else 0  # the first panel is then wide
