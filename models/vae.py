@@ -10,6 +10,7 @@ Letters in shapes: A atoms, B crystals, D width of the encoder, L width of the l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,9 @@ Sum = tuple[Tensor, Tensor]
 """A quantity to be averaged: sum and count, scalar fp32 tensors."""
 
 
-@dataclass(frozen=True)
-class Gaussian:
-    """Independent normal distributions with `mean` and log-variance `logvar`, both [A, L]."""
+class Gaussian(NamedTuple):
+    """Independent normal distributions with `mean` and log-variance `logvar`, both [A, L]. A tuple,
+    because ZeRO-3 must find the tensors in what a module returns."""
 
     mean: Tensor
     logvar: Tensor
