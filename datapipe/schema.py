@@ -90,6 +90,7 @@ class CrystalBatch:
     | edge_vector | [E, 3] | float32 | displacement target minus source in Å; None unless asked for |
     | targets | name → [B] | float32 | labels in physical units, NaN where missing |
     | ids | B strings | | crystal ids |
+    | filler | flag | bool | the crystals only keep this rank in step: nothing of them counts |
     """
 
     numbers: Tensor
@@ -114,6 +115,7 @@ class CrystalBatch:
     edge_vector: Tensor | None = None
     targets: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     ids: list[str] = dataclasses.field(default_factory=list)
+    filler: bool = False
 
     @property
     def num_crystals(self) -> int:
@@ -191,6 +193,8 @@ def concat(parts: Sequence[CrystalBatch]) -> CrystalBatch:
         name, values = x.name, [getattr(p, x.name) for p in parts]
         if name == "ids":
             out[name] = [i for ids in values for i in ids]
+        elif name == "filler":
+            out[name] = all(values)
         elif name == "targets":
             out[name] = {k: torch.cat([v[k] for v in values]) for k in values[0]}
         elif values[0] is None:

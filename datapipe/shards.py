@@ -226,6 +226,8 @@ class _OpenShard:
         self.tar = TarWriter(self, encoder=False, mtime=0)
 
     def write(self, data: bytes) -> int:  # what the tar library calls
+        if self._file.closed:  # it flushes once more when an aborted shard is collected
+            return len(data)
         self._digest.update(data)
         self.bytes += len(data)
         return self._file.write(data)

@@ -1,0 +1,224 @@
+"""What a loader worker does: reads its lanes, builds graphs, packs its part of every step."""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from datapipe.crystal import BadCrystal, Crystal, crystal_key
+from datapipe.graph import Neighbours, neighbours, pack
+from datapipe.plan import Plan
+from datapipe.schema import CrystalBatch, GraphSpec
+from datapipe.shards import Dataset
+from datapipe.transforms import Sample, Transform
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A crystal that could not be used."""
+
+    item: int
+    reason: str
+    """One line that names shard, entry and, where it could be read, the id."""
+
+
+@dataclass
+class Part:
+    """What a worker has made of its lanes' crystals of one step."""
+
+    end: int
+    """Position behind the step."""
+    batch: CrystalBatch | dict | None
+    """None: it had no usable crystal. A dict is a batch on the wire."""
+    bad: list[Quarantined]
+
+    def to_wire(self) -> Part:
+        """The same with numpy arrays: in one message these travel several times faster between
+        processes than torch's one shared-memory file per tensor."""
+        if not isinstance(self.batch, CrystalBatch):
+            return self
+        return replace(self, batch=_convert(vars(self.batch), Tensor, Tensor.numpy))
+
+
+@dataclass
+class Failure:
+    """Why a worker stopped."""
+
+    message: str
+    is_bug: bool
+
+    def error(self) -> Exception:
+        """What the training process raises."""
+        return RuntimeError(self.message) if self.is_bug else ValueError(self.message)
+
+
+class Reader(IterableDataset):
+    """What runs in a worker: reads its lanes and packs its part of every step."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: Plan,
+        spec: GraphSpec,
+        *,
+        rank: int,
+        seed: int,
+        transform: Transform | None,
+        targets: Sequence[str],
+        quotient: bool,
+        keep: bool,
+        cache_bytes: int,
+    ) -> None:
+        self.dataset, self.plan, self.spec, self.quotient = dataset, plan, spec, quotient
+        self.rank, self.seed, self.transform, self.targets = rank, seed, transform, list(targets)
+        self.start = torch.zeros(1, dtype=torch.int64).share_memory_()
+        """Position where the next iteration starts; living workers see it change."""
+        self._kept: dict[int, Crystal | BadCrystal] | None = {} if keep else None
+        self._graphs = _Cache(cache_bytes)
+
+    def __iter__(self) -> Iterator[Part | Failure]:
+        worker = get_worker_info()
+        if worker is None:
+            yield from self._parts(0, 1)
+            return
+        try:
+            for part in self._parts(worker.id, worker.num_workers):
+                yield part.to_wire()
+        except ValueError as error:
+            yield Failure(str(error), is_bug=False)
+        except Exception as error:
+            text = traceback.format_exc()
+            yield Failure(
+                f"the loader failed: {type(error).__name__}: {error}\n{text}", is_bug=True
+            )
+
+    def _parts(self, worker: int, workers: int) -> Iterator[Part]:
+        position = int(self.start)
+        lanes = range(*self.plan.lanes_of(self.rank, worker, workers))
+        sources = [self._lane(position, lane) for lane in lanes]
+        for end in self.plan.steps(position):
+            samples: list[tuple[Sample, Neighbours]] = []
+            bad: list[Quarantined] = []
+            for lane, source in zip(lanes, sources, strict=True):
+                for _ in range(self.plan.taken(end, lane) - self.plan.taken(position, lane)):
+                    try:
+                        samples.append(self._prepare(*next(source)))
+                    except _Unusable as error:
+                        bad.append(error.entry)
+            yield Part(end, self._pack(samples), bad)
+            position = end
+
+    def _lane(self, position: int, lane: int) -> Iterator[tuple[int, int, Crystal | BadCrystal]]:
+        """Epoch, item and crystal of a lane from `position` on."""
+        for epoch, items in self.plan.windows(position, lane):
+            found = self._read(items.tolist())
+            for item in items.tolist():
+                yield epoch, item, found[item]
+
+    def _read(self, items: list[int]) -> Mapping[int, Crystal | BadCrystal]:
+        if self._kept is None:
+            return dict(self.dataset.read(sorted(items)))
+        if any(item not in self._kept for item in items):
+            # A shuffled set is read as a whole: every lane's items lie all over it.
+            wanted = self.plan.items.tolist() if self.plan.shuffle else sorted(items)
+            self._kept.update(self.dataset.read(wanted))
+        return self._kept
+
+    def _prepare(
+        self, epoch: int, item: int, found: Crystal | BadCrystal
+    ) -> tuple[Sample, Neighbours]:
+        """A crystal as its epoch shows it, with its geometry."""
+        if isinstance(found, BadCrystal):
+            raise _Unusable(item, str(found))
+        key = crystal_key(self.seed, epoch, found.id)
+        sample = Sample.clean(found, key)
+        if self.transform is not None:
+            sample = self.transform(sample, np.random.default_rng(key))
+        try:
+            if sample.seen is not found:
+                return sample, neighbours(sample.seen, self.spec)
+            graph = self._graphs.get(item)
+            if graph is None:
+                graph = neighbours(found, self.spec)
+                self._graphs.put(item, graph, graph.nbytes)
+            return sample, graph
+        except ValueError as error:
+            raise _Unusable(item, f"{self.dataset.where(item)}, {found.id}: {error}") from None
+
+    def _pack(self, samples: list[tuple[Sample, Neighbours]]) -> CrystalBatch | None:
+        if not samples:
+            return None
+        shown, graphs = zip(*samples, strict=True)
+        return pack(shown, graphs, self.spec, self.targets, self.quotient)
+
+    def filler(self) -> CrystalBatch:
+        """The first usable crystal of the selection, marked as filler."""
+        for item, found in self.dataset.read(self.plan.items[:1000]):
+            try:
+                batch = self._pack([self._prepare(0, item, found)])
+            except _Unusable:
+                continue
+            assert batch is not None
+            return replace(batch, filler=True)
+        raise ValueError(f"{self.dataset.root}: none of the first 1000 crystals can be used")
+
+
+class _Unusable(Exception):
+    """Carries a crystal into quarantine."""
+
+    def __init__(self, item: int, reason: str) -> None:
+        self.entry = Quarantined(item, reason)
+
+
+class _Cache:
+    """Keeps what was used last, up to a number of bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.size = limit, 0
+        self._items: OrderedDict[int, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: int) -> Any:
+        if key not in self._items:
+            return None
+        self._items.move_to_end(key)
+        return self._items[key][0]
+
+    def put(self, key: int, value: Any, size: int) -> None:
+        size += 1000  # the objects around the arrays
+        self._items[key] = value, size
+        self.size += size
+        while self.size > self.limit:
+            self.size -= self._items.popitem(last=False)[1][1]
+
+
+def _convert(values: Mapping[str, Any], kind: type, to: Callable) -> dict[str, Any]:
+    return {
+        k: _convert(v, kind, to) if isinstance(v, dict) else to(v) if isinstance(v, kind) else v
+        for k, v in values.items()
+    }
+
+
+def from_wire(batch: CrystalBatch | dict) -> CrystalBatch:
+    """A part's batch with tensors."""
+    if isinstance(batch, CrystalBatch):
+        return batch
+    return CrystalBatch(**_convert(batch, np.ndarray, torch.from_numpy))
+
+
+def as_is(part: Any) -> Any:
+    """Keeps the data loader from converting what a worker made."""
+    return part
+
+
+def leave_interrupts(worker: int) -> None:
+    """Ctrl-C is for the training process, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,19 @@
+"""Crystals for tests: small, random, deterministic."""
+
+import numpy as np
+import pytest
+
+from datapipe.crystal import Crystal
+
+
+def make_crystal(rng, n, id="crystal", targets=None):
+    """A random crystal with n atoms in a skewed cell of about 15 Å³ per atom."""
+    cell = np.eye(3) + rng.uniform(-0.3, 0.3, (3, 3))
+    cell *= (15 * n / abs(np.linalg.det(cell))) ** (1 / 3)
+    return Crystal.create(id, rng.integers(1, 95, n), rng.random((n, 3)), cell, targets)
+
+
+@pytest.fixture(scope="session")
+def random_crystal():
+    """The function `random_crystal(rng, n, id="crystal", targets=None) -> Crystal`."""
+    return make_crystal
