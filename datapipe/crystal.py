@@ -13,7 +13,12 @@ from datapipe.schema import MAX_Z
 
 
 class BadCrystal(ValueError):
-    """A structure that cannot be used; the message says why in one line."""
+    """A structure that cannot be used; the message says why in one line, `reason` in a word or two
+    that counts are kept under."""
+
+    def __init__(self, message: str, reason: str = "unusable structure") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,10 @@ class Crystal:
         if not (np.isfinite(frac).all() and np.isfinite(cell).all()):
             raise BadCrystal("coordinates or lattice are not finite numbers")
         if z.min() < 1 or z.max() > MAX_Z:
-            raise BadCrystal(f"unknown element: atomic numbers must be 1..{MAX_Z}, got {z.tolist()}")
+            raise BadCrystal(
+                f"unknown element: atomic numbers must be 1..{MAX_Z}, got {z.tolist()}",
+                "unknown element",
+            )
         volume = np.linalg.det(cell)
         if abs(volume) < 1e-3:
             raise BadCrystal(f"the cell is flat: volume {abs(volume):.2g} Å³")
@@ -105,12 +113,13 @@ class Crystal:
                 raise BadCrystal(
                     f"partial occupancy at site {i} ({site.species_string}): "
                     "give an ordered structure (for example by pymatgen's OrderDisordered"
-                    "StructureTransformation)"
+                    "StructureTransformation)",
+                    "partial occupancy",
                 )
             number = getattr(site.specie, "Z", None)
             symbol = getattr(site.specie, "symbol", str(site.specie))
             if number is None or symbol.startswith("X") and symbol != "Xe":
-                raise BadCrystal(f"unknown element {symbol!r} at site {i}")
+                raise BadCrystal(f"unknown element {symbol!r} at site {i}", "unknown element")
             numbers.append(int(number))
         return cls.create(id, numbers, structure.frac_coords, structure.lattice.matrix, targets)
 

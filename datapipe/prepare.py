@@ -1,0 +1,418 @@
+"""From files of crystals to a data set: read, filter, split, write.
+
+Two passes over the input, so that memory is flat: the first only looks at ids and labels and
+decides the splits; the second parses in parallel and writes shards as results come.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from datapipe import splits
+from datapipe.crystal import Crystal
+from datapipe.filters import Filters, describe
+from datapipe.manifest import SPLITS, Manifest
+from datapipe.shards import DatasetWriter
+from datapipe.sources import (
+    UNITS,
+    Failure,
+    Options,
+    Raw,
+    Reading,
+    read_raw,
+    resolve,
+)
+from datapipe.sources.base import nearest
+from datapipe.sources.parallel import Workers
+from datapipe.sources.parse import is_labelled
+
+DROPPED = "dropped.csv"
+
+_LOOKED_AT = 1000
+"""Records whose fields are listed when a target is unknown."""
+
+_SHOWN = 10
+"""Examples shown of a long list."""
+
+
+@dataclass(kw_only=True)
+class PrepareConfig:
+    """Settings of `prepare`."""
+
+    input: str = ""
+    """File, archive, folder or data set with the crystals; or "prototypes" (synthetic)."""
+    train: str = ""
+    """Input of the training split, in place of `input`, where the splits are files."""
+    val: str = ""
+    """Input of the validation split."""
+    test: str = ""
+    """Input of the test split."""
+    output: str = ""
+    """Directory of the data set; new or empty."""
+    format: str = "auto"
+    """Reader or data set by name; "auto" goes by what the input looks like."""
+    targets: list[str] = field(default_factory=list)
+    """Labels to keep, by their names in the input; none for pretraining."""
+    units: dict[str, str] = field(default_factory=dict)
+    """Units of targets, where they are not known from their names."""
+    id_column: str | None = None
+    """Column or field of the id; None guesses."""
+    structure_column: str | None = None
+    """Column or field of the structure; None guesses."""
+    size: int = 2000
+    """Number of crystals with input=prototypes."""
+    split: str | None = None
+    """ratio, count, ids, file, published-123, or keep (input is a data set); None: the one whose
+    settings are given, else keep for a data set and ratio for anything else."""
+    ratio: list[float] | None = None
+    """Shares of train, val, test; None: [0.8, 0.1, 0.1]."""
+    n_train: int | None = None
+    """Training records; None takes what val and test leave."""
+    n_val: int | None = None
+    """Validation records."""
+    n_test: int | None = None
+    """Test records."""
+    split_ids: str | None = None
+    """JSON file {train: [ids], val: …, test: …}, or folder of train.txt, val.txt, test.txt."""
+    split_target: str | None = None
+    """Label that published-123 goes by; None: the only target."""
+    seed: int = 123
+    """Seed of the shuffle of ratio and count, and of prototypes."""
+    filters: Filters = field(default_factory=Filters)
+    """Which crystals to keep."""
+    on_bad: str = "drop"
+    """drop: leave bad crystals out and list them in dropped.csv; error: stop at the first."""
+    shard_size: int = 1000
+    """Crystals in a shard."""
+    workers: int = 0
+    """Processes that parse; 0: one for each core."""
+    progress: bool = True
+    """Whether to show progress bars."""
+    dry_run: bool = False
+    """Only say what would be done."""
+
+    def __post_init__(self) -> None:
+        if self.on_bad not in ("drop", "error"):
+            raise ValueError(f"on_bad must be drop or error, got {self.on_bad!r}")
+        if self.split is not None and self.split not in splits.RULES:
+            raise ValueError(f"unknown split {self.split!r}: {nearest(self.split, splits.RULES)}")
+        for name in ("shard_size", "size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in self.units:
+            if name not in self.targets:
+                raise ValueError(f"units.{name}: no such target: {nearest(name, self.targets)}")
+
+
+def prepare(config: PrepareConfig) -> Manifest:
+    """Writes the data set that a config asks for. All of it appears at once; after an error or a
+    kill at any moment nothing does, and the same call can be made again.
+
+    Raises:
+        ValueError: an input cannot be read, a target or split setting does not fit it, the output
+            holds files; a bad crystal with `on_bad=error`; every crystal is dropped.
+    """
+    if not config.output:
+        raise ValueError("setting 'output' is required: the directory of the data set")
+    work = _Work.of(config)
+    reading = Reading(work.labels, config.filters)
+    with (  # processes first: they must not hold the writer's lock
+        Workers(reading, config.workers) as workers,
+        DatasetWriter(config.output, config.targets, work.units(), config.shard_size) as writer,
+    ):
+        scan = _scan(work)
+        codes = _assign(work, scan)
+        raws = _in_splits(work, scan, codes)
+        results = zip(codes.tolist(), workers.map(raws), strict=True)
+        bar = tqdm(results, "preparing", len(codes), unit=" crystals", disable=not config.progress)
+        dropped = _write(writer, bar, config)
+        return writer.finish(_provenance(work, scan, writer, dropped))
+
+
+def plan(config: PrepareConfig) -> str:
+    """What `prepare` would do, in words: the rule and the records of each split. Parses nothing."""
+    work = _Work.of(config)
+    codes = _assign(work, _scan(work))
+    counts = [f"{int((codes == code).sum())} {split}" for code, split in enumerate(SPLITS)]
+    return (
+        f"{len(codes)} records in {', '.join(f'{i} ({f})' for _, i, f in work.inputs)}\n"
+        f"split {work.rule}: {', '.join(counts)}, {int((codes == splits.NONE).sum())} in none"
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A config, checked and completed."""
+
+    config: PrepareConfig
+    inputs: list[tuple[str | None, str, str]]
+    """(split or None, path, format)."""
+    rule: str
+    labels: tuple[str, ...]
+    """Targets, and what filters look at."""
+
+    @classmethod
+    def of(cls, config: PrepareConfig) -> _Work:
+        files = [(s, getattr(config, s)) for s in SPLITS if getattr(config, s)]
+        if bool(files) == bool(config.input):
+            raise ValueError(
+                "give either input=… or train=…, val=…, test=… (the last two optional)"
+            )
+        inputs: list[tuple[str | None, str, str]] = [
+            (split, path, resolve(path, config.format)) for split, path in files
+        ]
+        default = "keep" if inputs[0][2] == "shards" else "ratio"
+        rule = splits.choose_rule(vars(config), config.split, default)
+        labels = dict.fromkeys([*config.targets, *config.filters.labels])
+        return cls(config, inputs, rule, tuple(labels))
+
+    def records(self) -> Iterator[Raw]:
+        """All records; those of a split's own file are marked with it."""
+        config = self.config
+        for split, path, format in self.inputs:
+            options = Options(
+                id_column=config.id_column,
+                structure_column=config.structure_column,
+                targets=tuple(config.targets),
+                prefix=split,
+                size=config.size,
+                seed=config.seed,
+            )
+            for raw in read_raw(path, format, options):
+                yield replace(raw, split=split) if split else raw
+
+    def units(self) -> dict[str, str]:
+        """Units of the targets: as the user says, else those of the source, else by name."""
+        known = dict(UNITS)
+        for _, path, format in self.inputs:
+            if format == "shards":
+                targets = Manifest.load(path).targets
+                known |= {name: t.unit for name, t in targets.items() if t.unit}
+        known |= self.config.units
+        return {name: known[name] for name in self.config.targets if name in known}
+
+
+@dataclass
+class _Scan:
+    """What the first pass learns."""
+
+    ids: list[str] = field(default_factory=list)
+    own: list[int] = field(default_factory=list)
+    """Code of the split a record brings along, or -1."""
+    labelled: list[bool] = field(default_factory=list)
+    """Whether a record has the label that the published rule goes by."""
+    duplicates: dict[int, int] = field(default_factory=dict)
+    """Number of a record whose id occurred before: number of the first with it."""
+
+
+def _scan(work: _Work) -> _Scan:
+    """Looks at ids and labels of all records.
+
+    Raises:
+        ValueError: a target that no record has; duplicate ids with `on_bad=error`.
+    """
+    config, scan = work.config, _Scan()
+    goes_by = config.split_target or next(iter(config.targets), None)
+    wanted = {*work.labels, *([config.split_target] if config.split_target else [])}
+    first: dict[str, int] = {}
+    fields: Counter[str] = Counter()
+    records = tqdm(work.records(), "scanning", unit=" records", disable=not config.progress)
+    for number, raw in enumerate(records):
+        if raw.id and first.setdefault(raw.id, number) != number:
+            scan.duplicates[number] = first[raw.id]
+        scan.ids.append(raw.id)
+        scan.own.append(SPLITS.index(raw.split) if raw.split else splits.NONE)
+        scan.labelled.append(goes_by is not None and is_labelled(raw.labels.get(goes_by)))
+        wanted = {w for w in wanted if w not in raw.labels} if wanted else wanted
+        if number < _LOOKED_AT:
+            fields.update(k for k, v in raw.labels.items() if _may_be_label(v))
+    for name in sorted(wanted):
+        where = ", ".join(path for _, path, _ in work.inputs)
+        has = nearest(name, fields) if fields else "its records have no labels"
+        raise ValueError(f"{where} has no target {name!r}: {has}")
+    if scan.duplicates and config.on_bad == "error":
+        ids = list(dict.fromkeys(scan.ids[n] for n in scan.duplicates))
+        more = ", …" if len(ids) > _SHOWN else ""
+        raise ValueError(
+            f"{len(ids)} ids occur more than once: {', '.join(ids[:_SHOWN])}{more}; make them "
+            "unique, or give on_bad=drop to keep the first of each"
+        )
+    return scan
+
+
+def _may_be_label(value: Any) -> bool:
+    if not isinstance(value, str):
+        return isinstance(value, int | float)
+    try:
+        float(value)
+    except ValueError:
+        return value.startswith("computed")
+    return True
+
+
+def _assign(work: _Work, scan: _Scan) -> np.ndarray:
+    """Split code of every record, [n] int8."""
+    config, n = work.config, len(scan.ids)
+    n_val, n_test = config.n_val or 0, config.n_test or 0
+    if work.rule == "ratio":
+        return splits.by_ratio(n, config.ratio or [0.8, 0.1, 0.1], config.seed)
+    if work.rule == "count":
+        return splits.by_count(n, config.n_train, n_val, n_test, config.seed)
+    if work.rule == "ids":
+        assert config.split_ids is not None
+        return splits.by_ids(scan.ids, splits.read_ids(config.split_ids))
+    if work.rule == "published-123":
+        if config.split_target is None and len(config.targets) != 1:
+            raise ValueError(
+                "split=published-123 goes by which records have a label: name it with "
+                f"split_target=…, one of {', '.join(config.targets) or 'the labels of the input'}"
+            )
+        counts = (config.n_train, n_val, n_test)
+        given = any(c is not None for c in (config.n_train, config.n_val, config.n_test))
+        return splits.published(np.array(scan.labelled), counts if given else None)
+    return np.array(scan.own, dtype=np.int8)
+
+
+def _in_splits(work: _Work, scan: _Scan, codes: np.ndarray) -> Iterator[Raw | Failure]:
+    """The records again, for parsing; those that are left out for sure are failures already."""
+    number = -1
+    for number, raw in enumerate(work.records()):
+        if number >= len(codes) or raw.id != scan.ids[number]:
+            raise ValueError(f"the input changed while it was read: {raw.where} is new")
+        if number in scan.duplicates:
+            message = f"the id of record {scan.duplicates[number] + 1}, which is kept"
+            yield Failure(raw.id, raw.where, "duplicate id", message)
+        elif codes[number] == splits.NONE:
+            yield Failure(raw.id, raw.where, "in no split", f"split {work.rule}", bad=False)
+        else:
+            labels = {name: raw.labels[name] for name in work.labels if name in raw.labels}
+            yield replace(raw, labels=labels)
+    if number + 1 < len(codes):
+        raise ValueError(f"the input changed while it was read: {scan.ids[number + 1]!r} is gone")
+
+
+def _write(
+    writer: DatasetWriter, results: Iterable[tuple[int, Crystal | Failure]], config: PrepareConfig
+) -> Counter[str]:
+    """Writes crystals to shards and failures to `dropped.csv`; returns how many were dropped, by
+    reason."""
+    dropped: Counter[str] = Counter()
+    examples: list[str] = []
+    with open(writer.directory / DROPPED, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["id", "source", "reason", "message"])
+        for code, result in results:
+            if isinstance(result, Crystal):
+                writer.add(SPLITS[code], result)
+                continue
+            if result.bad and config.on_bad == "error":
+                raise ValueError(f"{result}; mend it, or give on_bad=drop to leave it out")
+            table.writerow([result.id, result.where, result.reason, result.message])
+            dropped[result.reason] += 1
+            if len(examples) < 3:
+                examples.append(str(result))
+        file.flush()
+        os.fsync(file.fileno())
+    if not len(writer):
+        raise ValueError(
+            f"all {sum(dropped.values())} crystals were dropped ({reasons(dropped)}), for example "
+            + "; ".join(examples)
+        )
+    return dropped
+
+
+def _provenance(
+    work: _Work, scan: _Scan, writer: DatasetWriter, dropped: Counter[str]
+) -> dict[str, Any]:
+    config = work.config
+    settings = {s: getattr(config, s) for s in splits.RULES[work.rule] if s not in SPLITS}
+    if work.rule in ("ratio", "count"):
+        settings["seed"] = config.seed
+    if settings.get("split_ids"):
+        settings["split_ids"] = {
+            "name": Path(config.split_ids or "").name,
+            "sha256": _hash(Path(config.split_ids or "")),
+        }
+    return {
+        "sources": [_source(work, *one) for one in work.inputs],
+        "split": {"rule": work.rule, **{k: v for k, v in settings.items() if v is not None}},
+        "filters": dict(describe(config.filters)),
+        "records": len(scan.ids),
+        "kept": len(writer),
+        "dropped": dict(sorted(dropped.items())),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("ase", "numpy", "pymatgen")},
+        },
+    }
+
+
+def _source(work: _Work, split: str | None, path: str, format: str) -> dict[str, Any]:
+    """What identifies an input; paths stay out, for they say more of a machine than of data."""
+    out: dict[str, Any] = {"name": Path(path).name, "format": format}
+    if split:
+        out["split"] = split
+    if format == "prototypes":
+        return out | {"size": work.config.size, "seed": work.config.seed}
+    if format == "shards":
+        return out | {"fingerprint": Manifest.load(path).fingerprint}
+    return out | {"sha256": _hash(Path(path))}
+
+
+def _hash(path: Path) -> str:
+    """SHA-256 of a file; of a folder, that of the lines "<sha256>  <name>" of its files."""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{_hash(file)}  {file.relative_to(path).as_posix()}\n".encode())
+        return digest.hexdigest()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def reasons(dropped: Counter[str] | dict[str, int]) -> str:
+    """Counts of dropped crystals as text, the most frequent reason first."""
+    ordered = sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {reason}" for reason, count in ordered)
+
+
+def summary(manifest: Manifest, output: str) -> str:
+    """What a data set holds, in a few lines."""
+    from ase.data import chemical_symbols
+
+    sizes = ", ".join(f"{manifest.splits[s]} {s}" for s in SPLITS)
+    symbols = " ".join(chemical_symbols[z] for z in manifest.elements)
+    lines = [
+        f"{sum(manifest.splits.values())} crystals: {sizes}",
+        f"{len(manifest.elements)} elements: {symbols}",
+    ]
+    for name, target in manifest.targets.items():
+        count = sum(target.labelled.values())
+        text = f"target {name}: {count} labelled, "
+        text += f"{sum(manifest.splits.values()) - count} unlabelled"
+        if target.mean is not None:
+            unit = f" {target.unit}" if target.unit else " (unit unknown: give units.NAME=…)"
+            text += f"; train mean {target.mean:.4g}, std {target.std:.4g}{unit}"
+        lines.append(text)
+    dropped = manifest.provenance.get("dropped", {})
+    lines.append(
+        f"dropped {sum(dropped.values())}: {reasons(dropped)} (see {DROPPED})"
+        if dropped
+        else "dropped 0"
+    )
+    lines.append(f"written to {output}")
+    return "\n".join(lines)

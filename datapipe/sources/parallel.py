@@ -1,0 +1,127 @@
+"""A function over many items in several processes, with results in order and little memory."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+CHUNK = 32
+"""Items that travel together."""
+
+
+def available_cpus() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Workers(Generic[A, B]):
+    """Processes that apply one function.
+
+        with Workers(parse, 4) as workers:
+            for result in workers.map(items): ...
+
+    The processes start at once. Each holds one chunk at a time and chunks go round, so that results
+    come in the order of the items and no more than a chunk per process is in flight. A process
+    whose parent is gone, however it went, ends too.
+
+    Args:
+        function: picklable; what it raises ends the run.
+        count: processes; 1 does the work in this process, 0 takes every available core.
+    """
+
+    def __init__(self, function: Callable[[A], B], count: int = 0) -> None:
+        if count < 0:
+            raise ValueError(f"workers must be 0 (one for each core) or more, got {count}")
+        self.function = function
+        self.count = count or available_cpus()
+        self._connections: list[Connection] = []
+        self._processes: list[Any] = []
+        # A fork starts in milliseconds; elsewhere than on Linux it is not safe.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        for _ in range(self.count if self.count > 1 else 0):
+            ours, theirs = context.Pipe()
+            process = context.Process(  # type: ignore[attr-defined]
+                target=_serve, args=(ours, theirs, function), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def __enter__(self) -> Workers[A, B]:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.terminate()
+            process.join()
+
+    def map(self, items: Iterable[A]) -> Iterator[B]:
+        """Results of the items, in their order.
+
+        Raises:
+            RuntimeError: the function raised, or a process was killed.
+        """
+        if not self._connections:
+            yield from map(self.function, items)
+            return
+        source = iter(items)
+        waiting: list[int] = [w for w in range(self.count) if self._give(w, source)]
+        while waiting:
+            worker = waiting.pop(0)
+            results = self._take(worker)
+            if self._give(worker, source):
+                waiting.append(worker)
+            yield from results
+
+    def _give(self, worker: int, source: Iterator[A]) -> bool:
+        chunk = list(islice(source, CHUNK))
+        if chunk:
+            try:
+                self._connections[worker].send(chunk)
+            except OSError:
+                raise self._died() from None
+        return bool(chunk)
+
+    def _take(self, worker: int) -> list[B]:
+        try:
+            answer = self._connections[worker].recv()
+        except (EOFError, OSError):
+            raise self._died() from None
+        if isinstance(answer, str):
+            raise RuntimeError(f"a worker process failed:\n{answer}")
+        return answer
+
+    def _died(self) -> RuntimeError:
+        return RuntimeError(
+            "a worker process was killed, probably for want of memory: try fewer workers"
+        )
+
+
+def _serve(parents: Connection, own: Connection, function: Callable[[A], B]) -> None:
+    """What a process does: a chunk in, its results out, until the parent's end closes."""
+    parents.close()  # else this process would keep its own pipe open
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            chunk = own.recv()
+            try:
+                answer: Any = [function(item) for item in chunk]
+            except Exception:
+                answer = traceback.format_exc()
+            own.send(answer)
