@@ -72,7 +72,7 @@ def pack(
 
     if quotient and spec.depth is not None:
         edge_ptr = _ptr(np.bincount(target, minlength=len(batch)))
-        seed = derive(derive(batch.astype(np.uint64), seen), row)
+        seed = derive(row.astype(np.uint64), seen)  # a row belongs to one crystal
         colour = refine(seed, source, shell, count, edge_ptr, spec.depth)
         first, node_of_atom = classes(colour)
         target, source, shell, count = _merge(target, source, shell, count, first, node_of_atom)

@@ -156,11 +156,7 @@ class _Pairs:
     def certified(cls, points: np.ndarray, lattice: np.ndarray, spec: GraphSpec) -> _Pairs:
         """The pairs within a radius that provably holds all the spec needs."""
         nearest = max(spec.neighbors or 0, spec.pdd)
-        volume = abs(np.linalg.det(lattice))
-        # A ball that holds the atoms needed and a surplus that goes with its surface: enough for
-        # 19 of 20 real crystals. The others, and slabs and chains, grow it.
-        wanted = nearest + 1.2 * nearest ** (2 / 3)
-        radius = (wanted * volume / len(points) * 0.75 / math.pi) ** (1 / 3)
+        radius = start_radius(nearest, len(points) / abs(np.linalg.det(lattice)))
         if spec.radius is not None:
             radius = max(radius, spec.radius + 2 * spec.tie_tolerance)
         while True:
@@ -201,6 +197,14 @@ class _Pairs:
         digest = (ids.astype(np.uint64) * _odd_numbers(k)).sum(axis=1)
         _, first, row_of_atom = np.unique(digest, return_index=True, return_inverse=True)
         return means[ids[first]], row_of_atom
+
+
+def start_radius(nearest: int, density: float) -> float:
+    """First guess, in Å, of a radius that holds the `nearest` of every atom at a density in
+    atoms/Å³: their ball with a surplus that goes with its surface. Enough for 19 of 20 real
+    crystals; the search grows it for the rest. It has no influence on the graph."""
+    wanted = nearest + 1.2 * nearest ** (2 / 3)
+    return (wanted / density * 0.75 / math.pi) ** (1 / 3)
 
 
 def cluster(values: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:

@@ -282,13 +282,14 @@ PERFECT = {
 }
 
 
-@pytest.mark.parametrize("rule", [{"neighbors": k} for k in (1, 4, 12, 25)] + [{"radius": 2.82}])
+@pytest.mark.parametrize("rule", [{"neighbors": k} for k in (1, 4, 12, 25)] + [{"radius": 2.82 - 5e-5}])
 @pytest.mark.parametrize("name", PERFECT)
 def test_noise_does_not_decide_ties(name, rule):
     numbers, frac, lattice = PERFECT[name]
     rng = np.random.default_rng(0)
     spec = GraphSpec(**rule, pdd=30, depth=3)
     exact = build([Crystal.create("x", numbers, frac, lattice)], spec)
+    assert exact.num_edges > 0
     for _ in range(5):
         noisy = Crystal(
             "x",
@@ -302,6 +303,23 @@ def test_noise_does_not_decide_ties(name, rule):
             assert torch.equal(getattr(exact, field), getattr(other, field)), field
         torch.testing.assert_close(exact.pdd, other.pdd, atol=1e-6, rtol=0)
         assert neighbours(noisy, spec).num_edges == build([noisy], spec, quotient=False).num_edges
+
+
+@pytest.mark.parametrize("rule", [{"neighbors": 2}, {"neighbors": 8, "pdd": 12}])
+def test_start_radius_has_no_influence(rule, monkeypatch):
+    """Not even where it falls among distances that are equal within the tolerance."""
+    spec = GraphSpec(**rule, lattice_edges="matformer")
+    rng = np.random.default_rng(0)
+    frac = np.array(PERFECT["rock salt"][1]) + rng.uniform(-3e-6, 3e-6, size=(8, 3))
+    crystal = Crystal.create("x", PERFECT["rock salt"][0], frac, PERFECT["rock salt"][2])
+    expected = neighbours(crystal, spec)
+    kth = np.unique(neighbours(crystal, GraphSpec(neighbors=1, pdd=18)).pdd)
+    for radius in [1.0, 9.0, *(d + e for d in kth for e in (-3e-5, -1e-5, 0.0, 1e-5, 3e-5))]:
+        monkeypatch.setattr("datapipe.neighbours.start_radius", lambda *_, r=float(radius): r)
+        found = neighbours(crystal, spec)
+        np.testing.assert_array_equal(found.edges, expected.edges)
+        np.testing.assert_allclose(found.distances, expected.distances, atol=1e-6)
+        np.testing.assert_array_equal(found.pdd[found.pdd_row], expected.pdd[expected.pdd_row])
 
 
 def test_isolated_atom_has_no_edges():
@@ -406,10 +424,15 @@ def test_node_keys_follow_crystal_keys_alone():
 def test_targets_are_clean_and_the_graph_is_what_is_seen():
     crystal = random_crystal(1, 4)
     moved = Crystal.create(
-        "moved", crystal.numbers, crystal.frac_coords + 0.07 * np.eye(4, 3), crystal.lattice * 1.1
+        "moved",
+        crystal.numbers[::-1],
+        crystal.frac_coords + 0.07 * np.eye(4, 3),
+        crystal.lattice * 1.1,
     )
     spec = GraphSpec(neighbors=6, pdd=4, depth=2)
     batch = build([Sample(crystal, 0, np.zeros(4, dtype=bool), moved)], spec)
+    assert batch.numbers.tolist() == crystal.numbers.tolist()
+    assert batch.node_numbers.tolist() == moved.numbers.tolist()
     np.testing.assert_allclose(batch.frac_coords, crystal.frac_coords, atol=1e-7)
     np.testing.assert_allclose(batch.lattice[0], crystal.lattice, rtol=1e-6)
     plain = build([moved], spec)

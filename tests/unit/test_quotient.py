@@ -52,11 +52,13 @@ CRYSTALS = [
     supercell(PEROVSKITE, (2, 1, 2)),
     random_crystal(0, 6),
     supercell(random_crystal(1, 3), (1, 2, 1)),
+    Crystal.create("line", [2, 2, 2], np.diag([0, 0.3, 0.8]) @ np.ones((3, 3)), 12 * np.eye(3)),
     Crystal.create("one", [3], np.zeros((1, 3)), 3.5 * np.eye(3)),
 ]
 SPECS = {
     "pdd": GraphSpec(neighbors=25, pdd=30, depth=4),
     "lattice edges": GraphSpec(neighbors=12, lattice_edges="matformer", depth=5),
+    "rows alone": GraphSpec(radius=1.9, pdd=8, depth=2),
     "radius": GraphSpec(radius=4.0, depth=3),
     "one round": GraphSpec(radius=3.2, depth=1),
     "two rounds": GraphSpec(neighbors=6, depth=2),
