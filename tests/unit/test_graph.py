@@ -282,7 +282,9 @@ PERFECT = {
 }
 
 
-@pytest.mark.parametrize("rule", [{"neighbors": k} for k in (1, 4, 12, 25)] + [{"radius": 0}])
+@pytest.mark.parametrize(
+    "rule", [{"neighbors": k, "pdd": 30} for k in (1, 4, 12, 25)] + [{"radius": 0}]
+)
 @pytest.mark.parametrize("name", PERFECT)
 def test_noise_does_not_decide_ties(name, rule):
     numbers, frac, lattice = PERFECT[name]
@@ -290,7 +292,7 @@ def test_noise_does_not_decide_ties(name, rule):
     crystal = Crystal.create("x", numbers, frac, lattice)
     if "radius" in rule:  # the nearest distance to within the tolerance, from below
         rule = {"radius": build([crystal], SPECS["pddformer"]).distances[0].item() - 5e-5}
-    spec = GraphSpec(**rule, pdd=30, depth=3)
+    spec = GraphSpec(**rule, depth=3)
     exact = build([crystal], spec)
     assert exact.num_edges > 0
     for _ in range(5):
