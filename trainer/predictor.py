@@ -54,16 +54,20 @@ class Predictor:
             ValueError: the model is a pretrained encoder without a head.
             BadCrystal: a structure that cannot be used; names which.
         """
-        if self.stage is None:
-            raise ValueError(
-                "this is a pretrained encoder, it predicts no property: finetune it with "
-                "launch/finetune.py init_from=RUN target=NAME, or call .embed"
-            )
+        self.require_head()
         crystals, single = _crystals(structures)
         rows = list(self.iterate(crystals, max_atoms))
         out = np.stack([row for _, row in rows]) if rows else np.empty((0, len(self.targets)))
         out = out[:, 0] if len(self.targets) == 1 else out
         return out[0] if single else out
+
+    def require_head(self) -> None:
+        """Raises ValueError if this model is a pretrained encoder that predicts nothing."""
+        if self.stage is None:
+            raise ValueError(
+                "this is a pretrained encoder, it predicts no property: finetune it with "
+                "launch/finetune.py init_from=RUN target=NAME, or call .embed"
+            )
 
     def embed(self, structures: Any, max_atoms: int = 4096) -> np.ndarray:
         """Latents of crystals: the mean over atoms of the encoder's output, float32 [n, dim]; one

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -14,10 +15,12 @@ import torch
 from datapipe.crystal import Crystal
 from datapipe.schema import CrystalBatch
 from datapipe.shards import Dataset
+from datapipe.sources import Failure
 from trainer import jobs, plots
 from trainer.baselines import baselines
 from trainer.engine import Engine
 from trainer.logger import read_metrics
+from trainer.predictor import Predictor
 from trainer.settings import FinetuneJob
 from trainer.stages import FinetuneStage
 
@@ -125,29 +128,73 @@ def write_predictions(
     path: Path,
     targets: list[str],
     ids: list[str],
-    label: np.ndarray | None,
+    label: np.ndarray,
     prediction: np.ndarray,
 ) -> None:
-    """A CSV `id,target,prediction` (with several targets `target_<name>,prediction_<name>`), in
-    one step; labels that are missing stay empty, and without labels the column is left out."""
-    single = len(targets) == 1
-    names = [""] if single else [f"_{n}" for n in targets]
-    header = ["id"]
-    for name in names:
-        header += [f"target{name}"] * (label is not None) + [f"prediction{name}"]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    """A CSV `id,target,prediction` (several targets: `id,target_<name>,prediction_<name>,…`), in
+    one step; labels that are missing stay empty."""
+    names = [f"{kind}{suffix}" for suffix in suffixes(targets) for kind in ("target", "prediction")]
+    with _replacing(path) as file:
         writer = csv.writer(file)
-        writer.writerow(header)
-        for row, id in enumerate(ids):
-            cells: list[str] = [id]
-            for column in range(len(names)):
-                if label is not None:
-                    value = label[row, column]
-                    cells.append("" if np.isnan(value) else f"{value:.7g}")
-                cells.append(f"{prediction[row, column]:.7g}")
-            writer.writerow(cells)
-    os.replace(temporary, path)
+        writer.writerow(["id", *names])
+        for id, known, guess in zip(ids, label, prediction, strict=True):
+            writer.writerow(
+                [id, *(_cell(x) for pair in zip(known, guess, strict=True) for x in pair)]
+            )
+
+
+def predict_to_csv(
+    model: Predictor, crystals: Iterable[Crystal | Failure], output: Path, max_atoms: int
+) -> tuple[int, int]:
+    """Writes predictions as they come, and beside them the crystals that could not be used;
+    returns how many of each. The files appear when all are written."""
+    counts = {"written": 0, "dropped": 0}
+    with _replacing(output) as file, _replacing(dropped_path(output)) as bad:
+        writer, drops = csv.writer(file), csv.writer(bad)
+        writer.writerow(["id", *(f"prediction{s}" for s in suffixes(model.targets))])
+        drops.writerow(["id", "where", "reason", "message"])
+
+        def usable() -> Iterator[Crystal]:
+            for item in crystals:
+                if isinstance(item, Crystal):
+                    yield item
+                else:
+                    counts["dropped"] += 1
+                    drops.writerow([item.id, item.where, item.reason, item.message])
+
+        for crystal, values in model.iterate(usable(), max_atoms):
+            writer.writerow([crystal.id, *(_cell(v) for v in values)])
+            counts["written"] += 1
+    if not counts["dropped"]:
+        dropped_path(output).unlink()
+    return counts["written"], counts["dropped"]
+
+
+def dropped_path(output: Path) -> Path:
+    """Where the crystals are listed that have no prediction."""
+    return output.with_name(f"{output.stem}.dropped.csv")
+
+
+def suffixes(targets: Sequence[str]) -> list[str]:
+    """What column names of each target end with: nothing where there is one."""
+    return [""] if len(targets) == 1 else [f"_{name}" for name in targets]
+
+
+def _cell(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.7g}"
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def summary(metrics: Mapping[str, Any], path: Path) -> str:
