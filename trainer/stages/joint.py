@@ -102,7 +102,7 @@ class JointStage(Stage):
             return [
                 f"the latents are collapsing: their variance is {variance:.3g}, "
                 f"{variance / first:.0%} of the first value {first:.3g}; "
-                "lower the learning rate or set latent_norm=true"
+                "lower the learning rate or set joint.latent_norm=true"
             ]
         return []
 
