@@ -73,10 +73,8 @@ class ComformerConv(nn.Module):
         self.query, self.key, self.value, self.edge, self.out = (
             nn.Linear(dim, dim) for _ in range(5)
         )
-        self.key_update, self.value_update = (
-            nn.Sequential(nn.Linear(3 * dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-            for _ in range(2)
-        )
+        self.key_hidden, self.value_hidden = (nn.Linear(3 * dim, dim) for _ in range(2))
+        self.key_out, self.value_out = (nn.Linear(dim, dim) for _ in range(2))
         self.norm_score = BatchNorm(dim)
         self.norm_out = BatchNorm(dim)
 
@@ -88,18 +86,17 @@ class ComformerConv(nn.Module):
             node_count: [N] atoms each node stands for.
         """
         dim = x.shape[1]
-        key_in, key_out = self.key_update[0], self.key_update[2]
-        value_in, value_out = self.value_update[0], self.value_update[2]
         # A weight on [target; source; edge] has three blocks, each applied where its input lives.
-        outer = torch.cat([key_in.weight[:, 2 * dim :], value_in.weight[:, 2 * dim :]])
-        bias = torch.cat([key_in.bias, value_in.bias])
+        hidden = self.key_hidden, self.value_hidden
+        outer = torch.cat([layer.weight[:, 2 * dim :] for layer in hidden])
+        bias = torch.cat([layer.bias for layer in hidden])
         key_edge, value_edge = compose(features, outer, self.edge, bias).split(dim, 1)
         messages = comformer_messages(
             self.query(x) / math.sqrt(dim),
-            _table(x, self.key, key_in.weight, key_edge),
-            _table(x, self.value, value_in.weight, value_edge),
-            key_out,
-            value_out,
+            _table(x, self.key, self.key_hidden.weight, key_edge),
+            _table(x, self.value, self.value_hidden.weight, value_edge),
+            self.key_out,
+            self.value_out,
             self.norm_score,
             edges,
         )

@@ -12,8 +12,6 @@ Letters in shapes: N nodes, E edges, R rows of the edge features, D channels, H 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,8 +19,8 @@ from torch import Tensor, nn
 from models.norm import BatchNorm, moments
 from models.ops import Block, Edges, Op
 
-_BLOCK = 1 << 18
-"""Elements of a block's largest buffer on CPU: 1 MB in fp32."""
+_BLOCK = 1 << 19
+"""Elements of a block's largest buffer on CPU: 2 MB in fp32."""
 
 silu_backward = torch.ops.aten.silu_backward
 sigmoid_backward = torch.ops.aten.sigmoid_backward
@@ -275,7 +273,7 @@ class _MatformerMessages(torch.autograd.Function):
 def _scores(query, key, feature, own, edges: Edges, b: Block, heads: int):
     """For the edges of a block, [e, H, C] each: query, source's key, feature key; and the score
     [e, H, 3C]."""
-    q = query.index_select(0, b.target).view(len(b.target), heads, -1)
+    q = query.index_select(0, b.target).view(-1, heads, query.shape[1] // heads)
     k = key.index_select(0, edges.source[b.edges]).view_as(q)
     f = feature.index_select(0, edges.row[b.edges]).view_as(q)
     o = own.index_select(0, b.target).view_as(q)

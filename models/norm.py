@@ -29,7 +29,7 @@ def moments(x: Tensor, weight: Tensor) -> Moments:
 
 
 def merge(parts: Sequence[Moments]) -> Moments:
-    """Moments of the union of the parts (Chan, Golub, LeVeque 1979): no difference of large sums."""
+    """Moments of all parts together (Chan, Golub, LeVeque 1979): no difference of large sums."""
     if len(parts) == 1:
         return parts[0]
     totals, means, m2 = (torch.stack(column) for column in zip(*parts, strict=True))
@@ -99,11 +99,12 @@ class BatchNorm(nn.Module):
         Raises:
             ValueError: in training, if all ranks together hold a single row of count one.
         """
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        weight = wide.new_ones(len(x)) if count is None else count.to(wide.dtype)
-        parts = [moments(wide.detach(), weight)] if self.training else []
-        standard = self.standard(parts, weight)
-        return _Normalize.apply(wide, self.weight, self.bias, standard).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # products of moments in full precision
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            weight = wide.new_ones(len(x)) if count is None else count.to(wide.dtype)
+            parts = [moments(wide.detach(), weight)] if self.training else []
+            standard = self.standard(parts, weight)
+            return _Normalize.apply(wide, self.weight, self.bias, standard).to(x.dtype)
 
     @torch.no_grad()
     def standard(self, parts: Sequence[Moments], weight: Tensor) -> Standard:
@@ -139,8 +140,8 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, standard: Standard) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.standard = standard
-        scale = standard.rstd * weight
-        return torch.addcmul(bias - standard.mean * scale, x, scale).to(x.dtype)
+        centred = x - standard.mean  # first, lest a large mean cost the digits of a small spread
+        return centred.mul_(standard.rstd * weight).add_(bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -11,6 +11,7 @@ Letters in shapes: A atoms, N nodes, E edges, B crystals, R rows of the edge fea
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -168,16 +169,12 @@ class Edges:
     @functools.cached_property
     def from_target(self) -> Incidence:
         """[E, N]: the target node's row."""
-        return Incidence(
-            RowSum(self.target, self._each), RowSum(self._each[:-1], self.ptr)
-        )
+        return Incidence(RowSum(self.target, self._each), RowSum(self._each[:-1], self.ptr))
 
     @functools.cached_property
     def from_source(self) -> Incidence:
         """[E, N]: the source node's row."""
-        return Incidence(
-            RowSum(self.source, self._each), _order_by(self.source, self.num_nodes)
-        )
+        return Incidence(RowSum(self.source, self._each), _order_by(self.source, self.num_nodes))
 
     @functools.cached_property
     def from_row(self) -> Incidence:
@@ -205,7 +202,7 @@ class Edges:
         block then stay in the cache. Elsewhere one block holds everything."""
         if size not in self._blocks:
             cuts = self._cuts(size)
-            self._blocks[size] = [self._block(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+            self._blocks[size] = [self._block(a, b) for a, b in itertools.pairwise(cuts)]
         return self._blocks[size]
 
     def _cuts(self, size: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from omegaconf import OmegaConf
@@ -22,10 +23,15 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Classes by name; an unknown name is an error that lists the choices."""
+    """Classes by name; an unknown name is an error that lists the choices.
 
-    def __init__(self, kind: str) -> None:
+    With `plugins`, other packages add to it: whatever they declare under this entry point group
+    (`name = module:Class`) has a name here, and is imported when first asked for.
+    """
+
+    def __init__(self, kind: str, plugins: str | None = None) -> None:
         self.kind = kind
+        self.plugins = plugins
         self._items: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -41,14 +47,26 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._items:
-            raise ValueError(f"unknown {self.kind} {name!r}: {nearest(str(name), self._items)}")
+            if name not in (offered := self._offered()):
+                raise ValueError(f"unknown {self.kind} {name!r}: {nearest(str(name), self)}")
+            try:
+                item = offered[name].load()
+            except (ImportError, AttributeError) as error:
+                raise ValueError(
+                    f"plug-in {self.kind} {name!r} ({offered[name].value}) does not load: {error}"
+                ) from error
+            self._items.setdefault(name, item)  # it may have registered itself meanwhile
         return self._items[name]
 
     def __iter__(self):
-        return iter(sorted(self._items))
+        return iter(sorted({*self._items, *self._offered()}))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._items
+        return name in self._items or name in self._offered()
+
+    def _offered(self) -> dict[str, EntryPoint]:
+        points = entry_points(group=self.plugins) if self.plugins else ()
+        return {point.name: point for point in points}
 
 
 def configure(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

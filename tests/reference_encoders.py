@@ -54,22 +54,21 @@ class ReferencePDDFormer(nn.Module):
 class ReferenceComformerConv(nn.Module):
     def __init__(self, d: int) -> None:
         super().__init__()
-        for name in ("query", "key", "value", "edge", "out"):
+        for name in ("query", "key", "value", "edge", "out", "key_out", "value_out"):
             setattr(self, name, nn.Linear(d, d))
-        for name in ("key_update", "value_update"):
-            mlp = nn.Sequential(nn.Linear(3 * d, d), nn.SiLU(), nn.Linear(d, d))
-            setattr(self, name, mlp)
+        for name in ("key_hidden", "value_hidden"):
+            setattr(self, name, nn.Linear(3 * d, d))
         self.norm_score = nn.BatchNorm1d(d)
         self.norm_out = nn.BatchNorm1d(d)
 
     def forward(self, x: Tensor, edge: Tensor, batch: CrystalBatch) -> Tensor:
         j, i = batch.edge_index
         q, k, v, e = self.query(x), self.key(x), self.value(x), self.edge(edge)
-        key = self.key_update(torch.cat([k[i], k[j], e], dim=1))
+        key = self.key_out(F.silu(self.key_hidden(torch.cat([k[i], k[j], e], dim=1))))
         score = q[i] * key / math.sqrt(x.shape[1])
         gate = torch.sigmoid(self.norm_score(score))
-        message = self.value_update(torch.cat([v[i], v[j], e], dim=1)) * gate
-        return F.softplus(x + self.norm_out(self.out(aggregate(message, batch))))
+        value = self.value_out(F.silu(self.value_hidden(torch.cat([v[i], v[j], e], dim=1))))
+        return F.softplus(x + self.norm_out(self.out(aggregate(value * gate, batch))))
 
 
 class ReferenceZeoConv(nn.Module):

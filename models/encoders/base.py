@@ -20,6 +20,8 @@ class Encoder(nn.Module):
 
     Config: ClassVar[type]
     tiny: ClassVar[Mapping[str, Any]]
+    supercell: ClassVar[bool] = False
+    """Whether the atoms of a supercell have the latents of the cell's atoms."""
 
     graph: GraphSpec
     """The graph this encoder needs."""
@@ -37,7 +39,7 @@ class Encoder(nn.Module):
         return self.nodes(batch)[batch.node_of_atom]
 
 
-ENCODERS: Registry[type[Encoder]] = Registry("encoder")
+ENCODERS: Registry[type[Encoder]] = Registry("encoder", plugins="crysforge.encoders")
 
 
 def build_encoder(section: Mapping[str, Any]) -> Encoder:

@@ -41,9 +41,11 @@ class MatformerConfig:
 
 @ENCODERS.register("matformer")
 class Matformer(Encoder):
-    """Matformer (Yan et al., NeurIPS 2022) without its readout. 2,769,792 parameters by default
-    Invariant to rotation, reflection, translation and permutation of atoms; not to the choice of
-    cell, since the lattice self-edges follow the given one."""
+    """Matformer (Yan et al., NeurIPS 2022) without its readout; 2,769,664 parameters by default.
+
+    Invariant to rotation, reflection and translation; not to the choice of unit cell, since the
+    lattice self-edges follow the given one.
+    """
 
     Config = MatformerConfig
     tiny: ClassVar = {"width": 16, "heads": 2, "layers": 2, "rbf_bins": 32, "neighbors": 6}
@@ -93,8 +95,10 @@ class MatformerConv(nn.Module):
     def forward(self, x: Tensor, features: Tensor, edges: Edges, node_count: Tensor) -> Tensor:
         """New node features [N, D] from x [N, D] and edge feature rows [R, D]."""
         dim = x.shape[1]
-        query, key, value = (f(x).view(-1, self.heads, dim) for f in (self.query, self.key, self.value))
-        edge = self.edge(features).view(-1, self.heads, dim)
+        query, key, value, edge = (
+            y.view(-1, self.heads, dim)
+            for y in (self.query(x), self.key(x), self.value(x), self.edge(features))
+        )
         # Blocks of the update's weight on [value_target; value_source; edge].
         target, source, last = self.update.weight.split(dim, 1)
         both = F.linear(value, torch.cat([target, source]))

@@ -1,4 +1,4 @@
-"""PDDFormer as CrysLDNet pretrains it: ComFormer attention with pointwise distance distributions."""
+"""PDDFormer as CrysLDNet trains it: ComFormer attention and pointwise distance distributions."""
 
 from __future__ import annotations
 
@@ -49,8 +49,11 @@ class PDDFormerConfig:
 @ENCODERS.register("pddformer")
 class PDDFormer(Encoder):
     """Attention layers on the k-nearest graph with gating blocks between them that see the
-    distance rows. 4,332,800 parameters by default; invariant to rotation, reflection,
-    translation, permutation of atoms and choice of cell (but see `datapipe.graph` for ties)."""
+    distance rows. 4,332,800 parameters by default.
+
+    Invariant to rotation, reflection, translation and the choice of unit cell; not to a supercell,
+    in which an atom's share of the atomic number (column 0 of `pdd`) is smaller.
+    """
 
     Config = PDDFormerConfig
     tiny: ClassVar = {"width": 32, "layers": 2, "rbf_bins": 32, "pdd": 16, "neighbors": 8}
