@@ -81,7 +81,7 @@ class Stream:
     """One rank's batches, one per step; iterate over it.
 
     In training it goes through shuffled epochs without a gap and continues where it stopped
-    (`state_dict`). Otherwise every iteration is one pass in the order of the data set, in which
+    (`state_dict`). Otherwise every iteration is one unshuffled pass from the beginning, in which
     each crystal comes once; a rank without a crystal in a step gets a batch marked `filler`, and
     so does a rank whose crystals of a step are all unusable.
 
@@ -97,7 +97,7 @@ class Stream:
         select: item numbers to keep of the split.
         min_atoms: smaller crystals are left out.
         epochs: length of training; None never ends.
-        train: shuffled and endless, or one pass in order.
+        train: shuffled epochs, or one pass.
 
     Attributes:
         position: crystals consumed so far, over all ranks; `position / epoch_size` is the epoch.

@@ -1,9 +1,14 @@
-"""Crystals for tests: small, random, deterministic."""
+"""What all tests share: small random crystals, and settings of the property tests."""
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from datapipe.crystal import Crystal
+
+# A slow machine is no failure, and a failure should come again on the next run.
+settings.register_profile("crysforge", deadline=None, derandomize=True)
+settings.load_profile("crysforge")
 
 
 def make_crystal(rng, n, id="crystal", targets=None):
