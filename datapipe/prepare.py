@@ -165,13 +165,16 @@ class _Work:
 
     @classmethod
     def of(cls, config: PrepareConfig) -> _Work:
-        files = [(s, getattr(config, s)) for s in SPLITS if getattr(config, s)]
+        files: dict[str | None, str] = {
+            split: getattr(config, split) for split in SPLITS if getattr(config, split)
+        }
         if bool(files) == bool(config.input):
             raise ValueError(
                 "give either input=… or train=…, val=…, test=… (the last two optional)"
             )
+        files = files or {None: config.input}
         inputs: list[tuple[str | None, str, str]] = [
-            (split, path, resolve(path, config.format)) for split, path in files
+            (split, path, resolve(path, config.format)) for split, path in files.items()
         ]
         default = "keep" if inputs[0][2] == "shards" else "ratio"
         rule = splits.choose_rule(vars(config), config.split, default)

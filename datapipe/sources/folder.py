@@ -26,10 +26,9 @@ def is_structure(name: str) -> bool:
 
 
 def _likes(look: Look) -> int:
-    names = (
-        look.names if look.path.is_dir() or look.suffix in (".zip", ".tar") else [look.path.name]
-    )
-    return MAYBE if any(is_structure(n) or _is_table(n) for n in names) else NO
+    if look.path.is_dir() or look.suffix in (".zip", ".tar"):
+        return MAYBE
+    return MAYBE if is_structure(look.path.name) else NO
 
 
 @SOURCES.register("folder", _likes)

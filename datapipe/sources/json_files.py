@@ -20,6 +20,8 @@ from datapipe.sources.base import (
 from datapipe.sources.jsontext import JsonText
 from datapipe.sources.table import NO_ID, TEXT_NAMES, text_payload
 
+_REMARKS = {"links", "meta", "query", "resource"}
+"""What the API of the OQMD puts beside its records."""
 _LINES = (".jsonl", ".ndjson")
 _STRUCTURE_KEYS = {"@module", "@class", "@version", "lattice", "sites", "charge", "properties"}
 
@@ -71,7 +73,7 @@ def _records(text: JsonText) -> Iterator[Item]:
                 yield _row(table, row_number, row)
         elif key in _STRUCTURE_KEYS:
             single[key] = text.value()
-        elif text.peek() in ("{", "["):
+        elif text.peek() in ("{", "[") and key not in _REMARKS:
             yield key, text.value()
         else:
             text.value()  # a remark about the file: date, version, count

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 _DECODER = json.JSONDecoder()
 _SPACE = " \t\r\n"
+_AFTER = ",]}" + _SPACE
 
 
 class JsonText:
@@ -37,7 +38,9 @@ class JsonText:
         while True:
             try:
                 found, end = _DECODER.raw_decode(self._text, self._at)
-                if end < len(self._text) or self._ended:  # a number might go on in the next chunk
+                # A number might go on in the next chunk; all else ends with itself.
+                whole = not isinstance(found, int | float) or self._text[end : end + 1] in _AFTER
+                if (whole and end < len(self._text)) or self._ended:
                     self._at = end
                     return found
             except json.JSONDecodeError as error:
