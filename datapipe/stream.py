@@ -53,8 +53,6 @@ class LoaderConfig:
     """Memory of a rank for graphs that are kept from epoch to epoch."""
     max_bad: int = 100
     """Unusable crystals that a rank passes over before it stops."""
-    quotient: bool = True
-    """Whether encoders that allow it get quotient graphs: equal output, fewer edges."""
 
     def __post_init__(self) -> None:
         for name, least in (("workers", 0), ("prefetch", 1), ("cache_mb", 0), ("max_bad", 0)):
@@ -98,6 +96,7 @@ class Stream:
         min_atoms: smaller crystals are left out.
         epochs: length of training; None never ends.
         train: shuffled epochs, or one pass.
+        quotient: whether encoders that allow it get quotient graphs: equal output, fewer edges.
 
     Attributes:
         position: crystals consumed so far, over all ranks; `position / epoch_size` is the epoch.
@@ -126,6 +125,7 @@ class Stream:
         min_atoms: int = 1,
         epochs: float | None = None,
         train: bool = True,
+        quotient: bool = True,
     ) -> None:
         for name in targets or ():
             dataset.targets_of(name)
@@ -157,7 +157,7 @@ class Stream:
             seed=seed,
             transform=transform,
             targets=dataset.names if targets is None else targets,
-            quotient=config.quotient,
+            quotient=quotient,
             keep=len(items) <= config.shuffle,
             cache_bytes=config.cache_mb * 2**20 // max(1, config.workers),
         )

@@ -54,9 +54,8 @@ def main() -> None:
                 dataset,
                 split,
                 stage,
-                config.loader,
+                config,
                 world,
-                seed=config.seed,
                 batch_size=micro_batch,
                 epochs=epochs,
             )

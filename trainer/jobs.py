@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datapipe.stream import LoaderConfig, Stream
+from datapipe.stream import Stream
 from torch import nn
 
 from datapipe.shards import Dataset
@@ -48,10 +48,9 @@ def make_stream(
     dataset: Dataset,
     split: str,
     stage: Stage,
-    loader: LoaderConfig,
+    config: JobConfig,
     world: World,
     *,
-    seed: int,
     batch_size: int,
     epochs: float | None = None,
     select: np.ndarray | None = None,
@@ -62,10 +61,11 @@ def make_stream(
         dataset,
         split,
         stage.encoder.graph,
-        loader,
+        config.loader,
         rank=world.rank,
         world_size=world.size,
-        seed=seed,
+        seed=config.seed,
+        quotient=config.graph.quotient,
         batch_size=batch_size,
         transform=stage.transform(),
         select=select,

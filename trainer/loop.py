@@ -98,6 +98,11 @@ def weighted_loss(
     return loss
 
 
+def nothing(terms: Mapping[str, Term]) -> dict[str, Term]:
+    """The terms of a batch whose crystals only keep this rank in step with the others."""
+    return {name: Term(term.total * 0, term.count * 0) for name, term in terms.items()}
+
+
 def evaluate(engine: Engine, stream: Stream) -> dict[str, float]:
     """Averages of all terms over one pass in evaluation mode, plus `loss`. Collective."""
     stage, world = engine.stage, engine.world
@@ -106,8 +111,8 @@ def evaluate(engine: Engine, stream: Stream) -> dict[str, float]:
     with torch.no_grad():
         for batch in stream:
             terms = engine.forward(batch.to(world.device, non_blocking=True))
-            if batch.filler:  # a rank without crystals keeps step with the others
-                terms = {k: Term(t.total * 0, t.count * 0) for k, t in terms.items()}
+            if batch.filler:
+                terms = nothing(terms)
             meter.add(terms, global_counts(terms, world))
     stage.train()
     means = meter.means()
@@ -149,11 +154,6 @@ def fit(
         ValueError: too many non-finite gradients in a row.
     """
     torch.use_deterministic_algorithms(trainer.deterministic)
-    total = train.total_steps // trainer.accumulation
-    if config.max_steps is not None:
-        total = min(total, config.max_steps)
-    if total < 1:
-        raise ValueError(f"stage {stage.name!r} has nothing to do: 0 optimiser steps")
     checkpoint = run.latest(stage.name)
     step, best = 0, _Best()
     if checkpoint is not None:
@@ -161,6 +161,11 @@ def fit(
         train.load_state_dict(checkpoint.state["stream"])
         step = checkpoint.step
         best = _Best(**checkpoint.state["best"], weights=checkpoint.best)
+    total = train.total_steps // trainer.accumulation
+    if config.max_steps is not None:
+        total = min(total, config.max_steps)
+    if total < 1:
+        raise ValueError(f"stage {stage.name!r} has nothing to do: 0 optimiser steps")
     engine = build_engine(
         stage, param_groups(stage, config.weight_decay, lr_scales), config.grad_clip, trainer, world
     )
@@ -243,6 +248,8 @@ class _Session:
             self.window.waited += time.monotonic() - began
             device_batch = batch.to(world.device, non_blocking=True)
             terms = engine.forward(device_batch)
+            if batch.filler:
+                terms = nothing(terms)
             counts = global_counts(terms, world)
             loss = weighted_loss(terms, counts, engine.stage.weights, world)
             engine.backward(loss)

@@ -83,9 +83,8 @@ def finetuned(
             dataset,
             split,
             stage,
-            config.loader,
+            config,
             engine.world,
-            seed=config.seed,
             batch_size=config.finetune.batch_size,
             select=items[split],
         )

@@ -14,6 +14,14 @@ from trainer.stages import FinetuneConfig
 
 
 @dataclass(kw_only=True)
+class GraphConfig:
+    """How graphs are built, beyond what the encoder declares."""
+
+    quotient: bool = True
+    """Whether encoders that allow it run on quotient graphs: equal output, fewer edges."""
+
+
+@dataclass(kw_only=True)
 class JobConfig:
     """Settings every training job has."""
 
@@ -31,6 +39,7 @@ class JobConfig:
     """Seed of initial weights, order and all draws."""
     resume: str = "auto"
     """`auto` continues the run in run_dir if there is one; `must` insists; `never` refuses."""
+    graph: GraphConfig = field(default_factory=GraphConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     dry_run: bool = False
