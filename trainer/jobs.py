@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from datapipe.stream import Stream
 from torch import nn
 
 from datapipe.shards import Dataset
+from datapipe.stream import Stream
 from models.encoders import Encoder, build_encoder
 from trainer.checkpoint import RunDirectory
 from trainer.distributed import World

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from datapipe.stream import Stream
 from torch import Tensor
 
 from datapipe.schema import CrystalBatch
+from datapipe.stream import Stream
 from trainer.checkpoint import Checkpoint, RunDirectory
 from trainer.distributed import World
 from trainer.engine import Engine, EngineConfig, build_engine

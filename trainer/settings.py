@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datapipe.stream import LoaderConfig
-
 from trainer.loop import TrainerConfig
 from trainer.stage import STAGES
 from trainer.stages import FinetuneConfig
