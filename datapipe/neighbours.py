@@ -86,7 +86,7 @@ def neighbours(crystal: Crystal, spec: GraphSpec) -> Neighbours:
         images = _MATFORMER_IMAGES if spec.lattice_edges == "matformer" else lattice_triple(lattice)
         added = _lattice_edges(images @ lattice, limit)
         edges = _Edges(*(np.concatenate(both) for both in zip(edges, added, strict=True)))
-    rows, row_of_atom = pairs.rows(spec.pdd, tolerance)
+    rows, row_of_atom = pairs.pdd(spec.pdd, tolerance)
     shell, distances = cluster(edges.length, tolerance)
 
     n, shells = len(points), max(len(distances), 1)
@@ -123,7 +123,7 @@ def _near_edges(pairs: _Pairs, points, lattice, limit: np.ndarray, doubled: bool
     keep = np.flatnonzero((d >= CLOSEST) & (d <= np.maximum(limit[i], limit[j])))
     i, j = i[keep], j[keep]
     count = 1 + (i == j) if doubled else np.ones(len(i), dtype=np.int64)
-    vector = points[i] - points[j] - pairs.image[pairs.order[keep]] @ lattice
+    vector = points[i] - points[j] - pairs.image[keep] @ lattice
     return _Edges(i, j, d[keep], vector, count)
 
 
@@ -139,18 +139,16 @@ def _lattice_edges(steps: np.ndarray, limit: np.ndarray) -> _Edges:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """All pairs (i, image of j) within a radius, each atom with itself among them, sorted by i
-    and then by distance."""
+    """All pairs (i, image of j) within a radius, each atom with itself among them."""
 
     i: np.ndarray
     j: np.ndarray
     d: np.ndarray
+    """[pairs] Å."""
     image: np.ndarray
-    """[pairs, 3] image of j in lattice vectors, in the order of the search."""
-    order: np.ndarray
-    """Row of `image` that belongs to each pair."""
-    ptr: np.ndarray
-    """[n+1] first pair of each atom, then the end."""
+    """[pairs, 3] image of j in lattice vectors."""
+    rows: np.ndarray
+    """[n, m] distances of each atom's pairs, ascending, infinity behind the last."""
 
     @classmethod
     def certified(cls, points: np.ndarray, lattice: np.ndarray, spec: GraphSpec) -> _Pairs:
@@ -161,8 +159,8 @@ class _Pairs:
             radius = max(radius, spec.radius + 2 * spec.tie_tolerance)
         while True:
             pairs = cls.within(points, lattice, radius)
-            sure = (pairs.d >= CLOSEST) & (pairs.d <= radius - 2 * spec.tie_tolerance)
-            if np.bincount(pairs.i[sure], minlength=len(points)).min() >= nearest:
+            sure = (pairs.rows >= CLOSEST) & (pairs.rows <= radius - 2 * spec.tie_tolerance)
+            if sure.sum(axis=1).min() >= nearest:
                 return pairs
             radius *= 1.2
 
@@ -172,27 +170,29 @@ class _Pairs:
         i, j, image, d = find_points_in_spheres(
             points, points, r=radius, pbc=_PERIODIC, lattice=lattice, tol=1e-8
         )
-        order = np.argsort(i * (radius + 1) + d)
-        ptr = np.concatenate([[0], np.cumsum(np.bincount(i, minlength=len(points)))])
-        return cls(i[order], j[order], d[order], image, order, ptr)
+        size = np.bincount(i, minlength=len(points))[:, None]
+        place = np.arange(size.max()) < size
+        rows = np.full(place.shape, np.inf)
+        rows[place] = d[np.argsort(i, kind="stable")]
+        rows.sort(axis=1)
+        return cls(i, j, d, image, rows)
 
     def reach(self, spec: GraphSpec) -> np.ndarray:
         """[n] distance in Å up to which each atom's own list of neighbours goes."""
-        n = len(self.ptr) - 1
+        n = len(self.rows)
         if spec.radius is not None:
             return np.full(n, spec.radius)
         assert spec.neighbors is not None
-        ignored = np.bincount(self.i[self.d < CLOSEST], minlength=n)
-        return self.d[self.ptr[:-1] + ignored + spec.neighbors - 1]
+        ignored = (self.rows < CLOSEST).sum(axis=1)
+        return self.rows[np.arange(n), ignored + spec.neighbors - 1]
 
-    def rows(self, k: int, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    def pdd(self, k: int, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
         """Distinct rows [r, k] of nearest distances and the row of each atom [n]."""
-        n = len(self.ptr) - 1
+        n = len(self.rows)
         if k == 0:
             return np.zeros((1, 0)), np.zeros(n, dtype=np.int64)
-        # An atom itself is the first of its pairs, at distance zero.
-        place = self.ptr[:-1, None] + np.arange(1, k + 1)
-        ids, means = cluster(self.d[place].ravel(), tolerance)
+        # An atom itself comes first, at distance zero.
+        ids, means = cluster(self.rows[:, 1 : k + 1].ravel(), tolerance)
         ids = ids.reshape(n, k)
         digest = (ids.astype(np.uint64) * _odd_numbers(k)).sum(axis=1)
         _, first, row_of_atom = np.unique(digest, return_index=True, return_inverse=True)
@@ -216,14 +216,14 @@ def cluster(values: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarra
     """
     if len(values) == 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
-    order = np.argsort(values)
+    order = np.argsort(values, kind="stable")  # quick on ascending runs
     ascending = values[order]
     new = np.ones(len(values), dtype=bool)
     np.greater(ascending[1:] - ascending[:-1], tolerance, out=new[1:])
     chain, means = _number(ascending, new)
     far = np.abs(ascending - means[chain]) > tolerance
     if far.any():
-        wide = np.isin(chain, chain[far])
+        wide = np.bincount(chain, weights=far)[chain] > 0
         part = ((ascending - ascending[new][chain]) / tolerance).astype(np.int64)
         new[1:] |= wide[1:] & (part[1:] != part[:-1])
         chain, means = _number(ascending, new)
