@@ -34,7 +34,8 @@ class GraphSpec:
     The neighbour rule is one of two. With `neighbors=k`, i and j are joined when either is among
     the k nearest of the other, ties at the k-th distance kept (the ComFormer/Matformer recipe; its
     start radius has no influence on the result). With `radius=r`, all pairs within r Å are joined.
-    Every pair appears in both directions. Pairs closer than 0.15 Å are ignored.
+    Every pair appears in both directions. Pairs closer than 0.15 Å are ignored. As in that recipe,
+    an atom's edge to its own image is there twice under the k-nearest rule.
     """
 
     neighbors: int | None = None
@@ -57,6 +58,16 @@ class GraphSpec:
     def __post_init__(self) -> None:
         if (self.neighbors is None) == (self.radius is None):
             raise ValueError("GraphSpec needs exactly one of neighbors=k and radius=r")
+        for name, least in (("neighbors", 1), ("radius", 1e-3), ("pdd", 0), ("depth", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"GraphSpec.{name} must be at least {least}, got {value}")
+        if self.tie_tolerance <= 0:
+            raise ValueError(f"GraphSpec.tie_tolerance must be above 0, got {self.tie_tolerance}")
+        if self.lattice_edges not in ("none", "matformer", "comformer"):
+            raise ValueError(
+                f"GraphSpec.lattice_edges is none, matformer or comformer, not {self.lattice_edges!r}"
+            )
         if self.vectors and self.depth is not None:
             raise ValueError("a graph with vectors has no quotient: leave depth=None")
 

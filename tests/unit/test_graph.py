@@ -485,6 +485,16 @@ def test_lattice_triple_is_independent_of_the_basis():
 
 
 def test_bad_input_is_named():
+    for wrong in (
+        {},
+        {"neighbors": 0},
+        {"neighbors": 2, "pdd": -1},
+        {"neighbors": 3, "radius": 2.0},
+    ):
+        with pytest.raises(ValueError, match="GraphSpec"):
+            GraphSpec(**wrong)
+    with pytest.raises(ValueError, match="none, matformer or comformer"):
+        GraphSpec(neighbors=3, lattice_edges="matfomer")
     crystal, spec = random_crystal(0, 3), SPECS["matformer"]
     with pytest.raises(ValueError, match="at least one crystal"):
         build([], spec)
