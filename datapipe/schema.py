@@ -66,7 +66,8 @@ class GraphSpec:
             raise ValueError(f"GraphSpec.tie_tolerance must be above 0, got {self.tie_tolerance}")
         if self.lattice_edges not in ("none", "matformer", "comformer"):
             raise ValueError(
-                f"GraphSpec.lattice_edges is none, matformer or comformer, not {self.lattice_edges!r}"
+                "GraphSpec.lattice_edges is none, matformer or comformer, "
+                f"not {self.lattice_edges!r}"
             )
         if self.vectors and self.depth is not None:
             raise ValueError("a graph with vectors has no quotient: leave depth=None")
@@ -98,7 +99,7 @@ class CrystalBatch:
     | edge_count | [E] | float32 | equal edges into ONE atom of the target node |
     | edge_shell | [E] | int64 | row of `distances` that is the edge's length |
     | distances | [U] | float32 | distinct edge lengths in Å |
-    | edge_vector | [E, 3] | float32 | displacement target minus source in Å; None unless asked for |
+    | edge_vector | [E, 3] | float32 | target minus source in Å; None unless asked for |
     | targets | name → [B] | float32 | labels in physical units, NaN where missing |
     | ids | B strings | | crystal ids |
     | filler | flag | bool | the crystals only keep this rank in step: nothing of them counts |
