@@ -10,7 +10,7 @@ import torch
 
 from datapipe.crystal import Crystal
 from datapipe.neighbours import Neighbours, neighbours
-from datapipe.quotient import classes, derive, refine
+from datapipe.quotient import classes, derive, mix, refine
 from datapipe.schema import MASKED, CrystalBatch, GraphSpec
 from datapipe.transforms import Sample
 
@@ -86,7 +86,8 @@ def pack(
     node_batch = batch[first]
     node_ptr = np.searchsorted(first, ptr)
     local = np.arange(len(first)) - node_ptr[node_batch]
-    node_key = derive(key[node_batch].astype(np.uint64), local).view(np.int64)
+    # Mixed first, so that a node's key is none that a stage derives from the crystal's by a salt.
+    node_key = derive(mix(key.astype(np.uint64))[node_batch], local).view(np.int64)
 
     arrays = {
         "numbers": numbers,
