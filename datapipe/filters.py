@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from ase.data import atomic_masses, atomic_numbers, chemical_symbols
@@ -48,7 +47,7 @@ class Filters:
     """Ranges of labels in their physical units, for targets or any other field of the source. A
     crystal without the label passes."""
     charge_neutral: bool = False
-    """Keep only compositions that common oxidation states can balance (pymatgen's guesses)."""
+    """Keep only compositions that usual oxidation states can balance (`is_charge_neutral`)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_distance < math.inf:
@@ -91,7 +90,7 @@ class Filters:
             if bounds is not None and _outside(value, bounds):
                 return f"{name} out of range", f"{name} {value:g} is outside {list(bounds)}"
         if self.charge_neutral and not is_charge_neutral(crystal):
-            return "not charge neutral", "no common oxidation states balance its composition"
+            return "not charge neutral", "no usual oxidation states balance its composition"
         return None
 
 
@@ -148,8 +147,10 @@ def density(crystal: Crystal) -> float:
 
 
 def is_charge_neutral(crystal: Crystal) -> bool:
-    """Whether common oxidation states can add up to zero (`Composition.oxi_state_guesses` of
-    pymatgen, on the reduced formula). Pure elements are neutral."""
+    """Whether oxidation states that occur in the ICSD (as pymatgen lists them) can add up to zero,
+    atoms of one element being free to differ. The same criterion as pymatgen's
+    `Composition.oxi_state_guesses`, but the work grows linearly with the formula. Pure elements are
+    neutral."""
     counts = Counter(crystal.numbers.tolist())
     divisor = math.gcd(*counts.values())
     return _balances(tuple(sorted((z, n // divisor) for z, n in counts.items())))
@@ -157,14 +158,19 @@ def is_charge_neutral(crystal: Crystal) -> bool:
 
 @lru_cache(maxsize=100_000)
 def _balances(formula: tuple[tuple[int, int], ...]) -> bool:
-    from pymatgen.core import Composition
+    charges = {0}
+    for z, count in formula if len(formula) > 1 else ():
+        for _ in range(count):
+            charges = {total + state for total in charges for state in _oxidation_states(z)}
+    return 0 in charges
 
-    if len(formula) == 1:
-        return True
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        composition = Composition({chemical_symbols[z]: n for z, n in formula})
-        return bool(composition.oxi_state_guesses(max_sites=None))
+
+@cache
+def _oxidation_states(z: int) -> tuple[int, ...]:
+    from pymatgen.core import Element
+
+    element = Element.from_Z(z)
+    return tuple(element.icsd_oxidation_states or element.common_oxidation_states)
 
 
 def describe(filters: Filters) -> Mapping[str, object]:

@@ -75,7 +75,8 @@ class Workers(Generic[A, B]):
         """Results of the items, in their order.
 
         Raises:
-            RuntimeError: the function raised, or a process was killed.
+            RuntimeError: the function raised.
+            ChildProcessError: a process was killed.
         """
         if not self._connections:
             yield from map(self.function, items)
@@ -107,8 +108,8 @@ class Workers(Generic[A, B]):
             raise RuntimeError(f"a worker process failed:\n{answer}")
         return answer
 
-    def _died(self) -> RuntimeError:
-        return RuntimeError(
+    def _died(self) -> ChildProcessError:
+        return ChildProcessError(
             "a worker process was killed, probably for want of memory: try fewer workers"
         )
 

@@ -136,5 +136,17 @@ def test_bad_settings(values, words):
         Filters(**values)
 
 
+@pytest.mark.filterwarnings("ignore:No Pauling electronegativity")
+@pytest.mark.parametrize("seed", range(30))
+def test_charge_neutral_is_pymatgens_criterion(seed):
+    rng = np.random.default_rng(seed)
+    kinds = rng.choice([3, 8, 9, 13, 16, 17, 22, 26, 29, 50, 10], rng.integers(2, 4), False)
+    numbers = np.repeat(kinds, rng.integers(1, 5, len(kinds)))
+    frac = rng.random((len(numbers), 3))
+    crystal = Crystal.create("x", numbers, frac, np.eye(3) * 20)
+    composition = crystal.to_pymatgen().composition
+    assert is_charge_neutral(crystal) == bool(composition.oxi_state_guesses(max_sites=-1))
+
+
 def test_describe_names_what_is_on():
     assert describe(Filters(atoms=[2, None])) == {"min_distance": 0.5, "atoms": [2, None]}

@@ -371,6 +371,15 @@ def test_input_that_changes_on_the_way(tmp_path, cifs, monkeypatch):
     assert leftovers(tmp_path) == ["all.csv"]
 
 
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs" / "prepare").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_shipped_configs_are_valid(file):
+    from trainer.config import from_sources
+
+    assert from_sources(PrepareConfig, [str(file)]) != PrepareConfig()
+
+
 def test_plan_writes_nothing(tmp_path, source):
     text = plan(config(input=source, output=str(tmp_path / "out"), n_val=5, n_test=5))
     assert "split count: 30 train, 5 val, 5 test, 0 in none" in text

@@ -612,7 +612,7 @@ def test_killed_worker_ends_the_run():
         next(results)
         workers._processes[1].kill()
         workers._processes[1].join()
-        with pytest.raises(RuntimeError, match="was killed"):
+        with pytest.raises(ChildProcessError, match="was killed"):
             list(results)
 
 
