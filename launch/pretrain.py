@@ -4,7 +4,8 @@
     deepspeed --num_gpus 2 launch/pretrain.py --config configs/pretrain/tiny.yaml data=DIR …
     python launch/pretrain.py --config configs/pretrain/tiny.yaml data=DIR … stages=[vae]
 
-A killed run continues with the same command.
+A killed run continues with the same command. SIGTERM, SIGUSR1, SIGUSR2 and the end of the walltime
+make a run save and exit with code 75: start it again.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from trainer.config import parse, required, run, to_yaml
 from trainer.export import export_stage, open_model
 from trainer.loop import fit
 from trainer.settings import pretrain_schema
+from trainer.signals import StopRequest
 from trainer.stage import STAGES
 
 
 def main() -> None:
     config = parse(pretrain_schema(), __doc__)
     required(config, "data", "run_dir", "stages")
+    stop = StopRequest(config.trainer.walltime_minutes, config.trainer.walltime_margin_minutes)
     sections = {name: getattr(config, name) for name in config.stages if STAGES[name]}
+    micro = {name: jobs.micro_batch(section, config.trainer) for name, section in sections.items()}
     dataset = Dataset.open(config.data)
     jobs.check_splits(dataset, config.data, "train")
     world = distributed.init(config.trainer.timeout_s)
@@ -48,7 +52,6 @@ def main() -> None:
             continue
         jobs.seed_everything(config.seed, name)
         stage = STAGES[name](section, encoder)
-        micro_batch = jobs.micro_batch(section, config.trainer)
         train, validation = (
             jobs.make_stream(
                 dataset,
@@ -56,7 +59,7 @@ def main() -> None:
                 stage,
                 config,
                 world,
-                batch_size=micro_batch,
+                batch_size=micro[name],
                 epochs=epochs,
             )
             for split, epochs in (("train", section.epochs), ("val", None))
@@ -65,7 +68,9 @@ def main() -> None:
             print(jobs.plan_text(stage, train, section, world, config.trainer.accumulation))
         if config.dry_run:
             continue
-        engine, result = fit(stage, section, config.trainer, train, validation, directory, world)
+        engine, result = fit(
+            stage, section, config.trainer, train, validation, directory, world, stop=stop
+        )
         weights = engine.weights()
         if world.main:
             data = {"fingerprint": dataset.manifest.fingerprint}

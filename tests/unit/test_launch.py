@@ -1,0 +1,200 @@
+"""Launch scripts: the main job end to end on a tiny set, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from datapipe.prototypes import TARGETS, UNITS, prototypes
+from datapipe.shards import DatasetWriter
+from trainer import load
+from trainer.config import run
+
+PRETRAIN = [
+    "--config=configs/pretrain/tiny.yaml", "vae.max_steps=3", "joint.max_steps=3",
+    "vae.batch_size=16", "joint.batch_size=16", "loader.workers=0", "trainer.log_every=1",
+]  # fmt: skip
+FINETUNE = [
+    "--config=configs/finetune/tiny.yaml", "finetune.epochs=2", "loader.workers=0",
+    "trainer.log_every=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "set"
+    with DatasetWriter(root, list(TARGETS), units=dict(UNITS)) as writer:
+        for i, crystal in enumerate(prototypes(size=200, seed=1)):
+            if i < 90:
+                writer.add(("train", "train", "train", "val", "test")[i % 5], crystal)
+        writer.finish({})
+    return root
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a launch script in this process: (exit code, standard output, standard error)."""
+
+    def call(script: str, *args: str) -> tuple[int, str, str]:
+        module = importlib.import_module(f"launch.{script}")
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        code = 0
+        try:
+            run(module.main)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """A finished pretraining and a finished finetuning run."""
+    root = tmp_path_factory.mktemp("runs")
+    argv = sys.argv
+    try:
+        for script, *args in (
+            ["pretrain", *PRETRAIN, f"data={data}", f"run_dir={root}/pre"],
+            ["finetune", *FINETUNE, f"data={data}", f"run_dir={root}/fine",
+             f"init_from={root}/pre", "target=density"],
+        ):  # fmt: skip
+            sys.argv = [script, *args]
+            importlib.import_module(f"launch.{script}").main()
+    finally:
+        sys.argv = argv
+    return root
+
+
+def scalars(path, name):
+    events = EventAccumulator(str(path)).Reload()
+    return [(e.step, e.value) for e in events.Scalars(name)]
+
+
+def test_tensorboard_shows_every_term_once_a_step(runs):
+    board = runs / "pre" / "tensorboard"
+    for name in ("atoms", "coords", "lattice", "kl", "atom_accuracy", "loss"):
+        assert [s for s, _ in scalars(board / "vae", f"train/{name}")] == [1, 2, 3]
+    for name in (
+        "optim/lr",
+        "optim/grad_norm",
+        "speed/crystals_per_s",
+        "speed/atoms_per_s",
+        "speed/data_wait",
+        "memory/peak_gb",
+        "train/latent_variance",
+        "val/flow",
+    ):
+        points = scalars(board / "joint", name)
+        assert points
+        assert all(np.isfinite(v) for _, v in points)
+
+
+def test_a_finetuned_run_reports_in_physical_units(runs, data, call):
+    fine = runs / "fine"
+    metrics = json.loads((fine / "metrics.json").read_text())
+    rows = list(csv.DictReader(open(fine / "predictions_test.csv")))
+    error = np.mean([abs(float(r["prediction"]) - float(r["target"])) for r in rows])
+    assert metrics["test"]["mae"] == pytest.approx(error, rel=1e-4)
+    assert {"mean", "ridge"} <= metrics["baselines"]["density"].keys()
+    for name in ("parity_test.png", "parity_val.png", "learning_curves.png"):
+        assert (fine / name).read_bytes()[:4] == b"\x89PNG"
+    # the exported model, on the shards themselves, gives the reported predictions
+    output = runs / "again.csv"
+    code, _, err = call(
+        "predict", f"checkpoint={fine}", f"input={data}", f"output={output}", "workers=1"
+    )
+    assert code == 0, err
+    again = {r["id"]: float(r["prediction"]) for r in csv.DictReader(open(output))}
+    for r in rows:
+        assert again[r["id"]] == pytest.approx(float(r["prediction"]), abs=1e-4)
+    crystal = next(iter(prototypes(size=200, seed=1)))
+    assert load(fine).predict(crystal) == pytest.approx(again[crystal.id], abs=1e-4)
+
+
+def test_the_first_stages_encoder_can_be_taken(runs, data, call, tmp_path):
+    code, out, err = call(
+        "finetune",
+        *FINETUNE,
+        f"data={data}",
+        f"run_dir={tmp_path}/f",
+        f"init_from={runs}/pre",
+        "init_stage=vae",
+        "target=density",
+        "label_fraction=0.5",
+        "finetune.max_steps=1",
+    )
+    assert code == 0, err
+    assert json.loads((tmp_path / "f" / "metrics.json").read_text())["labels"] == 27
+
+
+def test_a_finished_run_is_not_run_again(runs, data, call):
+    args = [*PRETRAIN, f"data={data}", f"run_dir={runs}/pre"]
+    before = (runs / "pre" / "metrics.jsonl").read_text()
+    code, out, _ = call("pretrain", *args)
+    assert code == 0
+    assert out.count("already finished") == 2
+    assert (runs / "pre" / "metrics.jsonl").read_text() == before
+
+
+def test_dry_run_writes_nothing(data, call, tmp_path):
+    for script, args in (("pretrain", PRETRAIN), ("finetune", [*FINETUNE, "target=density"])):
+        code, out, err = call(script, *args, f"data={data}", f"run_dir={tmp_path}/r", "--dry-run")
+        assert code == 0, err
+        assert "crystals" in out
+        assert not (tmp_path / "r").exists()
+
+
+MISTAKES = {
+    "unknown key": ("pretrain", ["vae.epoch=3"], ["'vae.epoch'", "did you mean 'epochs'"]),
+    "unknown encoder": ("pretrain", ["encoder.name=pdformer"], ["'pdformer'", "'pddformer'"]),
+    "unknown stage": ("pretrain", ["stages=[vea]"], ["'vea'", "'vae'"]),
+    "no data": ("pretrain", ["data="], ["'data'"]),
+    "not a data set": ("pretrain", ["data={empty}"], ["{empty}", "not a data set"]),
+    "used directory": ("pretrain", ["run_dir={used}"], ["{used}", "not empty"]),
+    "another run": ("pretrain", ["run_dir={runs}/pre", "seed=7"], ["{runs}/pre", "another seed"]),
+    "run refused": ("pretrain", ["run_dir={runs}/pre", "resume=never"], ["already holds a run"]),
+    "wrong accumulation": ("pretrain", ["trainer.accumulation=3"], ["accumulation=3", "16"]),
+    "unknown target": ("finetune", ["target=denstiy"], ["'denstiy'", "density"]),
+    "no target": ("finetune", ["target="], ["'targets'"]),
+    "unfinished start": ("finetune", ["init_from={empty}"], ["{empty}", "no model"]),
+    "unknown stage to start": (
+        "finetune", ["init_from={runs}/pre", "init_stage=dpf"], ["'dpf'", "vae, joint"]),
+    "another encoder": (
+        "finetune", ["init_from={runs}/pre", "encoder.name=matformer"], ["pddformer", "matformer"]),
+    "too many labels": ("finetune", ["label_count=1000"], ["label_count=1000", "54"]),
+    "no checkpoint": ("predict", ["checkpoint={empty}"], ["{empty}", "no model"]),
+    "no head": ("predict", ["checkpoint={runs}/pre"], ["finetune it"]),
+    "no input": ("predict", ["input={empty}/x.csv"], ["x.csv", "does not exist"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(name, runs, data, call, tmp_path):
+    places = {"empty": tmp_path / "empty", "used": tmp_path / "used", "runs": runs}
+    places["empty"].mkdir()
+    places["used"].mkdir()
+    (places["used"] / "notes.txt").write_text("mine")
+    script, args, words = MISTAKES[name]
+    base = {
+        "pretrain": [*PRETRAIN, f"data={data}", f"run_dir={tmp_path}/new"],
+        "finetune": [*FINETUNE, f"data={data}", f"run_dir={tmp_path}/new", "target=density"],
+        "predict": [f"checkpoint={runs}/fine", f"input={data}", f"output={tmp_path}/new",
+                    "workers=1"],
+    }[script]  # fmt: skip
+    code, _, err = call(script, *base, *(a.format(**places) for a in args))
+    lines = [x for x in err.splitlines() if x.startswith("error: ")]
+    assert code == 2
+    assert len(lines) == 1, err
+    for word in words:
+        assert word.format(**places) in lines[0], lines[0]
+    assert not (tmp_path / "new").exists()
+    assert list(places["empty"].iterdir()) == []
+    assert [p.name for p in places["used"].iterdir()] == ["notes.txt"]
