@@ -5,6 +5,8 @@
     … init_from=none               from scratch
     … init_from=RUN init_stage=vae from the first pretraining stage
     … label_fraction=0.2 seed=1    from a fifth of the labels
+
+A killed run continues with the same command; exit code 75 means that it asks for that.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from trainer.export import Scaler, export_stage, standardisation
 from trainer.files import write_json
 from trainer.loop import fit
 from trainer.settings import FinetuneJob
+from trainer.signals import StopRequest
 from trainer.stages.finetune import FinetuneStage
 
 
 def main() -> None:
     config = parse(FinetuneJob, __doc__)
     required(config, "data", "run_dir", "targets")
+    stop = StopRequest(config.trainer.walltime_minutes, config.trainer.walltime_margin_minutes)
     config.trainer.engine = "torch"
     dataset = Dataset.open(config.data)
     jobs.check_splits(dataset, config.data, "train", "val")
@@ -93,6 +97,7 @@ def main() -> None:
         world,
         monitor=monitor,
         lr_scales=stage.lr_scales,
+        stop=stop,
     )
     data = {"fingerprint": dataset.manifest.fingerprint, "labels": len(items["train"])}
     export_stage(directory.path, stage, engine.weights(), data, scaler)

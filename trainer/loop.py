@@ -21,6 +21,7 @@ from trainer.engine import Engine, EngineConfig, build_engine
 from trainer.files import load_into, save_tensors
 from trainer.logger import Logger
 from trainer.optim import one_cycle, param_groups
+from trainer.signals import Requeue, StopRequest
 from trainer.stage import Stage, StageConfig, Term
 
 
@@ -40,6 +41,10 @@ class TrainerConfig(EngineConfig):
     """Checkpoints kept per stage."""
     max_skipped: int = 20
     """Updates with a non-finite gradient in a row before the run stops."""
+    walltime_minutes: float | None = None
+    """Time the job has; it saves and exits with code 75 before. Slurm's own limit is known."""
+    walltime_margin_minutes: float = 3.0
+    """Time kept for the last save; a fifth of the walltime where that is less."""
 
 
 class Meter:
@@ -143,15 +148,18 @@ def fit(
     *,
     monitor: str | None = None,
     lr_scales: Mapping[str, float] | None = None,
+    stop: StopRequest | None = None,
 ) -> tuple[Engine, Result]:
     """Trains a stage to its end, continuing from the run's newest checkpoint of it.
 
     Args:
         monitor: validation average to minimise; the weights of its minimum are kept and are in
             `engine.stage` at the end. Without it the last weights are.
+        stop: asked after every step whether to save and leave.
 
     Raises:
         ValueError: too many non-finite gradients in a row.
+        Requeue: a rank was asked to stop; the run is saved.
     """
     torch.use_deterministic_algorithms(trainer.deterministic)
     checkpoint = run.latest(stage.name)
@@ -175,6 +183,7 @@ def fit(
     if step:
         logger.say(f"{stage.name}: continuing after step {step} of {total}")
     session = _Session(engine, config, trainer, train, validation, run, logger, monitor, best)
+    session.stop = stop
     try:
         session.train(step, total)
         result = session.result
@@ -218,11 +227,14 @@ class _Session:
         self.skipped_in_row = 0
         self.saved_at = time.monotonic()
         self.result = Result(0, {}, {}, 0)
+        self.stop: StopRequest | None = None
 
     def train(self, step: int, total: int) -> None:
         stage = self.engine.stage.train()
         batches = iter(self.stream)
         epochs = self.stream.position / self.stream.epoch_size
+        if self.engine.world.any(self.stop is not None and bool(self.stop.reason)):
+            self.leave(step, total)
         while step < total:
             lr = self.train_step(batches, step, total)
             step += 1
@@ -235,9 +247,21 @@ class _Session:
             if self.validation is not None and (due or step == total):
                 self.validate(step)
                 stage.train()
+            if step < total and self.engine.world.any(self.stop is not None and self.stop.wanted()):
+                self.save(step)
+                self.leave(step, total)
             if step < total and self.checkpoint_due(step):
                 self.save(step)
         self.result.steps = step
+
+    def leave(self, step: int, total: int) -> None:
+        """Ends the process; the run is saved and the same command continues it."""
+        assert self.stop is not None
+        self.logger.say(
+            f"{self.engine.stage.name}: stopped after step {step} of {total} "
+            f"({self.stop.reason or 'another rank was asked to'}); the same command continues"
+        )
+        raise Requeue
 
     def train_step(self, batches: Any, step: int, total: int) -> float:
         """One optimiser step: wait for data, forward, backward, update; the rate used."""

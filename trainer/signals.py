@@ -1,0 +1,83 @@
+"""Stopping in time: a signal or the end of the walltime asks this process to stop.
+
+A handler only sets a flag. The loop asks once per step, all ranks agree, a checkpoint is written
+together, and the process exits with `REQUEUE`: the same command continues the run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+
+REQUEUE = 75
+"""Exit code of a run that stopped before its end and can be continued (EX_TEMPFAIL)."""
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+"""What schedulers send before they end a job."""
+
+
+class Requeue(SystemExit):
+    """Ends the process with exit code `REQUEUE`; the run is saved."""
+
+    def __init__(self) -> None:
+        super().__init__(REQUEUE)
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and by what. Create it in the main thread.
+
+    Args:
+        walltime_minutes: time the process has, from now; Slurm's own end of the job counts too.
+        margin_minutes: time left for the last save; at most a fifth of the walltime, so that a
+            short job gets something done.
+        environ: where Slurm's SLURM_JOB_END_TIME (seconds since 1970) is looked up.
+
+    Attributes:
+        reason: empty, or what asked: `SIGTERM`, `SIGUSR1`, `SIGUSR2` or `walltime`.
+    """
+
+    def __init__(
+        self,
+        walltime_minutes: float | None = None,
+        margin_minutes: float = 3.0,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self.reason = ""
+        now = time.time()
+        self._deadline = _deadline(
+            now, walltime_minutes, os.environ if environ is None else environ
+        )
+        self._margin = 60 * margin_minutes
+        if self._deadline is not None:
+            self._margin = min(self._margin, max(0.0, self._deadline - now) / 5)
+        self._asked: float | None = None
+        self._longest = 0.0
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.reason = signal.Signals(number).name
+
+    def wanted(self) -> bool:
+        """Whether to stop now. Asked once per step: the longest time between two questions so far
+        (a step, with validation and save) is what one more would take of the walltime."""
+        now = time.time()
+        if self._asked is not None:
+            self._longest = max(self._longest, now - self._asked)
+        self._asked = now
+        if self._deadline is not None and not self.reason:
+            if now + self._longest + self._margin >= self._deadline:
+                self.reason = "walltime"
+        return bool(self.reason)
+
+
+def _deadline(now: float, minutes: float | None, environ: Mapping[str, str]) -> float | None:
+    """The earliest end that is known, in seconds since 1970."""
+    ends = [] if minutes is None else [now + 60 * minutes]
+    if environ.get("SLURM_JOB_END_TIME", "").isdigit():
+        ends.append(float(environ["SLURM_JOB_END_TIME"]))
+    return min(ends, default=None)
