@@ -102,7 +102,11 @@ def _read_tar(path: Path, options: Options) -> Iterator[Raw]:
                 text = tar.extractfile(member).read().decode("utf-8-sig")  # type: ignore[union-attr]
                 table = Properties.parse(text, member.name, options)
                 break
-    labels = dict(table.rows) if table else {}
+    labels: dict[str, Mapping[str, Any]] = {}
+    again = []
+    for listed, values in table.rows if table else ():
+        if labels.setdefault(listed, values) is not values:
+            again.append(listed)
     found, count = set(), 0
     with tarfile.open(path) as tar:
         for member in tar:
@@ -126,6 +130,9 @@ def _read_tar(path: Path, options: Options) -> Iterator[Raw]:
                 "missing file",
             )
             yield Raw(_id(key), path.name, ("bad", absent), labels[key])
+    for key in again:
+        twice = (f"{table.name if table else ''} lists {key!r} twice", "duplicate id")
+        yield Raw(_id(key), path.name, ("bad", twice), labels[key])
     if not found and not labels:
         raise ValueError(f"{path} holds no structure files ({', '.join(_SUFFIXES)}, POSCAR…)")
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -470,6 +471,16 @@ def test_listed_file_that_is_missing_and_file_that_is_not_listed(tmp_path, struc
     assert isinstance(found["c1"], Crystal)
     assert found["ghost"].reason == "missing file" and found["ghost"].bad
     assert found["c2"].reason == "not listed" and not found["c2"].bad
+
+
+@pytest.mark.parametrize("pack", ["zip", "gztar"])
+def test_file_that_is_listed_twice_keeps_its_first_label(tmp_path, structures, pack):
+    folder = files(tmp_path / "cifs", structures[:2], table=False)
+    (folder / "id_prop.csv").write_text("c0,1\nc1,2\nc0,3\n")
+    path = shutil.make_archive(str(tmp_path / "packed"), pack, folder)
+    found = sorted(read_crystals(path, targets=["gap"]), key=lambda c: isinstance(c, Failure))
+    assert {c.id: c.targets["gap"] for c in found[:2]} == {"c0": 1, "c1": 2}
+    assert [(f.id, f.reason) for f in found[2:]] == [("c0", "duplicate id")]
 
 
 @pytest.mark.parametrize("layout", [csv_cdvae, json_megnet, extxyz, archive_tar, archive_zip])
