@@ -73,6 +73,11 @@ def runs(data, tmp_path_factory):
     return root
 
 
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def scalars(path, name):
     events = EventAccumulator(str(path)).Reload()
     return [(e.step, e.value) for e in events.Scalars(name)]
@@ -100,7 +105,7 @@ def test_tensorboard_shows_every_term_once_a_step(runs):
 def test_a_finetuned_run_reports_in_physical_units(runs, data, call):
     fine = runs / "fine"
     metrics = json.loads((fine / "metrics.json").read_text())
-    rows = list(csv.DictReader(open(fine / "predictions_test.csv")))
+    rows = table(fine / "predictions_test.csv")
     error = np.mean([abs(float(r["prediction"]) - float(r["target"])) for r in rows])
     assert metrics["test"]["mae"] == pytest.approx(error, rel=1e-4)
     assert {"mean", "ridge"} <= metrics["baselines"]["density"].keys()
@@ -112,7 +117,7 @@ def test_a_finetuned_run_reports_in_physical_units(runs, data, call):
         "predict", f"checkpoint={fine}", f"input={data}", f"output={output}", "workers=1"
     )
     assert code == 0, err
-    again = {r["id"]: float(r["prediction"]) for r in csv.DictReader(open(output))}
+    again = {r["id"]: float(r["prediction"]) for r in table(output)}
     for r in rows:
         assert again[r["id"]] == pytest.approx(float(r["prediction"]), abs=1e-4)
     crystal = next(iter(prototypes(size=200, seed=1)))
@@ -120,7 +125,7 @@ def test_a_finetuned_run_reports_in_physical_units(runs, data, call):
 
 
 def test_the_first_stages_encoder_can_be_taken(runs, data, call, tmp_path):
-    code, out, err = call(
+    code, _, err = call(
         "finetune",
         *FINETUNE,
         f"data={data}",
@@ -163,7 +168,7 @@ MISTAKES = {
     "run refused": ("pretrain", ["run_dir={runs}/pre", "resume=never"], ["already holds a run"]),
     "wrong accumulation": ("pretrain", ["trainer.accumulation=3"], ["accumulation=3", "16"]),
     "unknown target": ("finetune", ["target=denstiy"], ["'denstiy'", "density"]),
-    "no target": ("finetune", ["target="], ["'targets'"]),
+    "no target": ("finetune", ["target="], ["'target'"]),
     "unfinished start": ("finetune", ["init_from={empty}"], ["{empty}", "no model"]),
     "unknown stage to start": (
         "finetune", ["init_from={runs}/pre", "init_stage=dpf"], ["'dpf'", "vae, joint"]),

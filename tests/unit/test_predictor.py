@@ -96,9 +96,9 @@ def test_another_encoders_checkpoint_is_refused(tmp_path):
     finetuned(tmp_path, "pddformer")
     exported = open_model(tmp_path)
     assert take_encoder(exported, {}).section["name"] == "pddformer"
-    with pytest.raises(ValueError, match="holds encoder 'pddformer'.*asks for 'matformer'"):
+    with pytest.raises(ValueError, match=r"holds encoder 'pddformer'.*asks for 'matformer'"):
         take_encoder(exported, {"name": "matformer", "tiny": True})
-    with pytest.raises(ValueError, match="width=32.*width=48"):
+    with pytest.raises(ValueError, match=r"width=32.*width=48"):
         take_encoder(exported, {"name": "pddformer", "tiny": True, "width": 48})
 
 
