@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The tests: bash tests/run.sh [lint|unit|distributed|slurm] [pytest arguments]; no part = all.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+part=all
+case "${1:-}" in lint | unit | distributed | slurm) part=$1 && shift ;; esac
+
+lint() {
+    "$PYTHON" -m ruff check .
+    "$PYTHON" -m ruff format --check .
+    "$PYTHON" -m mypy
+}
+
+case $part in
+lint) lint ;;
+all) lint && "$PYTHON" -m pytest tests "$@" ;;
+*) "$PYTHON" -m pytest "tests/$part" "$@" ;;
+esac
