@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,10 @@ from datapipe.quotient import classes, derive, mix, refine
 from datapipe.schema import MASKED, CrystalBatch, GraphSpec
 from datapipe.transforms import Sample
 
-__all__ = ["Neighbours", "build", "neighbours", "pack"]
+__all__ = ["Neighbours", "build", "drop_edges", "neighbours", "pack"]
+
+_DROPPED = 1
+"""Tells the draws of dropped edges from a transform's."""
 
 
 def build(
@@ -53,6 +57,7 @@ def pack(
     atoms = [g.num_atoms for g in neighbours]
     if [len(s.seen) for s in samples] != atoms:
         raise ValueError("the neighbours are not those of the samples: numbers of atoms differ")
+    neighbours = [_thinned(g, s) for s, g in zip(samples, neighbours, strict=True)]
     crystals = [s.crystal for s in samples]
     every = np.arange(len(samples))
     ptr, batch = _ptr(atoms), np.repeat(every, atoms)
@@ -94,6 +99,8 @@ def pack(
         "masked": masked,
         "frac_coords": np.concatenate([c.frac_coords for c in crystals], dtype=np.float32),
         "lattice": np.stack([c.lattice for c in crystals], dtype=np.float32),
+        "seen_frac_coords": np.concatenate([s.seen.frac_coords for s in samples], dtype=np.float32),
+        "seen_lattice": np.stack([s.seen.lattice for s in samples], dtype=np.float32),
         "batch": batch,
         "ptr": ptr,
         "key": key,
@@ -116,7 +123,54 @@ def pack(
         name: torch.tensor([c.targets.get(name, np.nan) for c in crystals], dtype=torch.float32)
         for name in targets
     }
+    labels = {k: np.concatenate([s.labels[k] for s in samples]) for k in samples[0].labels}
+    if samples[0].pair_edges:
+        labels["pair_edges"] = np.concatenate([_pair_edges(g) for g in neighbours])
+    fields["labels"] = {name: torch.from_numpy(rows) for name, rows in labels.items()}
     return CrystalBatch(**fields, ids=[c.id for c in crystals])
+
+
+def _thinned(graph: Neighbours, sample: Sample) -> Neighbours:
+    """The graph that the sample asks for."""
+    if sample.dropped_edges == 0:
+        return graph
+    rng = np.random.default_rng([sample.key, _DROPPED])
+    return drop_edges(graph, sample.dropped_edges, rng)
+
+
+def drop_edges(graph: Neighbours, share: float, rng: np.random.Generator) -> Neighbours:
+    """The graph without a random share of its edges, which go in both directions at once;
+    `floor(share · undirected edges)` of them, chosen without replacement."""
+    edges = graph.edges.astype(np.int64)
+    target, source, shell, count = edges[0], edges[1], edges[2], edges[3]
+    entry = np.repeat(np.arange(len(count)), count)
+    copy = np.arange(len(entry)) - np.repeat(np.cumsum(count) - count, count)
+    # Brings both directions of an edge together: same atoms, same length, opposite vectors.
+    columns = [copy, shell[entry], np.minimum(source, target)[entry]]
+    columns.append(np.maximum(source, target)[entry])
+    if graph.vectors is not None:
+        columns = [copy, *_unsigned(graph.vectors)[entry].T, *columns[1:]]
+    both = entry[np.lexsort(columns)].reshape(-1, 2)
+    kept = np.ones(len(both), dtype=bool)
+    kept[rng.choice(len(both), size=int(share * len(both)), replace=False)] = False
+    edges[3] = np.bincount(both[kept].ravel(), minlength=len(count))
+    some = edges[3] > 0
+    vectors = None if graph.vectors is None else graph.vectors[some]
+    return replace(graph, edges=edges[:, some].astype(graph.edges.dtype), vectors=vectors)
+
+
+def _unsigned(vectors: np.ndarray) -> np.ndarray:
+    """Vectors [e, 3] without their sign, in whole 1e-3 Å: the first component that is not zero is
+    turned positive. The offset keeps round numbers off the boundary between two whole ones."""
+    first = vectors[np.arange(len(vectors)), (np.abs(vectors) > 1e-3).argmax(axis=1)]
+    return np.rint(np.where(first[:, None] < 0, -vectors, vectors) * 1000 + 0.123)
+
+
+def _pair_edges(graph: Neighbours) -> np.ndarray:
+    """[n²] uint8: edges from atom j into atom i in row i·n + j, 255 where there are more."""
+    edges, n = graph.edges.astype(np.int64), graph.num_atoms
+    joining = np.bincount(edges[0] * n + edges[1], weights=edges[3], minlength=n * n)
+    return np.minimum(joining, 255).astype(np.uint8)
 
 
 def _merge(target, source, shell, count, first, node_of_atom):

@@ -8,6 +8,7 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,7 +114,7 @@ class Reader(IterableDataset):
             for lane, source in zip(lanes, sources, strict=True):
                 for _ in range(self.plan.taken(end, lane) - self.plan.taken(position, lane)):
                     try:
-                        samples.append(self._prepare(*next(source)))
+                        samples += self._prepare(*next(source))
                     except _Unusable as error:
                         bad.append(error.entry)
             yield Part(end, self._pack(samples), bad)
@@ -137,24 +138,28 @@ class Reader(IterableDataset):
 
     def _prepare(
         self, epoch: int, item: int, found: Crystal | BadCrystal
-    ) -> tuple[Sample, Neighbours]:
-        """A crystal as its epoch shows it, with its geometry."""
+    ) -> list[tuple[Sample, Neighbours]]:
+        """A crystal as its epoch shows it, in one view or several, with its geometry."""
         if isinstance(found, BadCrystal):
             raise _Unusable(item, str(found))
         key = crystal_key(self.seed, epoch, found.id)
         sample = Sample.clean(found, key)
-        if self.transform is not None:
-            sample = self.transform(sample, np.random.default_rng(key))
         try:
-            if sample.seen is not found:
-                return sample, neighbours(sample.seen, self.spec)
-            graph = self._graphs.get(item)
-            if graph is None:
-                graph = neighbours(found, self.spec)
-                self._graphs.put(item, graph, graph.nbytes)
-            return sample, graph
+            shown = self.transform(sample, np.random.default_rng(key)) if self.transform else sample
+            views = shown if isinstance(shown, tuple) else (shown,)
+            return [(view, self._geometry(item, found, view)) for view in views]
         except ValueError as error:
             raise _Unusable(item, f"{self.dataset.where(item)}, {found.id}: {error}") from None
+
+    def _geometry(self, item: int, found: Crystal, sample: Sample) -> Neighbours:
+        """Neighbours of what the sample shows; those of an unmoved crystal are kept."""
+        if sample.seen is not found:
+            return neighbours(sample.seen, self.spec)
+        graph = self._graphs.get(item)
+        if graph is None:
+            graph = neighbours(found, self.spec)
+            self._graphs.put(item, graph, graph.nbytes)
+        return graph
 
     def _pack(self, samples: list[tuple[Sample, Neighbours]]) -> CrystalBatch | None:
         if not samples:
@@ -162,11 +167,19 @@ class Reader(IterableDataset):
         shown, graphs = zip(*samples, strict=True)
         return pack(shown, graphs, self.spec, self.targets, self.quotient)
 
+    def batch_of(self, items: Sequence[int]) -> CrystalBatch | None:
+        """Certain crystals as they are shown in the first epoch, as far as they are usable."""
+        samples: list[tuple[Sample, Neighbours]] = []
+        for item, found in self.dataset.read(sorted(items)):
+            with suppress(_Unusable):
+                samples += self._prepare(0, item, found)
+        return self._pack(samples)
+
     def filler(self) -> CrystalBatch:
         """The first usable crystal of the selection, marked as filler."""
         for item, found in self.dataset.read(self.plan.items[:1000]):
             try:
-                batch = self._pack([self._prepare(0, item, found)])
+                batch = self._pack(self._prepare(0, item, found))
             except _Unusable:
                 continue
             assert batch is not None

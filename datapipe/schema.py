@@ -83,6 +83,9 @@ class CrystalBatch:
     | masked | [A] | bool | atoms whose element the encoder must not see |
     | frac_coords | [A, 3] | float32 | fractional coordinates in [0, 1) (clean targets) |
     | lattice | [B, 3, 3] | float32 | rows a, b, c in Å, standard orientation (clean targets) |
+    | seen_frac_coords | [A, 3] | float32 | coordinates of the structure whose graph this is: the
+      clean ones unless a transform moved atoms |
+    | seen_lattice | [B, 3, 3] | float32 | its lattice |
     | batch | [A] | int64 | crystal of each atom |
     | ptr | [B+1] | int64 | first atom of each crystal, then A |
     | key | [B] | int64 | seed of all randomness for the crystal in this epoch |
@@ -101,6 +104,8 @@ class CrystalBatch:
     | distances | [U] | float32 | distinct edge lengths in Å |
     | edge_vector | [E, 3] | float32 | target minus source in Å; None unless asked for |
     | targets | name → [B] | float32 | labels in physical units, NaN where missing |
+    | labels | name → [rows, …] | any | what a stage's transform says of the crystals: the rows of
+      all crystals, one after another |
     | ids | B strings | | crystal ids |
     | filler | flag | bool | the crystals only keep this rank in step: nothing of them counts |
     """
@@ -109,6 +114,8 @@ class CrystalBatch:
     masked: Tensor
     frac_coords: Tensor
     lattice: Tensor
+    seen_frac_coords: Tensor
+    seen_lattice: Tensor
     batch: Tensor
     ptr: Tensor
     key: Tensor
@@ -126,6 +133,7 @@ class CrystalBatch:
     distances: Tensor
     edge_vector: Tensor | None = None
     targets: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    labels: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     ids: list[str] = dataclasses.field(default_factory=list)
     filler: bool = False
 
@@ -179,7 +187,7 @@ class CrystalBatch:
             value = getattr(self, x.name)
             if isinstance(value, dict):
                 for name, column in value.items():
-                    out[f"target_{name}"] = column
+                    out[f"{x.name.removesuffix('s')}_{name}"] = column
             elif value is not None:
                 out[x.name] = value
         out.num_nodes = self.num_nodes
@@ -207,7 +215,7 @@ def concat(parts: Sequence[CrystalBatch]) -> CrystalBatch:
             out[name] = [i for ids in values for i in ids]
         elif name == "filler":
             out[name] = all(values)
-        elif name == "targets":
+        elif name in ("targets", "labels"):
             out[name] = {k: torch.cat([v[k] for v in values]) for k in values[0]}
         elif values[0] is None:
             out[name] = None

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from datapipe.bytes import Access
 from datapipe.crystal import Crystal
 from datapipe.plan import OverLimit, Plan
 from datapipe.reader import (
@@ -53,11 +54,31 @@ class LoaderConfig:
     """Memory of a rank for graphs that are kept from epoch to epoch."""
     max_bad: int = 100
     """Unusable crystals that a rank passes over before it stops."""
+    tries: int = 5
+    """Attempts at reading a file from a URL."""
+    timeout_s: float = 300.0
+    """Seconds after which an attempt is given up."""
+    cache_dir: str | None = None
+    """Local disk to which shards are copied when they are first used, for all processes of the
+    machine. None: those of a URL go to the temporary directory, local ones are not copied."""
+    cache_gb: float = 20.0
+    """Size of the copies; when they are more, those unused for longest go. Below one shard for
+    each lane, shards are fetched again and again."""
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 0), ("prefetch", 1), ("cache_mb", 0), ("max_bad", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"loader.{name} must be at least {least}")
+        least = {"workers": 0, "prefetch": 1, "cache_mb": 0, "max_bad": 0, "tries": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"loader.{name} must be at least {value}")
+        for name in ("timeout_s", "cache_gb"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"loader.{name} must be above 0, got {getattr(self, name)}")
+
+    @property
+    def access(self) -> Access:
+        """How shards are reached."""
+        names = ("tries", "timeout_s", "cache_dir", "cache_gb")
+        return Access(**{name: getattr(self, name) for name in names})
 
 
 def estimate_edges(spec: GraphSpec, atoms: np.ndarray, volume: np.ndarray) -> np.ndarray:
@@ -127,6 +148,7 @@ class Stream:
         train: bool = True,
         quotient: bool = True,
     ) -> None:
+        dataset = dataset.through(config.access)
         for name in targets or ():
             dataset.targets_of(name)
         items = _selection(dataset, split, select, min_atoms, train)
@@ -142,7 +164,7 @@ class Stream:
                 lanes=config.lanes,
                 epochs=epochs if train else 1,
                 straddle=train,
-                **_budget(dataset, items, spec, config),
+                **_budget(dataset, items, spec, config, getattr(transform, "views", 1)),
                 fingerprint=dataset.manifest.fingerprint,
             )
         except OverLimit as error:
@@ -194,6 +216,19 @@ class Stream:
 
     def __len__(self) -> int:
         return self.total_steps
+
+    def largest(self) -> CrystalBatch:
+        """A batch as large as any that this rank may get: the crystals with most atoms, as many as
+        a step takes, within the limits. It belongs to no epoch and consumes nothing."""
+        plan = self.plan
+        left, chosen = dict(plan.limits), []
+        most = -(-plan.batch_size // plan.world_size)
+        for i in np.argsort(-self._reader.dataset.atoms[plan.items], kind="stable")[: 100 * most]:
+            costs = {name: int(plan.costs[name][i]) for name in left}
+            if len(chosen) < most and all(costs[name] <= left[name] for name in left):
+                chosen.append(int(plan.items[i]))
+                left = {name: left[name] - costs[name] for name in left}
+        return self._reader.batch_of(chosen) or self._make_filler()
 
     def state_dict(self) -> dict[str, Any]:
         """What a run must know to go on behind the last batch that was taken, as JSON. It is the
@@ -272,13 +307,13 @@ def _selection(
 
 
 def _budget(
-    dataset: Dataset, items: np.ndarray, spec: GraphSpec, config: LoaderConfig
+    dataset: Dataset, items: np.ndarray, spec: GraphSpec, config: LoaderConfig, views: int
 ) -> dict[str, Any]:
     costs, limits = {}, {}
     atoms = dataset.atoms[items].astype(np.int64)
     if config.max_atoms is not None:
-        costs["atoms"], limits["atoms"] = atoms, config.max_atoms
+        costs["atoms"], limits["atoms"] = views * atoms, config.max_atoms
     if config.max_edges is not None:
-        costs["edges"] = estimate_edges(spec, atoms, dataset.volume[items])
+        costs["edges"] = views * estimate_edges(spec, atoms, dataset.volume[items])
         limits["edges"] = config.max_edges
     return {"costs": costs, "limits": limits}
