@@ -33,13 +33,19 @@ def parse(schema: type[T], doc: str | None, argv: Sequence[str] | None = None) -
         ValueError: an unreadable file, a malformed argument, an unknown key or a wrong type.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in args or "--help" in args:
+        print(help_text(schema, doc))
+        raise SystemExit(0)
+    return from_sources(schema, *split_arguments(args))
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(config files, `key=value` overrides) of a command line; see `parse`."""
+    args = list(argv)
     files: list[str] = []
     overrides: list[str] = []
     while args:
         arg = args.pop(0)
-        if arg in ("-h", "--help"):
-            print(help_text(schema, doc))
-            raise SystemExit(0)
         if arg == "--config":
             if not args:
                 raise ValueError("--config needs a file name")
@@ -55,11 +61,16 @@ def parse(schema: type[T], doc: str | None, argv: Sequence[str] | None = None) -
             overrides.append(arg)
         else:
             raise ValueError(f"argument {arg!r} is not of the form key=value (see --help)")
-    return from_sources(schema, files, overrides)
+    return files, overrides
 
 
 def from_sources(schema: type[T], files: Sequence[str] = (), overrides: Sequence[str] = ()) -> T:
     """Merges YAML files and dotlist overrides, in that order, into `schema`."""
+    return configure(schema, merge_sources(files, overrides))
+
+
+def merge_sources(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What YAML files and dotlist overrides say, in that order, before any schema."""
     merged: Any = OmegaConf.create({})
     for name in files:
         merged = OmegaConf.merge(merged, read_yaml(name))
@@ -68,7 +79,7 @@ def from_sources(schema: type[T], files: Sequence[str] = (), overrides: Sequence
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"overrides {list(overrides)}: {str(error).splitlines()[0]}") from None
-    return configure(schema, {str(k): v for k, v in values.items()})  # type: ignore[union-attr]
+    return {str(k): v for k, v in values.items()}  # type: ignore[union-attr]
 
 
 def read_yaml(path: str | Path) -> DictConfig:
