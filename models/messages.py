@@ -72,64 +72,62 @@ class _ComformerMessages(torch.autograd.Function):
     def forward(ctx, query, keys, values, wk, bk, wv, bv, gamma, beta, norm, edges):
         blocks = edges.blocks(_BLOCK // query.shape[1])
         with torch.autocast(query.device.type, enabled=False):
-            query, weight = _wide(query), edges.weight.to(_wide(query).dtype)
+            query = _wide(query)
+            weight = edges.weight.to(query.dtype)
             key, value = (t.new_empty(len(edges), t.shape[1]) for t in (keys, values))
-            parts = []
+            score, parts = query.new_empty(key.shape), []
             for b in blocks:
                 for out, table, w, bias in ((key, keys, wk, bk), (value, values, wv, bv)):
                     hidden = F.silu(b.gather(table), inplace=True)
                     torch.addmm(bias.to(hidden), hidden, w.t().to(hidden), out=out[b.edges])
+                part = score[b.edges]
+                torch.mul(query.index_select(0, b.target), key[b.edges], out=part)
                 if norm.training:
-                    score = query.index_select(0, b.target).mul_(key[b.edges])
-                    parts.append(moments(score, weight[b.edges]))
+                    parts.append(moments(part, weight[b.edges]))
             standard = norm.standard(parts, weight)
-            scale = standard.rstd * gamma
-            shift = beta - standard.mean * scale
+            offset = -standard.mean * standard.rstd
             summed = torch.empty_like(query)
             for b in blocks:
-                score = query.index_select(0, b.target).mul_(key[b.edges])
-                gate = torch.addcmul(shift, score, scale).sigmoid_()
+                part = score[b.edges]
+                torch.addcmul(offset, part, standard.rstd, out=part)
+                gate = torch.addcmul(beta, part, gamma).sigmoid_()
                 summed[b.nodes] = b.into(gate.mul_(value[b.edges]))
-        ctx.save_for_backward(query, keys, values, wk, wv, gamma, beta, key, value)
+        ctx.save_for_backward(query, keys, values, wk, wv, gamma, beta, key, value, score)
         ctx.edges, ctx.standard = edges, standard
         return summed
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        query, keys, values, wk, wv, gamma, beta, key, value = ctx.saved_tensors
-        edges, (mean, rstd, share, _) = ctx.edges, ctx.standard
+        query, keys, values, wk, wv, gamma, beta, key, value, score = ctx.saved_tensors
+        edges, standard = ctx.edges, ctx.standard
         blocks = edges.blocks(_BLOCK // query.shape[1])
-        offset = -mean * rstd
-        dgate = torch.empty_like(query.new_empty(key.shape))  # before the sigmoid
-        sums = torch.zeros_like(torch.stack([gamma, beta]).to(query))
-        dquery = torch.empty_like(query)
-        mlp_value, mlp_key = _HiddenGrad(values, wv, edges), _HiddenGrad(keys, wk, edges)
-
-        def standard_score(b):
-            score = query.index_select(0, b.target).mul_(key[b.edges])
-            return torch.addcmul(offset, score, rstd)
-
         with torch.autocast(query.device.type, enabled=False):
+            dgate = torch.empty_like(score)  # of what enters the sigmoid
+            dgamma, dbeta = sums = query.new_zeros(2, len(gamma))
+            mlp = _HiddenGrad(values, wv, edges)
             for b in blocks:
-                score = standard_score(b)
-                gate = torch.addcmul(beta, score, gamma).sigmoid_()
+                gate = torch.addcmul(beta, score[b.edges], gamma).sigmoid_()
                 dmessage = b.spread(grad)
-                block = torch.mul(dmessage, value[b.edges], out=dgate[b.edges])
-                sigmoid_backward(block, gate, grad_input=block)
-                sums[0] += block.sum(0)
-                sums[1] += score.mul_(block).sum(0)
-                mlp_value.add(b, dmessage.mul_(gate))
-            first, second = ctx.standard.sum_over_ranks(sums.clone())
+                part = torch.mul(dmessage, value[b.edges], out=dgate[b.edges])
+                sigmoid_backward(part, gate, grad_input=part)
+                dbeta += part.sum(0)
+                dgamma += (part * score[b.edges]).sum(0)
+                mlp.add(b, dmessage.mul_(gate))
+            dvalues, dwv, dbv = mlp.result()
+
+            # The score's mean and variance depend on all scores: two more terms.
+            scale = standard.rstd * gamma
+            by_score, constant = -standard.sum_over_ranks(sums.clone()) * scale
+            dquery = torch.empty_like(query)
+            mlp = _HiddenGrad(keys, wk, edges)
             for b in blocks:
-                score = standard_score(b)
-                dscore = score.mul_(second).add_(first).mul_(share[b.edges, None])
-                dscore = torch.sub(dgate[b.edges], dscore, out=dscore).mul_(gamma * rstd)
+                dscore = torch.addcmul(constant, score[b.edges], by_score)
+                dscore.mul_(standard.share[b.edges, None]).addcmul_(dgate[b.edges], scale)
                 dquery[b.nodes] = b.total(dscore * key[b.edges])
-                mlp_key.add(b, dscore.mul_(query.index_select(0, b.target)))
-        dkeys, dwk, dbk = mlp_key.result()
-        dvalues, dwv, dbv = mlp_value.result()
-        return dquery, dkeys, dvalues, dwk, dbk, dwv, dbv, sums[1], sums[0], None, None
+                mlp.add(b, dscore.mul_(query.index_select(0, b.target)))
+            dkeys, dwk, dbk = mlp.result()
+        return dquery, dkeys, dvalues, dwk, dbk, dwv, dbv, dgamma, dbeta, None, None
 
 
 class _HiddenGrad:
@@ -273,11 +271,16 @@ class _MatformerMessages(torch.autograd.Function):
 def _scores(query, key, feature, own, edges: Edges, b: Block, heads: int):
     """For the edges of a block, [e, H, C] each: query, source's key, feature key; and the score
     [e, H, 3C]."""
-    q = query.index_select(0, b.target).view(-1, heads, query.shape[1] // heads)
+    width = query.shape[1] // heads
+    q, o = (x.index_select(0, b.target).view(-1, heads, width) for x in (query, own))
     k = key.index_select(0, edges.source[b.edges]).view_as(q)
     f = feature.index_select(0, edges.row[b.edges]).view_as(q)
-    o = own.index_select(0, b.target).view_as(q)
-    return q, k, f, torch.cat([o, q * k, q * f], dim=-1)
+    score = q.new_empty(len(q), heads, 3 * width)
+    first, second, third = score.split(width, -1)
+    first.copy_(o)
+    torch.mul(q, k, out=second)
+    torch.mul(q, f, out=third)
+    return q, k, f, score
 
 
 def _layer_norm_backward(grad, x, weight, bias, eps):
