@@ -8,9 +8,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
-import fsspec
+from datapipe.bytes import DEFAULT, Access, join_path, open_file
+
+__all__ = ["MANIFEST", "SPLITS", "Manifest", "Shard", "Target", "join_path", "open_file"]
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -67,17 +70,21 @@ class Manifest:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
-    def load(cls, root: str | os.PathLike) -> Manifest:
-        """Reads and checks the manifest of the data set at `root` (local path or fsspec URL).
+    def load(cls, root: str | os.PathLike, access: Access = DEFAULT) -> Manifest:
+        """Reads and checks the manifest of the data set at `root` (a path or URL, see
+        `datapipe.bytes`).
 
         Raises:
-            ValueError: not a data set, another schema version, unknown or missing keys.
+            ValueError: not a data set, another schema version, unknown or missing keys; it cannot
+                be reached.
         """
         try:
-            with open_file(root, MANIFEST) as file:
+            with open_file(root, MANIFEST, access, _check_json) as file:
                 values = json.loads(file.read())
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{root} is not a data set: it has no complete {MANIFEST}") from None
+        except OSError as error:
+            raise ValueError(f"{root}: {error}") from None
         except ValueError as error:
             raise ValueError(f"{join_path(root, MANIFEST)} is not JSON: {error}") from None
         found = values.get("schema_version") if isinstance(values, dict) else None
@@ -106,22 +113,11 @@ class Manifest:
         return manifest
 
 
+def _check_json(path: Path) -> None:
+    json.loads(path.read_bytes())
+
+
 def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
     known = {f.name for f in fields(cls)}
     for key in known ^ set(values):
         raise ValueError(f"{'missing' if key in known else 'unknown'} key {where + key!r}")
-
-
-def join_path(root: str | os.PathLike, name: str) -> str:
-    """Path or URL of file `name` of the data set at `root`."""
-    return f"{os.fspath(root).rstrip('/')}/{name}"
-
-
-def open_file(root: str | os.PathLike, name: str) -> BinaryIO:
-    """File `name` of the data set at `root`, opened for reading bytes.
-
-    Raises:
-        OSError: missing, or not readable.
-    """
-    path = join_path(root, name)
-    return fsspec.open(path, "rb").open() if "://" in path else open(path, "rb")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import zlib
@@ -11,8 +12,10 @@ import numpy as np
 import safetensors.numpy as safetensors
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from datapipe.bytes import DEFAULT, Access, join_path, open_file
+from datapipe.cache import open_shard
 from datapipe.crystal import BadCrystal, Crystal
-from datapipe.manifest import SPLITS, Manifest, join_path, open_file
+from datapipe.manifest import SPLITS, Manifest
 from datapipe.record import COLUMNS, INDEX, decode, encode
 from datapipe.writer import DatasetWriter
 
@@ -29,8 +32,14 @@ class Dataset:
         targets: [N, T] float64 in physical units, NaN where missing.
     """
 
-    def __init__(self, root: str, manifest: Manifest, index: Mapping[str, np.ndarray]) -> None:
-        self.root, self.manifest = root, manifest
+    def __init__(
+        self,
+        root: str,
+        manifest: Manifest,
+        index: Mapping[str, np.ndarray],
+        access: Access = DEFAULT,
+    ) -> None:
+        self.root, self.manifest, self.access = root, manifest, access
         self.names = list(manifest.targets)
         self.atoms, self.volume, self.targets = index["atoms"], index["volume"], index["targets"]
         self._offset, self._crc32 = index["offset"], index["crc32"]
@@ -39,26 +48,38 @@ class Dataset:
         self._start = dict(zip(SPLITS, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
 
     @classmethod
-    def open(cls, root: str | os.PathLike) -> Dataset:
-        """The data set at `root` (local path or fsspec URL).
+    def open(cls, root: str | os.PathLike, access: Access = DEFAULT) -> Dataset:
+        """The data set at `root` (a path or URL, see `datapipe.bytes`).
 
         Raises:
-            ValueError: not a data set, or its manifest or index is damaged.
+            ValueError: not a data set, its manifest or index is damaged, or it cannot be reached.
         """
-        manifest = Manifest.load(root)
+        manifest = Manifest.load(root, access)
+
+        url = join_path(root, INDEX)
+
+        def check(data: bytes) -> None:
+            if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
+                raise ValueError(f"{url} is damaged: its hash is not the manifest's")
+
         try:
-            with open_file(root, INDEX) as file:
+            with open_file(root, INDEX, access, lambda path: check(path.read_bytes())) as file:
                 data = file.read()
         except FileNotFoundError:
-            raise ValueError(
-                f"{join_path(root, INDEX)} is missing: the data set is damaged"
-            ) from None
-        if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
-            raise ValueError(f"{join_path(root, INDEX)} is damaged: its hash is not the manifest's")
+            raise ValueError(f"{url} is missing: the data set is damaged") from None
+        except OSError as error:
+            raise ValueError(f"{root}: {error}") from None
+        check(data)
         index = safetensors.load(data)
         if set(index) != set(COLUMNS) or len(index["atoms"]) != sum(manifest.splits.values()):
-            raise ValueError(f"{join_path(root, INDEX)} does not belong to the manifest beside it")
-        return cls(os.fspath(root), manifest, index)
+            raise ValueError(f"{url} does not belong to the manifest beside it")
+        return cls(os.fspath(root), manifest, index, access)
+
+    def through(self, access: Access) -> Dataset:
+        """The same data set, its shards reached in another way."""
+        other = copy.copy(self)
+        other.access = access
+        return other
 
     def __len__(self) -> int:
         return len(self.atoms)
@@ -111,7 +132,7 @@ class Dataset:
         shard = self.manifest.shards[int(self.shard_of(np.asarray(items[0])))]
         first = self._start[shard.split]
         try:
-            stream = open_file(self.root, shard.name)
+            stream = open_shard(self.root, shard, self.access)
         except OSError as error:
             raise ValueError(
                 f"cannot open shard {join_path(self.root, shard.name)}: {error}"
