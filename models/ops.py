@@ -212,7 +212,7 @@ class Edges:
         while cuts[-1] < self.num_nodes:
             end = int(ptr.searchsorted(ptr[cuts[-1]] + size, side="right")) - 1
             cuts.append(max(end, cuts[-1] + 1))
-        return cuts
+        return cuts if self.num_nodes else [0, 0]
 
     def _block(self, first: int, last: int) -> Block:
         whole = first == 0 and last == self.num_nodes  # then the device need not be asked

@@ -30,11 +30,11 @@ F64 = torch.float64
 def random_edges(nodes=6, edges=17, rows=5, seed=0) -> Edges:
     """Edges with multiplicities 1..3; some nodes have none."""
     g = torch.Generator().manual_seed(seed)
-    target = torch.randint(0, nodes, (edges,), generator=g).sort().values
+    target = torch.randint(0, max(nodes, 1), (edges,), generator=g).sort().values
     count = torch.randint(1, 4, (edges,), generator=g)
     atoms = torch.randint(1, 4, (nodes,), generator=g)
     return Edges(
-        source=torch.randint(0, nodes, (edges,), generator=g),
+        source=torch.randint(0, max(nodes, 1), (edges,), generator=g),
         target=target,
         row=torch.randint(0, rows, (edges,), generator=g),
         ptr=torch.bincount(target + 1, minlength=nodes + 1).cumsum(0),
@@ -49,7 +49,7 @@ def random(*shape, seed=0):
     return torch.randn(*shape, dtype=F64, generator=g, requires_grad=True)
 
 
-@pytest.fixture(params=[(6, 17), (6, 0), (1, 1), (40, 300)], ids=str)
+@pytest.fixture(params=[(6, 17), (6, 0), (0, 0), (1, 1), (40, 300)], ids=str)
 def edges(request):
     nodes, count = request.param
     return random_edges(nodes, count)
