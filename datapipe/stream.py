@@ -221,7 +221,8 @@ class Stream:
         """A batch as large as any that this rank may get: the crystals with most atoms, as many as
         a step takes, within the limits. It belongs to no epoch and consumes nothing."""
         plan = self.plan
-        left, chosen = dict(plan.limits), []
+        left = dict(plan.limits)
+        chosen: list[int] = []
         most = -(-plan.batch_size // plan.world_size)
         for i in np.argsort(-self._reader.dataset.atoms[plan.items], kind="stable")[: 100 * most]:
             costs = {name: int(plan.costs[name][i]) for name in left}

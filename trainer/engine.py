@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,8 +59,9 @@ class Engine(ABC):
     world: World
     grad_norm: Tensor | float = 0.0
     """Gradient norm of the last step, before clipping."""
-    skipped: int = 0
-    """Updates skipped because the gradient was not finite."""
+    skipped: Tensor | bool = False
+    """Whether the last step left out its update because the gradient was not finite, the same on
+    all ranks. A tensor may still be on its way: reading it waits for the device."""
 
     @abstractmethod
     def forward(self, batch: CrystalBatch) -> dict[str, Term]:
@@ -71,7 +73,8 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, lr: float, beta1: float) -> None:
-        """Clips and updates once `accumulation` micro-batches are in."""
+        """Clips and updates once `accumulation` micro-batches are in; leaves weights and moments
+        as they are if the gradient is not finite."""
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
@@ -93,8 +96,41 @@ def _schedule(groups: Iterable[dict], lr: float, beta1: float) -> None:
         group["betas"] = (beta1, group["betas"][1])
 
 
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that clips, and leaves out an update whose gradient is not finite.
+
+    The fused kernels take the verdict from the device, so that nobody waits for it.
+
+    Args:
+        grad_clip: largest gradient norm over all groups; 0 switches clipping off.
+    """
+
+    def __init__(self, groups: list[dict], grad_clip: float, device: torch.device) -> None:
+        super().__init__(groups, lr=1e-3, betas=(0.95, 0.999), fused=device.type == "cuda")
+        self._step_supports_amp_scaling = False  # a gradient scaler unscales before `step`
+        self.grad_clip = grad_clip
+        self.grad_norm: Tensor | float = 0.0
+        self.skipped: Tensor | bool = False
+
+    def step(self, closure: Any = None) -> Any:
+        parameters = [p for g in self.param_groups for p in g["params"]]
+        limit = self.grad_clip or float("inf")
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        self.skipped = ~torch.isfinite(self.grad_norm)
+        if self.defaults["fused"]:
+            self.found_inf = self.skipped.float()
+            super().step(closure)
+        elif not self.skipped:
+            super().step(closure)
+
+
 def _adamw(groups: list[dict], device: torch.device) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=1e-3, betas=(0.95, 0.999), fused=device.type == "cuda")
+
+
+def _host(tensor: Tensor) -> Tensor:
+    """An fp32 copy on the CPU that no later step changes."""
+    return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
 def _plain_state(stage: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -103,8 +139,8 @@ def _plain_state(stage: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
         moments = optimizer.state.get(parameter)
         if moments:
             for key in _MOMENTS:
-                out[f"{key}/{name}"] = moments[key].detach().float().cpu()
-            out["step"] = torch.as_tensor(moments["step"]).detach().float().cpu().reshape(())
+                out[f"{key}/{name}"] = _host(moments[key])
+            out["step"] = _host(torch.as_tensor(moments["step"])).reshape(())
     return out
 
 
@@ -128,10 +164,9 @@ class TorchEngine(Engine):
         if world.size > 1:
             raise ValueError("the torch engine runs on one device; set trainer.engine=deepspeed")
         self.stage, self.world = stage.to(world.device), world
-        self.grad_clip = grad_clip
         self.accumulation = config.accumulation
         self.dtype = PRECISIONS[config.precision]
-        self.optimizer = _adamw(groups, world.device)
+        self.optimizer = GuardedAdamW(groups, grad_clip, world.device)
         self.scaler = torch.amp.GradScaler(
             world.device.type, enabled=self.dtype == torch.float16 and world.device.type == "cuda"
         )
@@ -151,18 +186,9 @@ class TorchEngine(Engine):
         self._micro = 0
         _schedule(self.optimizer.param_groups, lr, beta1)
         self.scaler.unscale_(self.optimizer)
-        parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-        limit = self.grad_clip or float("inf")
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        if self.scaler.is_enabled():
-            before = self.scaler.get_scale()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.skipped += self.scaler.get_scale() < before
-        elif torch.isfinite(self.grad_norm):
-            self.optimizer.step()
-        else:
-            self.skipped += 1
+        self.optimizer.step()
+        self.scaler.update()
+        self.grad_norm, self.skipped = self.optimizer.grad_norm, self.optimizer.skipped
         self.optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, Tensor]:
@@ -195,7 +221,7 @@ class DeepSpeedEngine(Engine):
             # the loop forms batches itself; DeepSpeed only has to agree on the accumulation
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": config.accumulation,
-            "gradient_clipping": grad_clip,
+            "gradient_clipping": grad_clip if config.zero_stage else 0.0,  # else by GuardedAdamW
             "zero_optimization": {
                 "stage": config.zero_stage,
                 "overlap_comm": world.device.type == "cuda",
@@ -208,9 +234,11 @@ class DeepSpeedEngine(Engine):
             },
             "steps_per_print": 2**62,
         }
+        stage = stage.to(world.device)
+        guarded = GuardedAdamW(groups, grad_clip, world.device)  # ZeRO has guards of its own
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=stage.to(world.device),
-            optimizer=_adamw(groups, world.device),
+            model=stage,
+            optimizer=_adamw(groups, world.device) if config.zero_stage else guarded,
             config=settings,
             dist_init_required=True,
         )
@@ -227,9 +255,11 @@ class DeepSpeedEngine(Engine):
         if boundary:
             _schedule(self.optimizer.param_groups, lr, beta1)
         self.engine.step()
-        if boundary:
+        if boundary and isinstance(self.optimizer, GuardedAdamW):
+            self.grad_norm, self.skipped = self.optimizer.grad_norm, self.optimizer.skipped
+        elif boundary:
             self.grad_norm = self.engine.get_global_grad_norm() or 0.0
-            self.skipped = self.engine.skipped_steps
+            self.skipped = self.optimizer.overflow
 
     def _gathered(self):
         import deepspeed
@@ -265,14 +295,14 @@ class DeepSpeedEngine(Engine):
             for key in _MOMENTS:
                 full = safe_get_full_optimizer_state(parameter, key)
                 if self.world.main and full is not None:
-                    out[f"{key}/{name}"] = full.detach().float().cpu()
+                    out[f"{key}/{name}"] = _host(full)
         for moments in self.optimizer.optimizer.state.values():
             if self.world.main and "step" in moments:
-                out["step"] = torch.as_tensor(moments["step"]).float().cpu().reshape(())
+                out["step"] = _host(torch.as_tensor(moments["step"])).reshape(())
         return out
 
     def load_optimizer(self, state: Mapping[str, Tensor]) -> None:
-        if self.zero_stage == 0:
+        if self.zero_stage == 0 or not state:  # nothing yet: every update was left out
             _load_plain(self.stage, self.optimizer, state)
             return
         from deepspeed.utils import safe_get_local_optimizer_state as local_state
@@ -290,6 +320,8 @@ class DeepSpeedEngine(Engine):
         self._link()
         for name, parameter in zip(self._names, self.stage.parameters(), strict=True):
             for key in _MOMENTS:
+                if f"{key}/{name}" not in state:  # it never had a gradient
+                    continue
                 full = state[f"{key}/{name}"].to(self.world.device)
                 if self.zero_stage < 3:
                     safe_set_full_optimizer_state(parameter, full, key)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
+import hashlib
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,20 +18,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models import __version__
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces the file's content in one step."""
+
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    """Replaces the file's content in one step; `durable` waits until it is on disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, durable: bool = True) -> None:
     """Replaces the file by readable JSON."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n", durable)
 
 
 def read_json(path: Path) -> Any:
@@ -37,10 +45,16 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file and waits until it is on disk."""
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file and waits until it is on disk. Raises OSError if it cannot."""
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+    try:
+        whole = {k: v.contiguous() for k, v in tensors.items()}
+        save_file(whole, temporary, dict(metadata) if metadata else None)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(errno.EIO, f"cannot write: {error}", str(path)) from None
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -82,3 +96,52 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
 def remove_tree(path: Path) -> None:
     """Deletes a directory, if it is there."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Waits until names in a directory (a rename) are on disk, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def check_space(path: Path, size: int) -> None:
+    """Raises OSError unless `size` bytes and a little more fit on the disk of `path`."""
+    free = shutil.disk_usage(path).free
+    if free < 1.05 * size + 2**24:
+        raise OSError(
+            errno.ENOSPC, f"{size / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free", str(path)
+        )
+
+
+@functools.cache
+def code_version() -> Mapping[str, str]:
+    """What the code is: package version, hash of the sources, and the git commit if there is one;
+    as at the first call."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for package in ("datapipe", "models", "trainer", "launch"):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    version = {"version": __version__, "sources": digest.hexdigest()[:16]}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git = subprocess.run(
+            ["git", "rev-parse", "--show-toplevel", "HEAD"],
+            cwd=root, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+        top, _, commit = git.stdout.strip().partition("\n")
+        if git.returncode == 0 and Path(top) == root:  # not of a project that it is installed in
+            version["commit"] = commit
+    return version
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,41 +1,61 @@
-"""Where numbers go: TensorBoard, metrics.jsonl and a progress bar, all from rank 0."""
+"""Where numbers go: TensorBoard, metrics.jsonl, a progress bar and a heartbeat from rank 0; events
+from every rank."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from trainer.distributed import World
+from trainer.files import write_json, write_text
+
+BEAT_S = 5.0
+"""Least time between two heartbeats, in seconds."""
+
 
 class Logger:
-    """Logs one stage of a run. Other ranks hold one that does nothing.
+    """Logs one stage of a run. Ranks other than 0 log events only.
 
     TensorBoard sees a curve per stage in RUN/tensorboard/<stage>; a resumed stage purges what the
     killed process logged after its last checkpoint, so the curve stays one.
     """
 
-    def __init__(self, run: Path, stage: str, start: int, total: int, enabled: bool) -> None:
-        self.stage = stage
-        self.enabled = enabled
+    def __init__(self, run: Path, stage: str, start: int, total: int, world: World) -> None:
+        self.run, self.stage, self.total, self.world = run, stage, total, world
+        self.enabled = world.main
+        self.board_path = run / "tensorboard" / stage
+        self._beaten = -BEAT_S
+        self._lock = threading.Lock()  # the thread that writes checkpoints has events too
         self.bar = tqdm(
             total=total,
             initial=start,
             desc=stage,
             unit="step",
-            disable=not enabled,
+            disable=not self.enabled,
             mininterval=1.0,
             dynamic_ncols=True,
         )
-        if enabled:
+        events = run / "events"
+        events.mkdir(parents=True, exist_ok=True)
+        self._events = open(  # noqa: SIM115
+            events / f"rank-{world.rank:04d}.jsonl", "a", encoding="utf-8"
+        )
+        if self.enabled:
             from torch.utils.tensorboard import SummaryWriter
 
             _drop_lines(run / "metrics.jsonl", stage, start)
             self._lines = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            again = self.board_path.is_dir()
             self._board = SummaryWriter(
-                str(run / "tensorboard" / stage), purge_step=start + 1 if start else None
+                str(self.board_path), purge_step=start + 1 if again else None
             )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -53,20 +73,47 @@ class Logger:
         if self.enabled:
             self._board.add_figure(name, figure, step, close=False)
 
+    def event(self, kind: str, **values: Any) -> None:
+        """Appends a line to this rank's RUN/events/rank-<rank>.jsonl: `time` in seconds since
+        1970, `event`, `stage`, `rank` and the values (JSON)."""
+        line = {"time": round(time.time(), 3), "event": kind, "stage": self.stage}
+        line |= {"rank": self.world.rank, **values}
+        with self._lock:
+            self._events.write(json.dumps(line) + "\n")
+            self._events.flush()
+
+    def beat(self, step: int, status: str = "running") -> None:
+        """Shows that rank 0 is alive, in RUN/heartbeat.json; every few seconds at most, unless the
+        status changes from `running`."""
+        now = time.monotonic()
+        if not self.enabled or (status == "running" and now - self._beaten < BEAT_S):
+            return
+        self._beaten = now
+        beat = {"time": round(time.time(), 3), "status": status, "stage": self.stage}
+        beat |= {"step": step, "total": self.total, "rank": self.world.rank}
+        beat |= {"ranks": self.world.size, "host": socket.gethostname(), "pid": os.getpid()}
+        write_json(self.run / "heartbeat.json", beat, durable=False)
+
     def advance(self, **shown: str) -> None:
         """One optimiser step further on the progress bar."""
         self.bar.update(1)
         if shown:
             self.bar.set_postfix(shown, refresh=False)
 
-    def say(self, text: str) -> None:
-        """A line for people, above the progress bar."""
-        if self.enabled:
+    def say(self, text: str, every_rank: bool = False) -> None:
+        """A line for people, above the progress bar; from rank 0 unless asked of every rank."""
+        if self.enabled or every_rank:
             tqdm.write(text)
+
+    def warn(self, text: str, **values: Any) -> None:
+        """A warning that all ranks have: a line for people and an event."""
+        self.event("warning", message=text, **values)
+        self.say(f"warning: {text}")
 
     def close(self) -> None:
         """Flushes everything."""
         self.bar.close()
+        self._events.close()
         if self.enabled:
             self._lines.close()
             self._board.close()
@@ -84,7 +131,7 @@ def _drop_lines(path: Path, stage: str, start: int) -> None:
             continue
         if line["stage"] != stage or line["step"] <= start:
             kept.append(text + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 def read_metrics(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import math
-import resource
+import os
+import socket
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from datapipe.schema import CrystalBatch
 from datapipe.stream import Stream
+from trainer.average import WeightAverage
 from trainer.checkpoint import Checkpoint, RunDirectory
 from trainer.distributed import World
 from trainer.engine import Engine, EngineConfig, build_engine
-from trainer.files import load_into, save_tensors
+from trainer.files import code_version, load_into
+from trainer.guards import SpikeMonitor, StepGuard, Watchdog, try_batch
 from trainer.logger import Logger
+from trainer.meter import (
+    Meter,
+    Window,
+    evaluate,
+    nan_unless_finite,
+    nothing,
+    total_over_ranks,
+    weighted_loss,
+)
 from trainer.optim import one_cycle, param_groups
+from trainer.profiler import ProfileWindow
+from trainer.saver import Saver, newest
 from trainer.signals import Requeue, StopRequest
-from trainer.stage import Stage, StageConfig, Term
+from trainer.stage import Stage, StageConfig
 
 
 @dataclass(kw_only=True)
 class TrainerConfig(EngineConfig):
-    """How a run is run: hardware settings, logging, validation, checkpoints."""
+    """How a run is run: hardware settings, logging, validation, checkpoints, guards."""
 
     log_every: int = 20
     """Optimiser steps between logged averages."""
@@ -39,102 +52,50 @@ class TrainerConfig(EngineConfig):
     """Minutes between checkpoints; 0 saves by steps only."""
     keep: int = 2
     """Checkpoints kept per stage."""
+    milestone_every: int = 0
+    """Optimiser steps between checkpoints that are kept for good; 0 keeps none."""
+    ema_decay: float = 0.0
+    """Decay of a running average of the weights, which is then validated and exported; 0: none."""
     max_skipped: int = 20
-    """Updates with a non-finite gradient in a row before the run stops."""
+    """Updates left out in a row, as loss or gradient are not finite, before the run stops."""
+    spike_factor: float = 5.0
+    """Warns of a loss so many times the running median; 0 never does."""
+    step_timeout_s: float = 0.0
+    """Ends a process that makes no progress for so long, with all stacks in RUN/stacks; 0 never."""
+    try_largest: bool | None = None
+    """Whether a batch of the largest crystals is tried before step 1; by default on GPUs."""
+    profile_steps: list[int] | None = None
+    """First and last optimiser step of a profile, written for TensorBoard."""
     walltime_minutes: float | None = None
     """Time the job has; it saves and exits with code 75 before. Slurm's own limit is known."""
     walltime_margin_minutes: float = 3.0
     """Time kept for the last save; a fifth of the walltime where that is less."""
 
-
-class Meter:
-    """Averages of terms over steps and ranks; stays on the device until read."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self._totals: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
-
-    def add(self, terms: Mapping[str, Term], counts: Tensor) -> None:
-        """Adds this rank's totals and the counts over all ranks, in the order of `terms`."""
-        for (name, term), count in zip(terms.items(), counts, strict=True):
-            total = term.total.detach().float()
-            self._totals[name] = self._totals.get(name, 0) + total
-            self._counts[name] = self._counts.get(name, 0) + count
-
-    def means(self) -> dict[str, float]:
-        """The averages; collective. A term that never counted anything is left out."""
-        if not self._totals:
-            return {}
-        totals = torch.stack(list(self._totals.values()))
-        if self.world.size > 1:
-            dist.all_reduce(totals)
-        pairs = zip(
-            self._totals,
-            totals.tolist(),
-            torch.stack(list(self._counts.values())).tolist(),
-            strict=True,
-        )
-        return {name: total / count for name, total, count in pairs if count > 0}
-
-
-def global_counts(terms: Mapping[str, Term], world: World) -> Tensor:
-    """Counts of all terms summed over ranks, [terms] fp32."""
-    counts = torch.stack([t.count.detach().float().reshape(()) for t in terms.values()])
-    if world.size > 1:
-        dist.all_reduce(counts)
-    return counts
-
-
-def weighted_loss(
-    terms: Mapping[str, Term], counts: Tensor, weights: Mapping[str, float], world: World
-) -> Tensor:
-    """This rank's share of the loss, scaled so that the mean over ranks is the global loss."""
-    loss = None
-    for (name, term), count in zip(terms.items(), counts, strict=True):
-        if name in weights:
-            part = weights[name] * world.size * term.total / count.clamp(min=1e-9)
-            loss = part if loss is None else loss + part
-    assert loss is not None, "the stage names no loss term"
-    return loss
-
-
-def nothing(terms: Mapping[str, Term]) -> dict[str, Term]:
-    """The terms of a batch whose crystals only keep this rank in step with the others."""
-    return {name: Term(term.total * 0, term.count * 0) for name, term in terms.items()}
-
-
-def evaluate(engine: Engine, stream: Stream) -> dict[str, float]:
-    """Averages of all terms over one pass in evaluation mode, plus `loss`. Collective."""
-    stage, world = engine.stage, engine.world
-    stage.eval()
-    meter = Meter(world)
-    with torch.no_grad():
-        for batch in stream:
-            terms = engine.forward(batch.to(world.device, non_blocking=True))
-            if batch.filler:
-                terms = nothing(terms)
-            meter.add(terms, global_counts(terms, world))
-    stage.train()
-    means = meter.means()
-    means["loss"] = sum(w * means.get(k, 0.0) for k, w in stage.weights.items())
-    return means
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("log_every", 1), ("keep", 1), ("max_skipped", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"trainer.{name} must be at least {least}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"trainer.ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.ema_decay and self.zero_stage == 3:
+            raise ValueError("trainer.ema_decay needs whole weights on every rank: zero_stage 0-2")
+        window = self.profile_steps
+        if window is not None and not (len(window) == 2 and 1 <= window[0] <= window[1]):
+            raise ValueError(f"trainer.profile_steps must be [first, last], got {window}")
 
 
 @dataclass
 class Result:
     """What a finished stage reports."""
 
-    steps: int
-    train: dict[str, float]
+    steps: int = 0
+    train: dict[str, float] = field(default_factory=dict)
     """Averages over the last logging window."""
-    validation: dict[str, float]
+    validation: dict[str, float] = field(default_factory=dict)
     """Averages of the kept weights on the validation split."""
-    best_step: int
+    best_step: int = 0
+    """Step of the kept weights."""
 
 
 def fit(
@@ -154,45 +115,42 @@ def fit(
 
     Args:
         monitor: validation average to minimise; the weights of its minimum are kept and are in
-            `engine.stage` at the end. Without it the last weights are.
+            `engine.stage` at the end. Without it the last weights are (or their average).
         stop: asked after every step whether to save and leave.
 
     Raises:
-        ValueError: too many non-finite gradients in a row.
+        ValueError: too many updates left out in a row.
         Requeue: a rank was asked to stop; the run is saved.
     """
     torch.use_deterministic_algorithms(trainer.deterministic)
-    checkpoint = run.latest(stage.name)
-    step, best = 0, _Best()
+    code_version()  # as it is now, not when it is first saved
+    checkpoint = newest(run, stage.name, world)
     if checkpoint is not None:
-        load_into(stage, checkpoint.model, f"checkpoint {stage.name}-{checkpoint.step:08d}")
+        load_into(stage, checkpoint.model, f"checkpoint {checkpoint.tag}")
         train.load_state_dict(checkpoint.state["stream"])
-        step = checkpoint.step
-        best = _Best(**checkpoint.state["best"], weights=checkpoint.best)
     total = train.total_steps // trainer.accumulation
     if config.max_steps is not None:
         total = min(total, config.max_steps)
     if total < 1:
         raise ValueError(f"stage {stage.name!r} has nothing to do: 0 optimiser steps")
-    engine = build_engine(
-        stage, param_groups(stage, config.weight_decay, lr_scales), config.grad_clip, trainer, world
-    )
-    if checkpoint is not None:
-        engine.load_optimizer(checkpoint.optimizer)
-    logger = Logger(run.path, stage.name, step, total, enabled=world.main)
-    if step:
-        logger.say(f"{stage.name}: continuing after step {step} of {total}")
-    session = _Session(engine, config, trainer, train, validation, run, logger, monitor, best)
-    session.stop = stop
+    step = 0 if checkpoint is None else checkpoint.step
+    logger = Logger(run.path, stage.name, step, total, world)
     try:
+        if trainer.try_largest or (trainer.try_largest is None and world.device.type == "cuda"):
+            logger.say(try_batch(stage, train.largest(), trainer, world))
+        groups = param_groups(stage, config.weight_decay, lr_scales)
+        engine = build_engine(stage, groups, config.grad_clip, trainer, world)
+        session = _Session(
+            engine, config, trainer, train, validation, run, logger, monitor, stop, step
+        )
+        session.begin(checkpoint, total)
         session.train(step, total)
-        result = session.result
+    except Exception as error:
+        logger.event("error", message=str(error))
+        raise
     finally:
         logger.close()
-    if monitor is not None and best.weights:
-        with_best = best.weights
-        load_into(engine.stage, with_best, "best weights")
-    return engine, result
+    return engine, session.result
 
 
 @dataclass
@@ -200,8 +158,7 @@ class _Best:
     """The best validation so far."""
 
     value: float = math.inf
-    step: int = 0
-    weights: dict[str, Tensor] | None = None
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Session:
@@ -217,186 +174,217 @@ class _Session:
         run: RunDirectory,
         logger: Logger,
         monitor: str | None,
-        best: _Best,
+        stop: StopRequest | None,
+        step: int,
     ) -> None:
         self.engine, self.config, self.trainer = engine, config, trainer
         self.stream, self.validation = train, validation
-        self.run, self.logger, self.monitor, self.best = run, logger, monitor, best
-        self.meter = Meter(engine.world)
-        self.window = _Window()
-        self.skipped_in_row = 0
-        self.saved_at = time.monotonic()
-        self.result = Result(0, {}, {}, 0)
-        self.stop: StopRequest | None = None
+        self.run, self.logger, self.monitor, self.stop = run, logger, monitor, stop
+        self.best, self.result = _Best(), Result()
+        self.meter, self.window = Meter(), Window(first=True)
+        self.losses: list[Tensor] = []
+        self.average: WeightAverage | None = None
+        self.guard = StepGuard(engine, run.path / "skipped", logger, trainer.max_skipped)
+        self.spikes = SpikeMonitor(trainer.spike_factor)
+        stacks = f"{engine.stage.name}-rank-{engine.world.rank:04d}.txt"
+        self.watchdog = Watchdog(trainer.step_timeout_s, run.path / "stacks" / stacks)
+        steps = trainer.profile_steps if engine.world.main else None
+        self.profile = ProfileWindow(steps, logger.board_path)
+        self.quarantined = 0
+        self.saver = Saver(
+            run,
+            engine,
+            logger,
+            every=trainer.checkpoint_every,
+            minutes=trainer.checkpoint_minutes,
+            look_every=trainer.log_every,
+            milestone_every=trainer.milestone_every,
+            keep=trainer.keep,
+            step=step,
+        )
+
+    def begin(self, checkpoint: Checkpoint | None, total: int) -> None:
+        """Takes up what the checkpoint holds beyond weights and stream."""
+        if self.trainer.ema_decay:
+            values = None if checkpoint is None else checkpoint.average
+            self.average = WeightAverage(self.engine.stage, self.trainer.ema_decay, values)
+        world = self.engine.world
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "ranks": world.size}
+        about |= {"device": str(world.device), "total": total, **code_version()}
+        if checkpoint is None:
+            self.logger.event("start", step=0, **about)
+            return
+        self.engine.load_optimizer(checkpoint.optimizer)
+        state = checkpoint.state
+        self.best = _Best(state["best"], checkpoint.best)
+        self.result = Result(**state["result"])
+        self.meter.load_state_dict(state["meter"], world.device)
+        self.guard.skipped, self.guard.in_row = state["skipped"], state["skipped_in_row"]
+        self.spikes.recent.extend(state["losses"])
+        self.logger.event("resume", step=checkpoint.step, **about)
+        self.logger.say(f"{checkpoint.stage}: continuing after step {checkpoint.step} of {total}")
 
     def train(self, step: int, total: int) -> None:
-        stage = self.engine.stage.train()
-        batches = iter(self.stream)
-        epochs = self.stream.position / self.stream.epoch_size
-        if self.engine.world.any(self.stop is not None and bool(self.stop.reason)):
+        """Steps `step` + 1 … `total`, and what is due between them."""
+        batches, world = iter(self.stream), self.engine.world
+        self.engine.stage.train()
+        if world.any(self.stop is not None and bool(self.stop.reason)):
             self.leave(step, total)
         while step < total:
+            before, step = self.epochs, step + 1
             lr = self.train_step(batches, step, total)
-            step += 1
-            self.logger.advance()
-            if step % self.trainer.log_every == 0 or step == total:
+            last = step == total
+            log_due = last or step % self.trainer.log_every == 0
+            validate_due = self.validation is not None and (last or self.crossed(before))
+            save_due = last or self.saver.due(step)
+            stop = self.guard.judge(wait=log_due or validate_due or save_due)
+            if log_due:
                 self.log(step, lr)
-            before, epochs = epochs, self.stream.position / self.stream.epoch_size
-            every = self.trainer.validate_every
-            due = every > 0 and int(epochs / every) > int(before / every)
-            if self.validation is not None and (due or step == total):
+            if validate_due:
                 self.validate(step)
-                stage.train()
-            if step < total and self.engine.world.any(self.stop is not None and self.stop.wanted()):
+            if last:
+                self.result.steps = step
+            if save_due or stop:
                 self.save(step)
+            if stop and not last:
                 self.leave(step, total)
-            if step < total and self.checkpoint_due(step):
-                self.save(step)
-        self.result.steps = step
+        self.end(step)
 
-    def leave(self, step: int, total: int) -> None:
-        """Ends the process; the run is saved and the same command continues it."""
-        assert self.stop is not None
-        self.logger.say(
-            f"{self.engine.stage.name}: stopped after step {step} of {total} "
-            f"({self.stop.reason or 'another rank was asked to'}); the same command continues"
-        )
-        raise Requeue
-
-    def train_step(self, batches: Any, step: int, total: int) -> float:
+    def train_step(self, batches: Iterator[CrystalBatch], step: int, total: int) -> float:
         """One optimiser step: wait for data, forward, backward, update; the rate used."""
         engine, world = self.engine, self.engine.world
+        self.watchdog.feed(10 if self.window.first else 1)
+        self.profile.before(step)
+        self.guard.before()
+        stop = self.stop is not None and self.stop.wanted()
+        used: list[CrystalBatch] = []
+        shares: list[Tensor] = []
+        losses: list[Tensor] = []
         for _ in range(self.trainer.accumulation):
             began = time.monotonic()
-            batch: CrystalBatch = next(batches)
-            self.window.waited += time.monotonic() - began
-            device_batch = batch.to(world.device, non_blocking=True)
-            terms = engine.forward(device_batch)
+            batch = next(batches)
+            waited = time.monotonic() - began
+            terms = engine.forward(batch.to(world.device, non_blocking=True))
             if batch.filler:
                 terms = nothing(terms)
-            counts = global_counts(terms, world)
-            loss = weighted_loss(terms, counts, engine.stage.weights, world)
-            engine.backward(loss)
-            self.meter.add(terms, counts)
-            self.window.crystals += batch.num_crystals
-            self.window.atoms += batch.num_atoms
-        lr, beta1 = one_cycle(step, total, self.config.lr, self.config.pct_start)
-        skipped = engine.skipped
+            crystals, atoms = (0, 0) if batch.filler else (batch.num_crystals, batch.num_atoms)
+            extra = (stop, len(self.stream.quarantined), crystals, atoms, waited)
+            sums = total_over_ranks(terms, extra, world)
+            share, loss = weighted_loss(terms, sums, engine.stage.weights, world)
+            engine.backward(nan_unless_finite(share, loss))
+            self.meter.add(list(terms), sums, unless=~torch.isfinite(loss))
+            self.window.add(sums[2 * len(terms) :])
+            used.append(batch)
+            shares.append(share.detach())
+            losses.append(loss)
+        lr, beta1 = one_cycle(step - 1, total, self.config.lr, self.config.pct_start)
         engine.step(lr, beta1)
-        if engine.skipped > skipped:
-            self.report_skip(step, batch)
-        else:
-            self.skipped_in_row = 0
+        if self.average is not None:
+            self.average.update(step)
+        self.guard.after(step, used, shares, losses, self.window.stop)
+        self.losses.append(torch.stack(losses).mean())
         self.window.steps += 1
+        self.profile.after(step)
+        self.logger.advance()
+        self.logger.beat(step)
+        for entry in self.stream.quarantined[self.quarantined :]:
+            self.logger.event("quarantine", step=step, item=entry.item, reason=entry.reason)
+        self.quarantined = len(self.stream.quarantined)
         return lr
 
-    def report_skip(self, step: int, batch: CrystalBatch) -> None:
-        """An update was skipped: name the crystals, keep the batch, stop if it goes on."""
-        self.skipped_in_row += 1
-        path = self.run.path / f"skipped-{self.engine.stage.name}-{step:08d}.safetensors"
-        if self.engine.world.main:
-            tensors = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
-            save_tensors(path, tensors)
-        shown = ", ".join(batch.ids[:8])
-        self.logger.say(
-            f"step {step}: the gradient is not finite, update skipped; crystals {shown} …, "
-            f"batch kept in {path}"
-        )
-        if self.skipped_in_row >= self.trainer.max_skipped:
-            raise ValueError(
-                f"{self.skipped_in_row} updates in a row had a non-finite gradient: lower "
-                f"{self.engine.stage.name}.lr, or look at the crystals in {path.parent}/skipped-*"
-            )
+    @property
+    def epochs(self) -> float:
+        """Passes over the data so far."""
+        return self.stream.position / self.stream.epoch_size
+
+    def crossed(self, before: float) -> bool:
+        """Whether a multiple of `validate_every` epochs was reached since `before`."""
+        every = self.trainer.validate_every
+        return every > 0 and int(self.epochs / every) > int(before / every)
 
     def log(self, step: int, lr: float) -> None:
-        """Averages since the last call, to the logger. Collective."""
+        """Averages since the last call, to the logger."""
         means = self.meter.means()
-        self.meter.reset()
+        self.meter = Meter()
         weights = self.engine.stage.weights
         means["loss"] = sum(w * means.get(k, 0.0) for k, w in weights.items())
         scalars = {f"train/{k}": v for k, v in means.items()}
         scalars["optim/lr"] = lr
         scalars["optim/grad_norm"] = float(self.engine.grad_norm)
-        scalars["optim/skipped"] = float(self.engine.skipped)
-        scalars["data/epoch"] = self.stream.position / self.stream.epoch_size
-        scalars["data/quarantined"] = float(len(self.stream.quarantined))
-        scalars.update(self.window.speeds(self.engine.world))
-        self.window = _Window()
+        scalars["optim/skipped"] = float(self.guard.skipped)
+        scalars["data/epoch"] = self.epochs
+        scalars |= self.window.scalars(self.engine.world)
+        self.window = Window()
         self.logger.scalars(step, scalars)
         self.logger.bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
         self.result.train = means
+        self.check_losses(step)
         for sentence in self.engine.stage.warnings(means):
-            self.logger.say(f"warning at step {step}: {sentence}")
+            self.logger.warn(f"step {step}: {sentence}", step=step)
+
+    def check_losses(self, step: int) -> None:
+        """Shows the losses up to `step` to the spike monitor."""
+        if self.losses:
+            losses = torch.stack(self.losses).tolist()
+            for sentence in self.spikes.check(step + 1 - len(losses), losses):
+                self.logger.warn(sentence, step=step)
+            self.losses = []
 
     def validate(self, step: int) -> None:
         """Averages on the validation split; keeps the weights if they are the best."""
         assert self.validation is not None
-        means = evaluate(self.engine, self.validation)
-        self.logger.scalars(step, {f"val/{k}": v for k, v in means.items()})
-        if self.monitor is None:
-            self.result.validation, self.result.best_step = means, step
-        else:
-            if self.monitor not in means:
+        averaged = nullcontext() if self.average is None else self.average.applied()
+        with self.window.paused(), averaged:
+            means = evaluate(self.engine, self.validation, lambda: self.watchdog.feed(10))
+            if self.monitor is not None and self.monitor not in means:
                 raise ValueError(
                     f"the validation split has no label for {self.monitor!r}: "
                     "prepare the data with labelled validation crystals"
                 )
-            if means[self.monitor] < self.best.value:
-                self.best.value, self.best.step = means[self.monitor], step
-                self.best.weights = self.engine.weights()
+            better = self.monitor is None or means[self.monitor] < self.best.value
+            if better:
                 self.result.validation, self.result.best_step = means, step
-        self.window = _Window()  # validation time is not training time
-
-    def checkpoint_due(self, step: int) -> bool:
-        """Whether steps or minutes say so; all ranks agree."""
-        every, minutes = self.trainer.checkpoint_every, self.trainer.checkpoint_minutes
-        if every and step % every == 0:
-            return True
-        if not minutes or step % self.trainer.log_every:
-            return False
-        due = time.monotonic() - self.saved_at > 60 * minutes
-        return bool(self.engine.world.broadcast(float(due)))
+            if better and self.monitor is not None:
+                self.best = _Best(means[self.monitor], self.engine.weights())
+        self.logger.scalars(step, {f"val/{k}": v for k, v in means.items()})
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint. Collective."""
-        model, optimizer = self.engine.weights(), self.engine.optimizer_state()
-        if self.engine.world.main:
-            state = {
-                "stream": self.stream.state_dict(),
-                "best": {"value": self.best.value, "step": self.best.step},
-            }
-            checkpoint = Checkpoint(
-                self.engine.stage.name, step, state, model, optimizer, self.best.weights or {}
-            )
-            self.run.save(checkpoint, self.trainer.keep)
-        self.engine.world.barrier()
-        self.saved_at = time.monotonic()
-
-
-@dataclass
-class _Window:
-    """What happened since the last logged step."""
-
-    steps: int = 0
-    crystals: int = 0
-    atoms: int = 0
-    waited: float = 0.0
-    began: float = -1.0
-
-    def __post_init__(self) -> None:
-        self.began = time.monotonic()
-
-    def speeds(self, world: World) -> dict[str, float]:
-        """Throughput over all ranks (assuming equal ranks), data wait, and peak memory in GB."""
-        seconds = max(time.monotonic() - self.began, 1e-9)
-        if world.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(world.device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {
-            "speed/crystals_per_s": self.crystals * world.size / seconds,
-            "speed/atoms_per_s": self.atoms * world.size / seconds,
-            "speed/steps_per_s": self.steps / seconds,
-            "speed/data_wait": self.waited / seconds,
-            "memory/peak_gb": peak / 1e9,
+        """Begins to save all that the next process needs. Collective."""
+        self.watchdog.feed(10)
+        self.check_losses(step)
+        state = {
+            "stream": self.stream.state_dict(),
+            "best": self.best.value,
+            "result": asdict(self.result),
+            "meter": self.meter.state_dict(),
+            "skipped": self.guard.skipped,
+            "skipped_in_row": self.guard.in_row,
+            "losses": list(self.spikes.recent),
         }
+        with self.window.paused():
+            self.saver.save(step, state, self.best.weights, self.average)
+
+    def leave(self, step: int, total: int) -> None:
+        """Ends the process; the run is saved and the same command continues it. Collective."""
+        assert self.stop is not None
+        self.saver.wait()
+        reason = self.stop.reason or "another rank was asked to"
+        self.logger.event("stop", step=step, reason=reason)
+        self.logger.beat(step, "stopped")
+        stage = self.engine.stage.name
+        self.logger.say(
+            f"{stage}: stopped after step {step} of {total} ({reason}); the same command continues"
+        )
+        self.engine.world.barrier()
+        raise Requeue
+
+    def end(self, step: int) -> None:
+        """The stage gets the weights that are handed on."""
+        self.watchdog.close()
+        self.saver.wait()
+        if self.monitor is not None and self.best.weights:
+            load_into(self.engine.stage, self.best.weights, "best weights")
+        elif self.average is not None:
+            self.average.swap()
+        self.logger.event("finish", step=step)
+        self.logger.beat(step, "finished")

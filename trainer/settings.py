@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datapipe.stream import LoaderConfig
+from trainer.checkpoint import TAG
 from trainer.loop import TrainerConfig
 from trainer.stage import STAGES
 from trainer.stages import FinetuneConfig
@@ -37,7 +38,8 @@ class JobConfig:
     seed: int = 0
     """Seed of initial weights, order and all draws."""
     resume: str = "auto"
-    """`auto` continues the run in run_dir if there is one; `must` insists; `never` refuses."""
+    """`auto` continues the run in run_dir if there is one; `must` insists; `never` refuses; a
+    checkpoint's name (`vae-00001000`) goes back to it, once, and sets aside what came later."""
     graph: GraphConfig = field(default_factory=GraphConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -45,8 +47,11 @@ class JobConfig:
     """Show what would be run, and stop."""
 
     def __post_init__(self) -> None:
-        if self.resume not in ("auto", "must", "never"):
-            raise ValueError(f"resume must be auto, must or never, got {self.resume!r}")
+        if self.resume not in ("auto", "must", "never") and not TAG.match(self.resume):
+            raise ValueError(
+                f"resume must be auto, must, never or a checkpoint's name such as vae-00001000, "
+                f"got {self.resume!r}"
+            )
         if self.init_from == "none":
             self.init_from = ""
 

@@ -69,9 +69,9 @@ class StopRequest:
         if self._asked is not None:
             self._longest = max(self._longest, now - self._asked)
         self._asked = now
-        if self._deadline is not None and not self.reason:
-            if now + self._longest + self._margin >= self._deadline:
-                self.reason = "walltime"
+        end = now + self._longest + self._margin
+        if not self.reason and self._deadline is not None and end >= self._deadline:
+            self.reason = "walltime"
         return bool(self.reason)
 
 
