@@ -86,6 +86,9 @@ class ShardCache:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(file, partial):
                 return
+            if path.exists():  # it was finished just before we came
+                partial.unlink()
+                return
             try:
                 self._make_room(shard)
                 download(url, partial, self.access, lambda copy: check(copy, shard))

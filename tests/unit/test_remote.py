@@ -17,7 +17,7 @@ import pytest
 
 from datapipe import bytes as source
 from datapipe.bytes import Access, join_path, local_path
-from datapipe.cache import open_shard
+from datapipe.cache import ShardCache, open_shard
 from datapipe.schema import GraphSpec
 from datapipe.shards import Dataset, DatasetWriter, Manifest
 from datapipe.stream import LoaderConfig, Stream
@@ -294,6 +294,15 @@ def test_copies_are_used_again_whatever_the_url(root, server, access):
     read(Dataset.open(server.url, access))
     assert read(Dataset.open(f"{server.url}/{{}}?token=2", access)) == read(Dataset.open(root))
     assert [server.asked[name] for name in SHARDS] == [1] * len(SHARDS)
+
+
+def test_a_copy_that_was_finished_in_the_meantime_is_not_made_again(root, server, access):
+    shard, cache = Manifest.load(root).shards[0], ShardCache(access)
+    url = f"{server.url}/{shard.name}"
+    cache.open(url, shard).close()
+    cache._make(Path(access.cache_dir) / kept(access)[0], url, shard)  # as one who looked before
+    assert server.asked[shard.name] == 1
+    assert len(kept(access)) == 1
 
 
 def test_local_shards_are_copied_when_a_directory_is_named(root, access, tmp_path):
