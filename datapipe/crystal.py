@@ -1,4 +1,4 @@
-"""The record for one crystal that everything upstream produces and everything downstream consumes."""
+"""The record for one crystal: upstream produces it, downstream consumes it."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Crystal:
                 )
             number = getattr(site.specie, "Z", None)
             symbol = getattr(site.specie, "symbol", str(site.specie))
-            if number is None or symbol.startswith("X") and symbol != "Xe":
+            if number is None or (symbol.startswith("X") and symbol != "Xe"):
                 raise BadCrystal(f"unknown element {symbol!r} at site {i}", "unknown element")
             numbers.append(int(number))
         return cls.create(id, numbers, structure.frac_coords, structure.lattice.matrix, targets)
