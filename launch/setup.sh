@@ -1,5 +1,5 @@
 # Makes .venv with the locked versions if it is missing or out of date. Source it: it sets PYTHON.
-# An interrupted install is done again; a complete one is used as it is.
+# An interrupted or outdated install is completed; a complete one is used as it is.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -11,7 +11,7 @@ usable() { # whether this Python is one we support and can make environments
 setup() {
     local stamp want python candidate
     stamp=.venv/.installed
-    want=$(cat requirements.lock setup.cfg | cksum)
+    want=$(cksum <requirements.lock)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
         for candidate in python3 python3.11 python3.12 python3.10; do
             if usable "$candidate"; then
@@ -24,8 +24,10 @@ setup() {
             return 1
         fi
         echo "== installing into .venv with $("$python" --version) (once; a few minutes)"
-        rm -rf .venv
-        "$python" -m venv .venv || return 1
+        if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+            rm -rf .venv
+            "$python" -m venv .venv || return 1
+        fi
         .venv/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 || return 1
         DS_BUILD_OPS=0 .venv/bin/pip install --quiet --disable-pip-version-check \
             -r requirements.lock || return 1
