@@ -95,7 +95,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pid in _processes_with(f"SLURM_CONF={self.root}/"):  # steps and what they started
+        for pid in processes_with(f"SLURM_CONF={self.root}/"):  # steps and what they started
             if pid not in [d.pid for d in self._daemons.values()] and pid != os.getpid():
                 _kill(pid)
         for daemon in reversed(self._daemons.values()):
@@ -123,7 +123,9 @@ class Cluster:
         )
         (self.root / "slurm.conf").write_text(text)
         # No control groups: neither of the two is used, but slurmd insists on one it can load.
-        version = tuple(int(x) for x in self.run(_find("slurmd") or "", "-V").split()[1].split(".")[:2])
+        version = tuple(
+            int(x) for x in self.run(_find("slurmd") or "", "-V").split()[1].split(".")[:2]
+        )
         plugin = "disabled" if version >= (23, 2) else "cgroup/v1"
         (self.root / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n")
         (self.root / "state").mkdir()
@@ -168,7 +170,7 @@ class Cluster:
     def fail_node(self, node: str) -> None:
         """What a power cut does: the daemon of a node and all it started are gone at once."""
         self._daemons.pop(f"slurmd -N {node}").kill()
-        for pid in _processes_with(f"SLURMD_NODENAME={node}"):
+        for pid in processes_with(f"SLURMD_NODENAME={node}"):
             _kill(pid)
 
     def run(self, *command: str, timeout: float = 60) -> str:
@@ -209,7 +211,7 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float) -> None:
         time.sleep(0.2)
 
 
-def _processes_with(setting: str) -> list[int]:
+def processes_with(setting: str) -> list[int]:
     """Processes of this user whose environment has a variable that starts as `NAME=VALUE` does."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):

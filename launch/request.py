@@ -1,0 +1,275 @@
+"""What a command line of `submit` asks for: settings of the cluster, and checked configs of the
+job's cells."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch import status, sweep
+from launch.cluster import SubmitConfig
+from launch.submission import Submission
+from launch.task import Task
+from models.registry import configure, nearest
+from trainer.config import help_text, merge_sources, required, split_arguments
+
+_ACTIONS = ("status", "collect", "cancel")
+_OWN = {f.name for f in fields(SubmitConfig)} | {"site"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A launch script that can be submitted."""
+
+    script: str
+    schema: Callable[[], type]
+    """Dataclass of its settings; importing it takes a moment."""
+    output: str
+    """Setting that says where it writes."""
+    required: tuple[str, ...]
+    distributed: bool = False
+    """Whether it runs on several processes."""
+
+
+def _pretrain() -> type:
+    from trainer.settings import pretrain_schema
+
+    return pretrain_schema()
+
+
+def _finetune() -> type:
+    from trainer.settings import FinetuneJob
+
+    return FinetuneJob
+
+
+def _prepare() -> type:
+    from datapipe.prepare import PrepareConfig
+
+    return PrepareConfig
+
+
+def _predict() -> type:
+    from launch.predict import PredictConfig
+
+    return PredictConfig
+
+
+JOBS = {
+    "pretrain": Job("launch/pretrain.py", _pretrain, "run_dir", ("data", "stages"), True),
+    "finetune": Job("launch/finetune.py", _finetune, "run_dir", ("data", "targets")),
+    "prepare": Job("launch/prepare.py", _prepare, "output", ()),
+    "predict": Job("launch/predict.py", _predict, "output", ("checkpoint", "input")),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a submission."""
+
+    name: str
+    output: str
+    values: dict[str, Any]
+    config: dict[str, Any]
+
+
+@dataclass
+class Request:
+    """A command line, taken apart."""
+
+    config: SubmitConfig
+    files: list[str]
+    """Config files of the job."""
+    overrides: list[str]
+    """Overrides of the job."""
+
+    @classmethod
+    def parse(cls, argv: Sequence[str], doc: str | None) -> Request:
+        """Sorts the arguments into submit's own and the job's.
+
+        Raises:
+            ValueError: a malformed argument, an unknown setting, none or two things to do.
+        """
+        if not argv or "-h" in argv or "--help" in argv:
+            print(help_text(SubmitConfig, doc))
+            raise SystemExit(0)
+        files, overrides = split_arguments(argv)
+        own: dict[str, Any] = {}
+        theirs = []
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if key.split(".")[0] not in _OWN:
+                theirs.append(override)
+            elif key == "site":
+                own = {**_read_site(value), **own}
+            elif key.startswith("slurm."):
+                own["slurm"] = {**own.get("slurm", {}), key.removeprefix("slurm."): value}
+            else:
+                own[key] = value
+        config = configure(SubmitConfig, own)
+        asked = [a for a in ("job", *_ACTIONS) if getattr(config, a)]
+        if len(asked) != 1:
+            raise ValueError(
+                f"give one of job=NAME, status=DIR, collect=DIR, cancel=DIR; got {asked or 'none'}"
+            )
+        if config.job and config.job not in JOBS:
+            raise ValueError(f"unknown job {config.job!r}: {nearest(config.job, JOBS)}")
+        if not config.job and (files or theirs):
+            raise ValueError(f"{asked[0]}=DIR takes no other settings: {[*files, *theirs]}")
+        return cls(config, files, theirs)
+
+    @property
+    def job(self) -> Job:
+        """The launch script."""
+        return JOBS[self.config.job]
+
+    @property
+    def output(self) -> Path:
+        """Where the whole submission writes."""
+        return Path(str(self._base[self.job.output]))
+
+    def cells(self) -> list[Cell]:
+        """The runs asked for, each checked against the job's own schema.
+
+        Raises:
+            ValueError: a setting that the job would refuse, or several processes for a job that
+                takes one.
+        """
+        if self.config.processes > 1 and not self.job.distributed:
+            raise ValueError(
+                f"{self.config.job} runs in one process, not {self.config.processes}: leave out "
+                "nodes and tasks_per_node, and give gpus=1 at most"
+            )
+        base, schema = self._base, self.job.schema()
+        self._check_names(schema, base)
+        if not self.config.sweep:
+            output = str(base[self.job.output])
+            self._check(schema, base)
+            return [Cell(Path(output).name, output, {}, base)]
+        grid = sweep.read_sweep(self.config.sweep)
+        cells = []
+        for name, values in zip(sweep.names(grid), grid, strict=True):
+            self._check_names(schema, values)
+            config = sweep.merge(base, {**self._output_of(name, values), **values})
+            self._check(schema, config)
+            cells.append(Cell(name, str(config[self.job.output]), values, config))
+        outputs = [cell.output for cell in cells]
+        for cell in cells:
+            if outputs.count(cell.output) > 1:
+                raise ValueError(f"several cells of the sweep write {cell.output}")
+        return cells
+
+    def submission(self) -> Submission:
+        """The submission this one continues, or a new one."""
+        folder = Submission.folder_of(self.output)
+        if not (folder / "submission.json").is_file():
+            if folder.exists() and any(folder.iterdir()):
+                raise ValueError(f"{folder} is not empty and holds no submission")
+            return Submission(folder, self.config.job)
+        submission = Submission.read(folder)
+        if submission.job != self.config.job:
+            raise ValueError(f"{folder} is of a {submission.job} job: choose another output")
+        return submission
+
+    def left(self, submission: Submission, cells: Sequence[Cell]) -> list[Cell]:
+        """Cells to submit: those that neither have finished nor wait or run."""
+        left = []
+        known = {row.cell: row for row in status.of_submission(submission)}
+        for cell in cells:
+            row = known.get(cell.name)
+            if row is not None and row.state == "unknown":
+                raise ValueError(f"{cell.name} may still run: squeue does not answer, try later")
+            if row is not None and (row.state == "finished" or row.active):
+                print(f"{cell.name}: {row.state} already")
+            else:
+                left.append(cell)
+        return left
+
+    def tasks(self, submission: Submission, cells: Sequence[Cell], code: Path) -> list[Task]:
+        """Writes the cells' configs, and returns what runs them."""
+        tasks = []
+        for cell in cells:
+            config = submission.add(cell.name, cell.output, cell.values, cell.config)
+            tasks.append(
+                Task(
+                    cell=cell.name,
+                    argv=(str(code / self.job.script), "--config", str(config)),
+                    folder=str(submission.folder),
+                    output=str(submission.output(cell.name)),
+                    max_requeues=self.config.max_requeues,
+                    max_crashes=self.config.max_crashes,
+                )
+            )
+        (submission.folder / "cancelled").unlink(missing_ok=True)
+        return tasks
+
+    @cached_property
+    def _base(self) -> dict[str, Any]:
+        base = merge_sources(self.files, self.overrides)
+        if not base.get(self.job.output):
+            raise ValueError(f"setting {self.job.output!r} is required: give {self.job.output}=…")
+        return base
+
+    def _output_of(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
+        """The output setting of a cell of a sweep: a directory, or file, of its own."""
+        output = self.output
+        if self.job.output in values:
+            return {}
+        if self.config.job == "predict":
+            return {"output": str(output.with_suffix("") / f"{name}{output.suffix or '.csv'}")}
+        return {self.job.output: str(output / name)}
+
+    def _check_names(self, schema: type, values: dict[str, Any]) -> None:
+        """Raises ValueError for a first-level key that neither the job nor submit has."""
+        valid = {f.name for f in fields(schema)}
+        for key in values:
+            head = key.split(".")[0]
+            if head not in valid:
+                raise ValueError(f"unknown setting {head!r}: {nearest(head, valid | _OWN)}")
+
+    def _check(self, schema: type, values: dict[str, Any]) -> None:
+        """Builds the job's config as the job will, and throws it away."""
+        config: Any = configure(schema, values)
+        required(config, *self.job.required)
+        encoder = getattr(config, "encoder", None)
+        if encoder and "name" in encoder:
+            from models.encoders import build_encoder
+
+            build_encoder(encoder)
+        if self.config.job == "pretrain":
+            from trainer.stage import STAGES
+
+            for stage in config.stages:
+                STAGES[stage]
+
+
+def _read_site(path: str) -> dict[str, Any]:
+    """Settings of `submit` from a YAML file, as they are written there: `12:00:00` and `007` are no
+    numbers."""
+    try:
+        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ValueError(f"site file {path!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"site file {path!r}: {' '.join(str(error).split())}") from None
+    settings = _as_written(node) if node is not None else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"site file {path!r} must hold a mapping of settings")
+    for key in settings:
+        if key not in _OWN - {"site", "job", *_ACTIONS}:
+            raise ValueError(f"site file {path!r}: unknown setting {key!r}: {nearest(key, _OWN)}")
+    return settings
+
+
+def _as_written(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return {str(_as_written(k)): _as_written(v) for k, v in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_as_written(v) for v in node.value]
+    return typing.cast(yaml.ScalarNode, node).value

@@ -1,0 +1,168 @@
+"""Sweeps: from a grid or a list of settings to cells, each with a name made of its values."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Cell = dict[str, Any]
+"""Settings of one run: dotted key → value."""
+
+_LONGEST = 120
+"""Characters of a cell's name; longer ones are cut and end in a hash."""
+
+
+def read_sweep(text: str) -> list[Cell]:
+    """The cells of a sweep.
+
+    Args:
+        text: a grid `[target=[a,b],seed=[0,1]]`, or a YAML file that holds a grid (a mapping of
+            keys to lists) or a list of cells (mappings of keys to values).
+
+    Raises:
+        ValueError: neither of these, no cell, or a cell that is there twice.
+    """
+    if text.startswith("["):
+        cells = grid(_parse_grid(text))
+    else:
+        path = Path(text)
+        if not path.is_file():
+            raise ValueError(
+                f"sweep={text!r} is neither a grid such as [seed=[0,1,2],target=[a,b]] nor a file"
+            )
+        cells = _from_file(path)
+    if not cells:
+        raise ValueError(f"sweep={text!r} has no cell")
+    seen: dict[str, Cell] = {}
+    for cell in cells:
+        key = json.dumps(cell, sort_keys=True, default=str)
+        if key in seen:
+            raise ValueError(f"sweep={text!r} has the cell {cell} twice")
+        seen[key] = cell
+    return cells
+
+
+def grid(axes: Mapping[str, Any]) -> list[Cell]:
+    """Every combination of the axes' values; the last axis varies fastest."""
+    for key, values in axes.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"sweep axis {key!r} needs a list of values, as in {key}=[…]")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def names(cells: list[Cell]) -> list[str]:
+    """A directory name for each cell: `target=e_form,seed=0`. The names depend on the cell alone,
+    so that a sweep can grow; they are all different."""
+    found = [_name(cell) for cell in cells]
+    if len(set(found)) < len(found):
+        found = [f"{_name(cell)[: _LONGEST - 9]},{_hash(cell)}" for cell in cells]
+    return found
+
+
+def merge(base: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
+    """The base settings with a cell's on top; dotted keys reach into sections."""
+    merged = OmegaConf.create(dict(base))
+    for key, value in cell.items():
+        OmegaConf.update(merged, key, value, merge=False)
+    result = OmegaConf.to_container(merged, resolve=True)
+    assert isinstance(result, dict)
+    return {str(k): v for k, v in result.items()}
+
+
+def _parse_grid(text: str) -> dict[str, Any]:
+    """`[a=[1,2],b.c=[x]]` → {"a": [1, 2], "b.c": ["x"]}."""
+    if not text.endswith("]"):
+        raise ValueError(f"sweep={text!r} has no closing bracket")
+    axes: dict[str, Any] = {}
+    for part in _split(text[1:-1]):
+        key, equals, values = part.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ValueError(f"sweep axis {part!r} is not of the form key=[value,value]")
+        if key in axes:
+            raise ValueError(f"sweep axis {key!r} is there twice")
+        try:
+            axes[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"axis={values}"]))["axis"]  # type: ignore[index,call-overload]
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"sweep axis {key!r}: {values!r} is no list: {reason}") from None
+    return axes
+
+
+def _split(text: str) -> list[str]:
+    """Parts between the commas that no bracket or quote encloses."""
+    parts, depth, quote = [""], 0, ""
+    for c in text:
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "'\"":
+            quote = c
+        elif c in "[{":
+            depth += 1
+        elif c in "]}":
+            depth -= 1
+        if c == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [p for p in parts if p.strip()]
+
+
+def _from_file(path: Path) -> list[Cell]:
+    try:
+        value = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"sweep file {path}: {' '.join(str(error).split())}") from None
+    if isinstance(value, dict):
+        return grid({str(k): v for k, v in value.items()})
+    cells = []
+    for i, item in enumerate(value if isinstance(value, list) else [value]):
+        if not isinstance(item, dict):
+            raise ValueError(f"sweep file {path}: entry {i + 1} is not a mapping of keys to values")
+        cells.append(dict(_dotted(item)))
+    return cells
+
+
+def _dotted(value: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested mappings as (dotted key, value) pairs."""
+    pairs: list[tuple[str, Any]] = []
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            pairs += _dotted(item, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", item))
+    return pairs
+
+
+def _name(cell: Cell) -> str:
+    text = ",".join(f"{_slug(key)}={_slug(_text(value))}" for key, value in cell.items())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 9]},{_hash(cell)}"
+
+
+def _text(value: Any) -> str:
+    """A value as a person would write it; of a path only what it ends with."""
+    if isinstance(value, list):
+        return "+".join(_text(v) for v in value)
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    text = str(value)
+    return text.rstrip("/").rsplit("/", 1)[-1] if "/" in text else text
+
+
+def _slug(text: str) -> str:
+    """Characters that every file system and shell takes as they are."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text)
+
+
+def _hash(cell: Cell) -> str:
+    text = json.dumps(cell, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
