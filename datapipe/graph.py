@@ -149,7 +149,7 @@ def drop_edges(graph: Neighbours, share: float, rng: np.random.Generator) -> Nei
     columns = [copy, shell[entry], np.minimum(source, target)[entry]]
     columns.append(np.maximum(source, target)[entry])
     if graph.vectors is not None:
-        columns = [copy, *_unsigned(graph.vectors)[entry].T, *columns[1:]]
+        columns = [copy, *_one_way(target, source, graph.vectors)[entry].T, *columns[1:]]
     both = entry[np.lexsort(columns)].reshape(-1, 2)
     kept = np.ones(len(both), dtype=bool)
     kept[rng.choice(len(both), size=int(share * len(both)), replace=False)] = False
@@ -159,11 +159,13 @@ def drop_edges(graph: Neighbours, share: float, rng: np.random.Generator) -> Nei
     return replace(graph, edges=edges[:, some].astype(graph.edges.dtype), vectors=vectors)
 
 
-def _unsigned(vectors: np.ndarray) -> np.ndarray:
-    """Vectors [e, 3] without their sign, in whole 1e-3 Å: the first component that is not zero is
-    turned positive. The offset keeps round numbers off the boundary between two whole ones."""
+def _one_way(target: np.ndarray, source: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Vectors [e, 3], in whole 1e-3 Å, of the edges gone from the lower atom to the higher; where
+    both are one atom, so that the first component that is not zero is positive. The offset keeps
+    round numbers off the boundary between two whole ones."""
     first = vectors[np.arange(len(vectors)), (np.abs(vectors) > 1e-3).argmax(axis=1)]
-    return np.rint(np.where(first[:, None] < 0, -vectors, vectors) * 1000 + 0.123)
+    turned = np.where(target == source, first < 0, target < source)
+    return np.rint(np.where(turned[:, None], -vectors, vectors) * 1000 + 0.123)
 
 
 def _pair_edges(graph: Neighbours) -> np.ndarray:

@@ -1,0 +1,446 @@
+"""What every objective promises, with every encoder; and each one's own definition."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from datapipe.crystal import Crystal, crystal_key
+from datapipe.elements import properties
+from datapipe.graph import build
+from datapipe.transforms import Sample
+from models.connectivity import MOST_EDGES, UNJOINED_WEIGHT
+from models.contrastive import barlow_twins, nt_xent
+from models.cspnet import CSPNetConfig
+from models.diffusion import (
+    SIGMA_RANGE,
+    cosine_alpha_bar,
+    score_norm,
+    wrapped_score,
+    wrapped_sigma,
+)
+from models.element_features import CLASSES, ORDER, SIZES, element_features
+from models.encoders import ENCODERS, build_encoder
+from models.pairs import PairClassifier, Pairs, pair_products
+from models.registry import configure
+from trainer.stage import STAGES
+from trainer.stages.dpf import displacement
+
+SMALL = CSPNetConfig(width=16, layers=2, frequencies=4)
+OBJECTIVES = {
+    "dpf": ("dpf", {}),
+    "dpf displacement": ("dpf", {"position_target": "displacement"}),
+    "crysxpp": ("crysxpp", {}),
+    "crysgnn": ("crysgnn", {}),
+    "barlow": ("crystal_twins", {"mask_ratio": 0.3, "shift": 0.3}),
+    "simsiam": ("crystal_twins", {"variant": "simsiam"}),
+    "crysdiff": ("crysdiff", {"denoiser": SMALL, "timesteps": 50}),
+}
+GLOBAL = {"contrast", "barlow", "spread"}
+"""Terms of which a batch is more than its parts."""
+
+each_objective = pytest.mark.parametrize("objective", OBJECTIVES)
+each_encoder = pytest.mark.parametrize("encoder", ["pddformer", "matformer"])
+
+
+def make(objective, encoder="pddformer"):
+    torch.manual_seed(0)
+    name, settings = OBJECTIVES[objective]
+    cls = STAGES[name]
+    return cls(cls.Config(**settings), build_encoder({"name": encoder, "tiny": True}))
+
+
+@pytest.fixture
+def crystals(random_crystal):
+    rng = np.random.default_rng(0)
+    groups = (1, 225, 2, 216, 14, 227, 1)
+    return [
+        random_crystal(rng, 2 + i % 4, f"c{i}", {"space_group": group})
+        for i, group in enumerate(groups)
+    ]
+
+
+def collate(stage, crystals, epoch=0):
+    """The batch a loader would make for the stage."""
+    samples, transform = [], stage.transform()
+    for crystal in crystals:
+        key = crystal_key(7, epoch, crystal.id)
+        shown = transform(Sample.clean(crystal, key), np.random.default_rng(key))
+        samples += shown if isinstance(shown, tuple) else [shown]
+    return build(samples, stage.encoder.graph)
+
+
+def loss_of(stage, terms):
+    return sum(w * terms[k].total / terms[k].count.clamp(min=1) for k, w in stage.weights.items())
+
+
+@each_objective
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_gradient_reaches_every_parameter(objective, encoder, crystals):
+    """In eval mode: in training a batch norm takes the gradient of the bias before it away."""
+    stage = make(objective, encoder).eval()
+    terms = stage(collate(stage, crystals))
+    assert set(stage.weights) <= set(terms)
+    for term in terms.values():
+        assert term.total.shape == term.count.shape == ()
+        assert term.total.dtype == term.count.dtype == torch.float32
+        assert torch.isfinite(term.total)
+    loss_of(stage, terms).backward()
+    for key, p in stage.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), key
+        assert p.grad.any(), key
+
+
+@each_objective
+@each_encoder
+def test_the_loss_falls(objective, encoder, crystals):
+    stage = make(objective, encoder)
+    batch = collate(stage, crystals)
+    optimizer = torch.optim.Adam(stage.parameters(), 3e-3)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        losses.append(loss_of(stage, stage(batch)))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+@each_objective
+@each_encoder
+def test_parts_add_up_to_the_whole_in_any_order(objective, encoder, crystals):
+    """So no draw depends on the rest of the batch."""
+    stage = make(objective, encoder).eval()
+    whole = stage(collate(stage, crystals))
+    slices = [slice(4, 7), slice(0, 1), slice(1, 4)]
+    parts = [stage(collate(stage, crystals[i])) for i in slices]
+    for key in whole.keys() - GLOBAL:
+        total, count = (sum(getattr(p[key], x) for p in parts) for x in ("total", "count"))
+        torch.testing.assert_close(count, whole[key].count, msg=key)
+        torch.testing.assert_close(total, whole[key].total, rtol=1e-4, atol=1e-4, msg=key)
+
+
+@each_objective
+def test_draws_repeat_in_an_epoch_and_change_with_it(objective, crystals):
+    stage = make(objective).eval()
+    first, again, other = (
+        loss_of(stage, stage(collate(stage, crystals, epoch))) for epoch in (0, 0, 1)
+    )
+    assert first == again
+    if objective not in ("crysxpp", "crysgnn"):  # these draw nothing
+        assert first != other
+
+
+@each_objective
+def test_a_filler_shows_others_nothing(objective, crystals):
+    stage = make(objective)
+    batch = collate(stage, crystals[:1])
+    batch.filler = True
+    for name, term in stage(batch).items():
+        assert torch.isfinite(term.total) and term.total.requires_grad <= (name in stage.weights)
+        if name in GLOBAL:
+            assert term.total == term.count == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "word"),
+    [
+        ("dpf", {"mask_ratio": 0, "position_noise": 0, "lattice_noise": 0}, "nothing to denoise"),
+        ("dpf", {"lattice_noise": -1.0}, "lattice_noise"),
+        ("dpf", {"position_target": "vector"}, "position_target"),
+        ("crysxpp", {"feature_weight": 0.0}, "feature_weight"),
+        ("crysgnn", {"temperature": 0.0}, "temperature"),
+        ("crystal_twins", {"variant": "barlo"}, "did you mean 'barlow'"),
+        ("crystal_twins", {"edge_ratio": 1.0}, "edge_ratio"),
+        ("crysdiff", {"timesteps": 1}, "timesteps"),
+        ("crysdiff", {"denoiser": {"layers": 0}}, r"denoiser\.layers"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(stage, settings, word):
+    with pytest.raises(ValueError, match=word):
+        configure(STAGES[stage].Config, settings, stage)
+
+
+# Denoising
+
+
+@pytest.mark.parametrize(
+    ("on", "terms"),
+    [
+        ("mask_ratio", {"atoms", "atom_accuracy"}),
+        ("position_noise", {"coords"}),
+        ("lattice_noise", {"lattice"}),
+    ],
+)
+def test_each_corruption_stands_alone(on, terms, crystals):
+    off = {"mask_ratio": 0.0, "position_noise": 0.0, "lattice_noise": 0.0}
+    config = configure(STAGES["dpf"].Config, {**off, on: 0.3})
+    stage = STAGES["dpf"](config, build_encoder({"name": "pddformer", "tiny": True}))
+    batch = collate(stage, crystals)
+    assert set(stage(batch)) == terms
+    assert bool(batch.masked.any()) == (on == "mask_ratio")
+    moved = not torch.equal(batch.seen_frac_coords, batch.frac_coords)
+    strained = not torch.equal(batch.seen_lattice, batch.lattice)
+    assert (moved, strained) == (on == "position_noise", on == "lattice_noise")
+    clean = build(crystals, stage.encoder.graph)
+    assert torch.equal(batch.frac_coords, clean.frac_coords)
+    assert torch.equal(batch.lattice, clean.lattice)
+
+
+def test_displacement_is_the_shortest_way_in_the_seen_cell(crystals):
+    stage = make("dpf displacement")
+    batch = collate(stage, crystals)
+    steps = np.array(list(itertools.product((-1, 0, 1), repeat=3)))
+    for i, found in enumerate(displacement(batch).tolist()):
+        moved = (batch.seen_frac_coords - batch.frac_coords)[i].numpy()
+        lattice = batch.seen_lattice[batch.batch[i]].numpy()
+        assert found == pytest.approx(np.linalg.norm((moved + steps) @ lattice, axis=1).min())
+
+
+# Connectivity
+
+
+def test_pairs_and_their_products():
+    sizes = [2, 1, 3, 2]
+    ptr = torch.tensor([0, *np.cumsum(sizes)])
+    pairs = Pairs.of(ptr)
+    expected = [
+        (i, j)
+        for start, n in zip(ptr.tolist(), sizes, strict=False)
+        for i, j in itertools.product(range(start, start + n), repeat=2)
+    ]
+    assert torch.stack([pairs.first, pairs.second], dim=1).tolist() == [list(p) for p in expected]
+    assert Pairs.starts(ptr).tolist() == [0, *np.cumsum(np.square(sizes))]
+    edges = pairs.edges(ptr)
+    assert edges.ptr.tolist() == [0, *np.cumsum(np.repeat(sizes, sizes))]
+    left, right = torch.randn(8, 4, 5), torch.randn(8, 5)
+    plain = torch.einsum("pcd,pd->pc", left[pairs.first], right[pairs.second])
+    torch.testing.assert_close(pair_products(left, right, ptr), plain)
+
+
+def test_pair_classifier_is_a_bilinear_layer_and_a_linear_one():
+    torch.manual_seed(0)
+    head, x, ptr = PairClassifier(5, 3), torch.randn(6, 5), torch.tensor([0, 2, 6])
+    bilinear, linear = nn.Bilinear(5, 5, 3), nn.Linear(3, 3)
+    with torch.no_grad():
+        for own, other in zip(
+            head.parameters(), [*bilinear.parameters(), *linear.parameters()], strict=True
+        ):
+            other.copy_(own)
+    pairs = Pairs.of(ptr)
+    plain = linear(bilinear(x[pairs.first], x[pairs.second])).log_softmax(1)
+    torch.testing.assert_close(head(x, ptr), plain)
+
+
+@pytest.mark.parametrize("quotient", [True, False])
+def test_pairs_are_labelled_with_the_edges_of_the_full_graph(crystals, quotient):
+    cube = Crystal.create("cube", [11, 17], [[0, 0, 0], [0.5, 0.5, 0.5]], 4 * np.eye(3))
+    four = Crystal.create("four", [6] * 4, [[0, 0, x] for x in (0, 0.25, 0.5, 0.75)], 4 * np.eye(3))
+    spec = build_encoder({"name": "pddformer", "tiny": True}).graph
+    samples = [Sample(*vars(Sample.clean(c)).values()) for c in (cube, four, *crystals)]
+    for sample in samples:
+        object.__setattr__(sample, "pair_edges", True)
+    batch = build(samples, spec, quotient=quotient)
+    assert (batch.num_nodes < batch.num_atoms) == quotient
+    full = build(samples, spec, quotient=False)
+    joining = torch.zeros(full.num_atoms, full.num_atoms)
+    source, target = full.edge_index
+    joining.index_put_((target, source), torch.ones(full.num_edges), accumulate=True)
+    pairs = Pairs.of(batch.ptr)
+    assert torch.equal(batch.labels["pair_edges"].float(), joining[pairs.first, pairs.second])
+
+
+@pytest.mark.parametrize("objective", ["crysxpp", "crysgnn"])
+def test_adjacency_is_the_weighted_cross_entropy(objective, crystals):
+    stage = make(objective).eval()
+    batch = collate(stage, crystals)
+    edges = batch.labels["pair_edges"].long().clamp(max=MOST_EDGES)
+    assert (edges == 0).any() and (edges > 0).any()
+    atoms = stage.encoder(batch)
+    log_p = stage.decoder.pairs(atoms, batch.ptr)
+    weight = torch.tensor([UNJOINED_WEIGHT, *[1.0] * MOST_EDGES])
+    logits, features = stage.decoder.features(atoms), element_features()[batch.numbers]
+    if objective == "crysgnn":  # over the batch
+        adjacency = F.nll_loss(log_p, edges, weight)
+        feature = F.binary_cross_entropy_with_logits(logits, features)
+    else:  # over each crystal, then over crystals
+        counts = batch.ptr.diff().tolist()
+        adjacency = torch.stack(
+            [
+                F.nll_loss(p, e, weight)
+                for p, e in zip(
+                    log_p.split([n * n for n in counts]),
+                    edges.split([n * n for n in counts]),
+                    strict=True,
+                )
+            ]
+        ).mean()
+        feature = torch.stack(
+            [
+                F.binary_cross_entropy_with_logits(a, b)
+                for a, b in zip(logits.split(counts), features.split(counts), strict=True)
+            ]
+        ).mean()
+    terms = stage(batch)
+    for name, expected in (("adjacency", adjacency), ("features", feature)):
+        torch.testing.assert_close(terms[name].total / terms[name].count, expected)
+
+
+def test_element_features():
+    table = element_features()
+    assert table.shape == (119, 92)
+    assert set(table.unique().tolist()) == {0, 1}
+    assert not table[0].any()
+    starts = dict(zip(ORDER, np.cumsum([0, *(SIZES[n] for n in ORDER)]).tolist(), strict=False))
+    for number in (1, 2, 8, 11, 26, 57, 64, 70, 92):
+        known = properties(number)
+        row = table[number]
+        for name in ORDER:
+            bits = row[starts[name] : starts[name] + SIZES[name]]
+            assert bits.sum() == (known[name] is not None)
+            if name in CLASSES and known[name] in CLASSES[name]:
+                assert CLASSES[name][int(bits.argmax())] == known[name]
+    assert [properties(z)["valence_electrons"] for z in (20, 26, 30, 31, 70, 82)] == [
+        2,
+        8,
+        12,
+        3,
+        2,
+        4,
+    ]
+    assert len({tuple(row.tolist()) for row in table[1:95]}) > 85  # it tells elements apart
+
+
+# Contrast
+
+
+def test_nt_xent_is_its_definition():
+    torch.manual_seed(0)
+    x, labels = torch.randn(6, 4), torch.tensor([0, 1, 0, 2, 1, 0])
+    unit = F.normalize(x, dim=1)
+    total, anchors = 0.0, 0
+    for a in range(6):
+        positives = [p for p in range(6) if p != a and labels[p] == labels[a]]
+        negatives = [n for n in range(6) if labels[n] != labels[a]]
+        if positives:
+            anchors += 1
+            s = (unit @ unit[a] / 0.1).exp()
+            rest = s[negatives].sum()
+            total += sum(-torch.log(s[p] / (s[p] + rest)) for p in positives) / len(positives)
+    found, count = nt_xent(x, labels, 0.1)
+    torch.testing.assert_close(found, total)
+    assert count == anchors == 5
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2], [4, 4, 4]])
+def test_nt_xent_without_positives_or_negatives_is_zero(labels):
+    x = torch.randn(3, 4, requires_grad=True)
+    total, count = nt_xent(x, torch.tensor(labels), 0.07)
+    total.backward()
+    assert total == 0 and torch.isfinite(x.grad).all()
+    assert count == (3 if len(set(labels)) == 1 else 0)
+
+
+def test_barlow_is_its_definition():
+    torch.manual_seed(0)
+    views = [torch.randn(9, 4), torch.randn(9, 4)]
+    norm = nn.BatchNorm1d(4, affine=False)
+    first, second = (norm(F.normalize(v, dim=1)) for v in views)
+    c = first.T @ second / 9
+    eye = torch.eye(4, dtype=torch.bool)
+    expected = (c[eye] - 1).square().sum() + 0.3 * c[~eye].square().sum()
+    total, count = barlow_twins(*views, 0.3)
+    assert count == 9
+    torch.testing.assert_close(total / count, expected)
+
+
+def test_views_are_neighbours_and_differ(crystals):
+    stage = make("barlow")
+    batch = collate(stage, crystals)
+    assert batch.num_crystals == 2 * len(crystals)
+    assert batch.ids[0::2] == batch.ids[1::2] == [c.id for c in crystals]
+    assert len(set(batch.key.tolist())) == 2 * len(crystals)
+    for i in range(0, batch.num_crystals, 2):
+        a, b, c = batch.ptr[i : i + 3].tolist()
+        assert torch.equal(batch.numbers[a:b], batch.numbers[b:c])
+        assert not torch.equal(batch.seen_frac_coords[a:b], batch.seen_frac_coords[b:c])
+
+
+def test_collapsed_embeddings_are_reported(crystals):
+    stage = make("simsiam")
+    batch = collate(stage, crystals)
+    spread = stage(batch)["spread"]
+    with torch.no_grad():
+        stage.projector.norm.weight.zero_()
+        stage.projector.norm.bias.fill_(1.0)
+    collapsed = stage(batch)["spread"]
+    assert collapsed.total.abs() < 1e-4 < 0.1 < spread.total
+    assert "collapsing" in stage.warnings({"spread": float(collapsed.total)})[0]
+    assert stage.warnings({}) == stage.warnings({"spread": 0.9}) == []
+
+
+# Diffusion
+
+
+def test_schedules_are_diffcsp_s():
+    alpha_bar, sigma = cosine_alpha_bar(1000), wrapped_sigma(1000)
+    assert alpha_bar[0] == 1 and sigma[0] == 0
+    assert (alpha_bar.diff() < 0).all() and alpha_bar[-1] < 1e-8
+    assert (sigma[1], sigma[-1]) == pytest.approx(SIGMA_RANGE)
+    ratio = sigma[2:] / sigma[1:-1]
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+
+
+def test_wrapped_score_is_minus_the_gradient_of_the_log_density():
+    x = torch.linspace(-1.4, 1.4, 15, dtype=torch.float64, requires_grad=True)
+    for sigma in (0.02, 0.2, 0.5):
+        shifted = x[:, None] + torch.arange(-30, 31)
+        log_density = torch.logsumexp(-shifted.square() / (2 * sigma**2), dim=1).sum()
+        (gradient,) = torch.autograd.grad(log_density, x)
+        found = wrapped_score(x.detach(), torch.tensor(sigma, dtype=torch.float64))
+        torch.testing.assert_close(found, -gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_score_norm_is_the_mean_square_of_the_score():
+    sigma = torch.tensor([0.005, 0.1, 0.3, 0.5], dtype=torch.float64)
+    noise = torch.randn(50_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sampled = wrapped_score(noise * sigma, sigma).square().mean(0)
+    torch.testing.assert_close(score_norm(sigma), sampled, rtol=0.04, atol=0)
+
+
+def test_denoised_directions_follow_the_crystal(crystals):
+    """The score does not change when the noised crystal is rotated or moved, and goes along when
+    its atoms change places."""
+    stage = make("crysdiff").eval()
+    batch = collate(stage, crystals)
+    h, state = stage.encoder(batch), batch.labels["lattice_state"]
+    t, n = batch.labels["timestep"], batch.num_atoms
+
+    def score(h, frac):
+        return stage.denoiser(h, t, frac, state, batch.batch, batch.ptr)
+
+    coords, lattice = score(h, batch.seen_frac_coords)
+    assert coords.std() > 1e-3
+    moved, same = score(h, batch.seen_frac_coords + torch.tensor([0.3, 1.0, -0.2]))
+    torch.testing.assert_close(moved, coords, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(same, lattice, rtol=1e-3, atol=1e-4)
+    order = torch.arange(n)
+    order[0], order[1] = 1, 0  # of the first crystal
+    swapped, same = score(h[order], batch.seen_frac_coords[order])
+    torch.testing.assert_close(swapped, coords[order], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(same, lattice, rtol=1e-3, atol=1e-4)
+
+
+def test_a_denoiser_that_knows_the_noise_has_no_loss(crystals):
+    stage = make("crysdiff").eval()
+    batch = collate(stage, crystals)
+    t = batch.labels["timestep"]
+    level = stage.sigma[t[batch.batch, None]]
+    moved = batch.seen_frac_coords - batch.frac_coords
+    score = wrapped_score(moved - moved.round(), level) * stage.scale[t[batch.batch, None]]
+    stage.denoiser.forward = lambda *_: (score, batch.labels["lattice_noise"])
+    for term in stage(batch).values():
+        assert term.total < 1e-6
