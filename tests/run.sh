@@ -7,10 +7,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 part=all
 case "${1:-}" in lint | unit | distributed | slurm) part=$1 && shift ;; esac
 
-lint() {
-    "$PYTHON" -m ruff check .
-    "$PYTHON" -m ruff format --check .
-    "$PYTHON" -m mypy
+lint() { # joined by &&: errexit is off in a function that is itself tested
+    "$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check . && "$PYTHON" -m mypy
 }
 
 case $part in
