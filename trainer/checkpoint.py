@@ -234,7 +234,7 @@ class RunDirectory:
 
     def _prune(self, stage: str, keep: int) -> None:
         tags = [p for p in self.tags(stage) if not (p / "MILESTONE").is_file()]
-        for old in tags[: len(tags) - keep]:
+        for old in tags[: max(0, len(tags) - keep)]:
             (old / "COMPLETE").unlink()
             remove_tree(old)
 

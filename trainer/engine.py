@@ -217,6 +217,8 @@ class DeepSpeedEngine(Engine):
             raise ValueError("precision=fp16 needs a GPU: use bf16 or fp32 on CPUs")
         self.world, self.zero_stage = world, config.zero_stage
         self._names = [n for n, _ in stage.named_parameters()]
+        size = sum(p.numel() for p in stage.parameters())
+        bucket = min(5 * 10**8, -(-size // 512) * 512)  # the default buffer alone takes 2 GB
         settings = {
             # the loop forms batches itself; DeepSpeed only has to agree on the accumulation
             "train_micro_batch_size_per_gpu": 1,
@@ -226,6 +228,8 @@ class DeepSpeedEngine(Engine):
                 "stage": config.zero_stage,
                 "overlap_comm": world.device.type == "cuda",
                 "contiguous_gradients": True,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
             },
             "zero_allow_untested_optimizer": True,
             "torch_autocast": {

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import resource
+import shutil
+import threading
+
 import pytest
 import torch
 
-from trainer.checkpoint import Checkpoint, RunDirectory
+from trainer.checkpoint import BackgroundWriter, Checkpoint, RunDirectory
 from trainer.files import load_into, load_tensors, save_tensors
 
 
@@ -39,16 +44,119 @@ def test_newest_complete_checkpoint_is_found_and_old_ones_go(run):
     assert run.latest("joint") is None
 
 
-def test_a_save_that_fails_leaves_the_older_one(run, monkeypatch):
-    run.save(checkpoint(1), keep=2)
+def test_a_full_disk_leaves_the_older_one(run, monkeypatch):
+    run.save(checkpoint(1), keep=1)
+    used = shutil.disk_usage(run.path)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: used._replace(free=2**20))
+        with pytest.raises(OSError, match="GB free"):
+            run.save(checkpoint(2), keep=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = dataclasses.replace(checkpoint(3), optimizer={"m": torch.zeros(10_000)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # half of what is to be written
+    try:
+        with pytest.raises(OSError, match=r"optimizer\.safetensors"):
+            run.save(large, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in run.checkpoints.iterdir()] == ["vae-00000001"]
+    assert run.latest("vae").step == 1
 
-    def full(*_):
+
+def test_milestones_outlive_their_stage(run):
+    for step in range(1, 7):
+        run.save(checkpoint(step), keep=2, milestone=step % 2 == 0)
+    assert [p.name[-1] for p in run.tags("vae")] == ["2", "3", "4", "5", "6"]
+    run.finish("vae")
+    assert [p.name[-1] for p in run.tags("vae")] == ["2", "4", "6"]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run):
+    for step in (1, 2, 3):
+        run.save(checkpoint(step), keep=3)
+    (run.checkpoints / "vae-00000003" / "optimizer.safetensors").unlink()
+    path = run.checkpoints / "vae-00000002" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert run.latest("vae").step == 1
+    run.save(checkpoint(3), keep=3)  # its name is free again
+    assert run.latest("vae").step == 3
+    for step in (1, 3):
+        (run.checkpoints / f"vae-{step:08d}" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"every checkpoint .* is damaged"):
+        run.latest("vae")
+
+
+def test_what_a_killed_process_left_is_swept(run):
+    run.save(checkpoint(1), keep=1)
+    for name in (".vae-00000002.tmp", "vae-00000003"):
+        (run.checkpoints / name).mkdir()
+        save_tensors(run.checkpoints / name / "model.safetensors", checkpoint(2).model)
+    (run.checkpoints / "notes").mkdir()
+    run.start("a: 1\n", {"seed": 0, "vae": {"lr": 1}}, "auto")
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["notes", "vae-00000001"]
+
+
+def test_a_checkpoint_says_what_made_it(run):
+    run.start("a: 2\n", {"seed": 0, "vae": {"lr": 1}}, "auto")  # harmless settings may change
+    assert (run.path / "config.yaml").read_text() == "a: 2\n"
+    path = run.save(checkpoint(1), keep=1)
+    assert (path / "config.yaml").read_text() == "a: 2\n"
+    code = run.latest("vae").state["code"]
+    assert code["version"] and len(code["sources"]) == 16
+
+
+def test_a_checkpoint_without_hashes_loads(run):
+    path = run.save(checkpoint(1), keep=1)
+    (path / "COMPLETE").write_text("")
+    assert run.latest("vae").step == 1
+
+
+def test_going_back_to_a_checkpoint(run):
+    """Later ones are set aside, the stage is open again; the same command then goes on."""
+    identity = {"seed": 0, "vae": {"lr": 1}}
+    for step in (10, 20, 30):
+        run.save(checkpoint(step), keep=3, milestone=True)
+    run.finish("vae")
+    run.save(dataclasses.replace(checkpoint(5), stage="joint"), keep=3)
+    with pytest.raises(ValueError, match="no checkpoint 'vae-00000011'; it has: joint-00000005, v"):
+        run.start("a: 1\n", identity, "vae-00000011")
+    record = run.start("a: 1\n", identity, "vae-00000020")
+    assert record["finished"] == [] and run.read()["finished"] == []
+    assert run.latest("vae").step == 20
+    assert run.latest("joint") is None
+    assert len(list(run.checkpoints.glob("*.superseded"))) == 2
+    run.save(checkpoint(40), keep=3)
+    run.start("a: 1\n", identity, "vae-00000020")  # a requeued job
+    assert run.latest("vae").step == 40
+    run.start("a: 1\n", identity, "auto")
+    run.start("a: 1\n", identity, "vae-00000020")
+    assert run.latest("vae").step == 20
+
+
+def test_the_writer_does_one_thing_at_a_time_and_hides_nothing():
+    writer, order, gate = BackgroundWriter(), [], threading.Event()
+
+    def job(name):
+        gate.wait()
+        order.append(name)
+
+    writer.start(lambda: job(1))
+    assert order == []
+    threading.Timer(0.01, gate.set).start()
+    writer.start(lambda: job(2))
+    assert order[0] == 1
+    writer.wait()
+    assert order == [1, 2]
+
+    def fail():
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("trainer.checkpoint.write_json", full)
+    writer.start(fail)
     with pytest.raises(OSError, match="No space"):
-        run.save(checkpoint(2), keep=2)
-    assert run.latest("vae").step == 1
+        writer.wait()
+    writer.wait()
 
 
 def test_continuing_needs_the_same_identity(run):
@@ -64,8 +172,9 @@ def test_other_directories_are_left_alone(tmp_path):
     with pytest.raises(ValueError, match="not empty and holds no run"):
         RunDirectory(tmp_path).start("", {}, "auto")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt"]
-    with pytest.raises(ValueError, match="resume=must"):
-        RunDirectory(tmp_path / "none").start("", {}, "must")
+    for resume in ("must", "vae-00000001"):
+        with pytest.raises(ValueError, match=f"resume={resume}, but .* holds no run"):
+            RunDirectory(tmp_path / "none").start("", {}, resume)
 
 
 def test_finishing_a_stage_is_remembered(run):
