@@ -56,9 +56,9 @@ class CrystalTwinsStage(Stage):
     agreement. The views of a crystal are neighbours in the batch, so batch norms of the encoder see
     both.
 
-    Terms: `barlow` (over the global batch; under gradient accumulation, over each part of it) or
-    `simsiam` (from −1, views agree, to 1); `spread` (variance of the embeddings' directions on a
-    rank: 0 collapsed, 1 in all directions).
+    Terms: `barlow` (over the global batch; under gradient accumulation, over each part of it); or
+    `simsiam` (from −1, views agree, to 1) with `spread` (variance of the embeddings' directions on
+    a rank: 0 collapsed, 1 in all directions), since its loss alone does not show a collapse.
     """
 
     Config = CrystalTwinsConfig
@@ -85,10 +85,8 @@ class CrystalTwinsStage(Stage):
         shown = 0 if batch.filler else len(pooled)  # others must not see a filler
         z = self.projector(pooled[:shown])
         if self.predictor is None:
-            agreement = Term(*barlow_twins(z[0::2], z[1::2], self.config.off_diagonal))
-        else:
-            agreement = _simsiam(self.predictor(z), z)
-        return {self.config.variant: agreement, "spread": _spread(z.detach())}
+            return {"barlow": Term(*barlow_twins(z[0::2], z[1::2], self.config.off_diagonal))}
+        return {"simsiam": _simsiam(self.predictor(z), z), "spread": _spread(z.detach())}
 
     def warnings(self, means: Mapping[str, float]) -> list[str]:
         if means.get("spread", 1.0) > SPREAD_WARNING:
