@@ -7,12 +7,20 @@ import numpy as np
 NATURAL_VOLUME = 20.0
 """Å³ per atom of the cube that is the origin of the log-metric coordinates."""
 
-SPREAD = 0.5
-"""Log-metric coordinates are in units of this: then those of real cells have a spread of about
-one."""
 
-_ROW, _COLUMN = np.triu_indices(3)
-_WEIGHT = np.where(_ROW == _COLUMN, 1.0, np.sqrt(2.0))
+def _basis() -> np.ndarray:
+    """[6, 3, 3] orthonormal symmetric matrices: of the volume first, then those of the shape."""
+    out = np.zeros((6, 3, 3))
+    for matrix, diagonal in zip(out, ([1, 1, 1], [1, -1, 0], [1, 1, -2]), strict=False):
+        np.fill_diagonal(matrix, np.array(diagonal) / np.linalg.norm(diagonal))
+    for matrix, (i, j) in zip(out[3:], ((0, 1), (0, 2), (1, 2)), strict=True):
+        matrix[i, j] = matrix[j, i] = 0.5**0.5
+    return out
+
+
+_BASIS = _basis()
+_SPREAD = np.array([0.2, *[0.3] * 5])
+"""Units of the coordinates: about the standard deviations over Materials Project crystals."""
 
 
 def lattice_constants(lattice: np.ndarray) -> np.ndarray:
@@ -30,7 +38,7 @@ def standard_lattice(constants: np.ndarray) -> np.ndarray | None:
         return None
     lengths, (alpha, beta, gamma) = constants[:3], np.cos(np.radians(constants[3:]))
     cosines = np.array([[1, gamma, beta], [gamma, 1, alpha], [beta, alpha, 1]])
-    if np.linalg.det(cosines) < 1e-4:  # flat, or the angles close no corner
+    if np.linalg.det(cosines) < 1e-6:  # flat, or the angles close no corner
         return None
     return np.linalg.cholesky(cosines * np.outer(lengths, lengths))
 
@@ -40,18 +48,17 @@ def log_metric(lattice: np.ndarray, atoms: int) -> np.ndarray:
 
     The symmetric matrix S = ½ log(L Lᵀ) knows the cell but not its orientation, and every symmetric
     S is a cell (DiffCSP++; Jiao et al., ICLR 2024). The coordinates are S minus that of a cube of
-    natural volume, in an orthonormal basis of symmetric matrices, over the spread.
+    natural volume, in an orthonormal basis of symmetric matrices whose first one is the volume's,
+    in units in which the coordinates of real crystals have a spread of about one.
     """
     values, vectors = np.linalg.eigh(lattice @ lattice.T)
     matrix = (vectors * (0.5 * np.log(values) - _origin(atoms))) @ vectors.T
-    return _WEIGHT * matrix[_ROW, _COLUMN] / SPREAD
+    return np.einsum("kij,ij->k", _BASIS, matrix) / _SPREAD
 
 
 def from_log_metric(coordinates: np.ndarray, atoms: int) -> np.ndarray:
     """Rows [3, 3] in Å, in standard orientation, of the cell with log-metric coordinates [6]."""
-    matrix = np.empty((3, 3))
-    matrix[_ROW, _COLUMN] = matrix[_COLUMN, _ROW] = SPREAD * coordinates / _WEIGHT
-    values, vectors = np.linalg.eigh(matrix)
+    values, vectors = np.linalg.eigh(np.einsum("k,kij->ij", _SPREAD * coordinates, _BASIS))
     metric = (vectors * np.exp(2 * (values + _origin(atoms)))) @ vectors.T
     return np.linalg.cholesky((metric + metric.T) / 2)
 

@@ -104,10 +104,16 @@ def test_lattices_come_back_from_their_numbers(seed, atoms):
     np.testing.assert_allclose(log_metric(lattice @ turned, atoms), state, atol=1e-8)
 
 
-def test_log_metric_is_zero_for_a_natural_cube_and_logarithmic_in_its_edge():
+def test_log_metric_of_cubes_and_of_a_strain():
+    """Zero for a cube of natural volume; then the first coordinate alone grows with the volume, the
+    others alone with a strain that keeps it."""
     cube = 20 ** (1 / 3) * np.eye(3)
     np.testing.assert_allclose(log_metric(2 * cube, 8), np.zeros(6), atol=1e-12)
-    np.testing.assert_allclose(log_metric(np.e**0.5 * cube, 1), [1, 0, 0, 1, 0, 1], atol=1e-12)
+    small, large = (log_metric(np.exp(x) * cube, 1) for x in (0.1, 0.2))
+    np.testing.assert_allclose(large, 2 * small, atol=1e-12)
+    assert small[0] > 0.5 and not small[1:].any()
+    strained = log_metric(cube @ np.array([[1, 0, 0], [0.3, 1, 0], [0, 0.1, 1.0]]), 1)
+    assert abs(strained[0]) < 1e-12 and (np.abs(strained[1:]) > 1e-3).all()
 
 
 @given(st.lists(st.floats(-6, 6), min_size=6, max_size=6))
