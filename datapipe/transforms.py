@@ -166,8 +166,8 @@ class NoiseLattice:
             if lattice is not None and 0.5 < np.linalg.det(lattice) / seen.volume < 2:
                 return replace(sample, seen=replace(seen, lattice=lattice))
         raise ValueError(
-            f"{MOST_DRAWS} draws of lattice noise {self.std} gave no sound cell: the lattice is too "
-            "small or too flat for so much noise"
+            f"{MOST_DRAWS} draws of lattice noise {self.std} gave no sound cell: the lattice is "
+            "too small or too flat for so much noise"
         )
 
 

@@ -77,9 +77,19 @@ def test_the_deepspeed_launcher(alone, data, tmp_path):
     assert deepspeed is not None
     run = tmp_path / "run"
     done = subprocess.run(
-        [deepspeed, "--num_gpus", "2", "launch/pretrain.py", *TINY, f"data={data}",
-         f"run_dir={run}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [
+            deepspeed,
+            "--num_gpus",
+            "2",
+            "launch/pretrain.py",
+            *TINY,
+            f"data={data}",
+            f"run_dir={run}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert_same_curves(alone, run, rel=2e-4)
