@@ -27,6 +27,7 @@ from models.encoders import ENCODERS, build_encoder
 from models.pairs import PairClassifier, Pairs, pair_products
 from models.registry import configure
 from trainer.stage import STAGES
+from trainer.stages import FinetuneConfig, FinetuneStage
 from trainer.stages.dpf import displacement
 
 SMALL = CSPNetConfig(width=16, layers=2, frequencies=4)
@@ -121,6 +122,20 @@ def test_parts_add_up_to_the_whole_in_any_order(objective, encoder, crystals):
         total, count = (sum(getattr(p[key], x) for p in parts) for x in ("total", "count"))
         torch.testing.assert_close(count, whole[key].count, msg=key)
         torch.testing.assert_close(total, whole[key].total, rtol=1e-4, atol=1e-4, msg=key)
+
+
+@each_objective
+def test_losses_stay_close_in_bf16(objective, crystals):
+    stage = make(objective)
+    batch = collate(stage, crystals)
+    wide = loss_of(stage, stage(batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = stage(batch)
+    for name in stage.weights:
+        assert terms[name].total.dtype == torch.float32
+    loss = loss_of(stage, terms)
+    loss.backward()
+    assert loss.item() == pytest.approx(wide.item(), rel=0.1)
 
 
 @each_objective
@@ -444,3 +459,65 @@ def test_a_denoiser_that_knows_the_noise_has_no_loss(crystals):
     stage.denoiser.forward = lambda *_: (score, batch.labels["lattice_noise"])
     for term in stage(batch).values():
         assert term.total < 1e-6
+
+
+# A property by diffusion
+
+
+def finetune(targets=("e",), **settings):
+    torch.manual_seed(0)
+    encoder = build_encoder({"name": "pddformer", "tiny": True})
+    config = FinetuneConfig(head="diffusion", **settings)
+    return FinetuneStage(config, encoder, targets, [1.0] * len(targets), [2.0] * len(targets))
+
+
+@pytest.fixture
+def labelled(crystals):
+    labels = (0.0, 3.0, np.nan, -1.0, 2.0, 1.5, 4.0)
+    return [c.with_targets({"e": e}) for c, e in zip(crystals, labels, strict=True)]
+
+
+def test_a_head_that_knows_the_label_denoises_to_it(labelled):
+    stage = finetune().eval()
+    batch = build(labelled, stage.encoder.graph, ["e"])
+    known = torch.tensor([0.5, -1.0, 3.0, 0.0, 0.1, 0.2, 2.0])
+
+    def noise(nodes, labels, t, batch):
+        keep = stage.readout.alpha_bar[t, None]
+        return (labels - keep.sqrt() * known[:, None]) / (1 - keep).sqrt()
+
+    stage.readout.noise = noise
+    torch.testing.assert_close(stage.predict(batch)[:, 0], 1 + 2 * known, rtol=1e-3, atol=1e-3)
+
+
+def test_diffusion_head_learns_and_reports_physical_units(labelled):
+    stage = finetune()
+    batch = build(
+        [Sample.clean(c, crystal_key(0, 0, c.id)) for c in labelled], stage.encoder.graph, ["e"]
+    )
+    optimizer = torch.optim.Adam(stage.parameters(), 3e-3)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        terms = stage(batch)
+        assert set(terms) == {"noise"} and terms["noise"].count == 6
+        losses.append(terms["noise"].total)
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    assert all(p.grad is not None for p in stage.parameters())
+    stage.eval()
+    with torch.no_grad():
+        terms, prediction = stage(batch), stage.predict(batch)[:, 0]
+    error = (prediction - batch.targets["e"])[torch.isfinite(batch.targets["e"])]
+    assert terms["mae/e"].count == 6
+    torch.testing.assert_close(terms["mae/e"].total, error.abs().sum())
+    alone = build(labelled[2:3], stage.encoder.graph)
+    torch.testing.assert_close(stage.predict(alone)[0, 0], prediction[2], rtol=1e-4, atol=1e-4)
+
+
+def test_diffusion_head_predicts_one_target():
+    with pytest.raises(ValueError, match="predicts one target, got e, f"):
+        finetune(("e", "f"))
+    with pytest.raises(ValueError, match="did you mean 'diffusion'"):
+        FinetuneConfig(head="difusion")

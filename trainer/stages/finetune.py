@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datapipe.schema import CrystalBatch
 from models.encoders.base import Encoder
 from models.heads import ReadoutHead
+from models.property_diffusion import DiffusionReadout
 from models.registry import nearest
 from trainer.stage import Stage, StageConfig, Term
+
+HEADS = ("regression", "diffusion")
 
 
 @dataclass(kw_only=True)
@@ -27,8 +30,13 @@ class FinetuneConfig(StageConfig):
     """Trains the head alone; the encoder stays as it is, batch statistics too."""
     encoder_lr_scale: float = 1.0
     """Factor on the encoder's learning rate."""
+    head: str = "regression"
+    """`regression`, or `diffusion`: the label is denoised from the crystal (CrysDiff; for one
+    target, and predictions take some hundred passes of a small head)."""
 
     def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise ValueError(f"unknown finetune.head {self.head!r}: {nearest(self.head, HEADS)}")
         if not self.encoder_lr_scale > 0:
             raise ValueError(
                 f"encoder_lr_scale must be positive, got {self.encoder_lr_scale}; "
@@ -40,11 +48,12 @@ class FinetuneStage(Stage):
     """Encoder → mean over atoms → MLP → one number per target.
 
     Trained with the squared error of standardised labels; missing labels (NaN) count nothing, so
-    that targets known for different crystals train together.
+    that targets known for different crystals train together. With the diffusion head, trained with
+    the squared error of the noise in a noised label.
 
     Terms: `mse` (of standardised labels, over all present labels of all targets) and `mae/<target>`
-    in the target's unit. `mean` and `std` are buffers: the state dict holds all that predicting in
-    physical units needs.
+    in the target's unit; with the diffusion head `noise`, and those only in evaluation. `mean` and
+    `std` are buffers: the state dict holds all that predicting in physical units needs.
 
     Args:
         targets: names of the labels, in the order of the output.
@@ -52,7 +61,7 @@ class FinetuneStage(Stage):
 
     Raises:
         ValueError: no or repeated targets, statistics of another length or that are not finite,
-            or a target that does not vary.
+            a target that does not vary, or several targets for the diffusion head.
     """
 
     Config = FinetuneConfig
@@ -73,9 +82,9 @@ class FinetuneStage(Stage):
         _check_statistics(targets, mean, std)
         self.config = config
         self.encoder = encoder.requires_grad_(not config.freeze_encoder)
-        self.readout = ReadoutHead(encoder.dim, len(targets))
+        self.readout = _head(config.head, encoder.dim, targets)
         self.targets = tuple(targets)
-        self.weights = {"mse": 1.0}
+        self.weights = {"mse": 1.0} if config.head == "regression" else {"noise": 1.0}
         self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32))
         self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32))
 
@@ -101,10 +110,15 @@ class FinetuneStage(Stage):
     def forward(self, batch: CrystalBatch) -> dict[str, Term]:
         labels = self.labels(batch)
         present = torch.isfinite(labels)
-        prediction = self.standardised(batch)
         target = torch.where(present, (labels - self.mean) / self.std, 0)
-        error = (prediction - target) * present
-        terms = {"mse": Term(error.square().sum(), present.sum().float())}
+        nodes, terms = self.encoder.nodes(batch), {}
+        if isinstance(self.readout, DiffusionReadout):
+            losses = self.readout.losses(nodes, target[:, 0], batch) * present[:, 0]
+            terms["noise"] = Term(losses.sum(), present.sum().float())
+            if self.training:  # sampling would cost more than the step
+                return terms
+        error = (self.readout(nodes, batch).float() - target) * present
+        terms["mse"] = Term(error.square().sum(), present.sum().float())
         absolute = error.detach().abs().sum(0) * self.std
         counts = present.sum(0).float()
         for i, name in enumerate(self.targets):
@@ -119,6 +133,14 @@ class FinetuneStage(Stage):
             if name not in columns:
                 raise ValueError(f"the data has no target {name!r}: {nearest(name, columns)}")
         return torch.stack([columns[name] for name in self.targets], dim=1)
+
+
+def _head(name: str, dim: int, targets: Sequence[str]) -> nn.Module:
+    if name == "regression":
+        return ReadoutHead(dim, len(targets))
+    if len(targets) > 1:
+        raise ValueError(f"finetune.head=diffusion predicts one target, got {', '.join(targets)}")
+    return DiffusionReadout(dim)
 
 
 def _check_statistics(targets: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
