@@ -6,25 +6,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from datapipe.crystal import Crystal, crystal_key
-from datapipe.elements import properties
+from datapipe.crystal import crystal_key
 from datapipe.graph import build
 from datapipe.transforms import Sample
 from models.connectivity import MOST_EDGES, UNJOINED_WEIGHT
-from models.contrastive import barlow_twins, nt_xent
 from models.cspnet import CSPNetConfig
 from models.diffusion import (
-    SIGMA_RANGE,
-    cosine_alpha_bar,
-    score_norm,
     wrapped_score,
-    wrapped_sigma,
 )
-from models.element_features import CLASSES, ORDER, SIZES, element_features
+from models.element_features import element_features
 from models.encoders import ENCODERS, build_encoder
-from models.pairs import PairClassifier, Pairs, pair_products
 from models.registry import configure
 from trainer.stage import STAGES
 from trainer.stages import FinetuneConfig, FinetuneStage
@@ -218,56 +210,6 @@ def test_displacement_is_the_shortest_way_in_the_seen_cell(crystals):
 # Connectivity
 
 
-def test_pairs_and_their_products():
-    sizes = [2, 1, 3, 2]
-    ptr = torch.tensor([0, *np.cumsum(sizes)])
-    pairs = Pairs.of(ptr)
-    expected = [
-        (i, j)
-        for start, n in zip(ptr.tolist(), sizes, strict=False)
-        for i, j in itertools.product(range(start, start + n), repeat=2)
-    ]
-    assert torch.stack([pairs.first, pairs.second], dim=1).tolist() == [list(p) for p in expected]
-    assert Pairs.starts(ptr).tolist() == [0, *np.cumsum(np.square(sizes))]
-    edges = pairs.edges(ptr)
-    assert edges.ptr.tolist() == [0, *np.cumsum(np.repeat(sizes, sizes))]
-    left, right = torch.randn(8, 4, 5), torch.randn(8, 5)
-    plain = torch.einsum("pcd,pd->pc", left[pairs.first], right[pairs.second])
-    torch.testing.assert_close(pair_products(left, right, ptr), plain)
-
-
-def test_pair_classifier_is_a_bilinear_layer_and_a_linear_one():
-    torch.manual_seed(0)
-    head, x, ptr = PairClassifier(5, 3), torch.randn(6, 5), torch.tensor([0, 2, 6])
-    bilinear, linear = nn.Bilinear(5, 5, 3), nn.Linear(3, 3)
-    with torch.no_grad():
-        for own, other in zip(
-            head.parameters(), [*bilinear.parameters(), *linear.parameters()], strict=True
-        ):
-            other.copy_(own)
-    pairs = Pairs.of(ptr)
-    plain = linear(bilinear(x[pairs.first], x[pairs.second])).log_softmax(1)
-    torch.testing.assert_close(head(x, ptr), plain)
-
-
-@pytest.mark.parametrize("quotient", [True, False])
-def test_pairs_are_labelled_with_the_edges_of_the_full_graph(crystals, quotient):
-    cube = Crystal.create("cube", [11, 17], [[0, 0, 0], [0.5, 0.5, 0.5]], 4 * np.eye(3))
-    four = Crystal.create("four", [6] * 4, [[0, 0, x] for x in (0, 0.25, 0.5, 0.75)], 4 * np.eye(3))
-    spec = build_encoder({"name": "pddformer", "tiny": True}).graph
-    samples = [Sample(*vars(Sample.clean(c)).values()) for c in (cube, four, *crystals)]
-    for sample in samples:
-        object.__setattr__(sample, "pair_edges", True)
-    batch = build(samples, spec, quotient=quotient)
-    assert (batch.num_nodes < batch.num_atoms) == quotient
-    full = build(samples, spec, quotient=False)
-    joining = torch.zeros(full.num_atoms, full.num_atoms)
-    source, target = full.edge_index
-    joining.index_put_((target, source), torch.ones(full.num_edges), accumulate=True)
-    pairs = Pairs.of(batch.ptr)
-    assert torch.equal(batch.labels["pair_edges"].float(), joining[pairs.first, pairs.second])
-
-
 @pytest.mark.parametrize("objective", ["crysxpp", "crysgnn"])
 def test_adjacency_is_the_weighted_cross_entropy(objective, crystals):
     stage = make(objective).eval()
@@ -304,72 +246,7 @@ def test_adjacency_is_the_weighted_cross_entropy(objective, crystals):
         torch.testing.assert_close(terms[name].total / terms[name].count, expected)
 
 
-def test_element_features():
-    table = element_features()
-    assert table.shape == (119, 92)
-    assert set(table.unique().tolist()) == {0, 1}
-    assert not table[0].any()
-    starts = dict(zip(ORDER, np.cumsum([0, *(SIZES[n] for n in ORDER)]).tolist(), strict=False))
-    for number in (1, 2, 8, 11, 26, 57, 64, 70, 92):
-        known = properties(number)
-        row = table[number]
-        for name in ORDER:
-            bits = row[starts[name] : starts[name] + SIZES[name]]
-            assert bits.sum() == (known[name] is not None)
-            if name in CLASSES and known[name] in CLASSES[name]:
-                assert CLASSES[name][int(bits.argmax())] == known[name]
-    assert [properties(z)["valence_electrons"] for z in (20, 26, 30, 31, 70, 82)] == [
-        2,
-        8,
-        12,
-        3,
-        2,
-        4,
-    ]
-    assert len({tuple(row.tolist()) for row in table[1:95]}) > 85  # it tells elements apart
-
-
 # Contrast
-
-
-def test_nt_xent_is_its_definition():
-    torch.manual_seed(0)
-    x, labels = torch.randn(6, 4), torch.tensor([0, 1, 0, 2, 1, 0])
-    unit = F.normalize(x, dim=1)
-    total, anchors = 0.0, 0
-    for a in range(6):
-        positives = [p for p in range(6) if p != a and labels[p] == labels[a]]
-        negatives = [n for n in range(6) if labels[n] != labels[a]]
-        if positives:
-            anchors += 1
-            s = (unit @ unit[a] / 0.1).exp()
-            rest = s[negatives].sum()
-            total += sum(-torch.log(s[p] / (s[p] + rest)) for p in positives) / len(positives)
-    found, count = nt_xent(x, labels, 0.1)
-    torch.testing.assert_close(found, total)
-    assert count == anchors == 5
-
-
-@pytest.mark.parametrize("labels", [[0, 1, 2], [4, 4, 4]])
-def test_nt_xent_without_positives_or_negatives_is_zero(labels):
-    x = torch.randn(3, 4, requires_grad=True)
-    total, count = nt_xent(x, torch.tensor(labels), 0.07)
-    total.backward()
-    assert total == 0 and torch.isfinite(x.grad).all()
-    assert count == (3 if len(set(labels)) == 1 else 0)
-
-
-def test_barlow_is_its_definition():
-    torch.manual_seed(0)
-    views = [torch.randn(9, 4), torch.randn(9, 4)]
-    norm = nn.BatchNorm1d(4, affine=False)
-    first, second = (norm(F.normalize(v, dim=1)) for v in views)
-    c = first.T @ second / 9
-    eye = torch.eye(4, dtype=torch.bool)
-    expected = (c[eye] - 1).square().sum() + 0.3 * c[~eye].square().sum()
-    total, count = barlow_twins(*views, 0.3)
-    assert count == 9
-    torch.testing.assert_close(total / count, expected)
 
 
 def test_views_are_neighbours_and_differ(crystals):
@@ -398,32 +275,6 @@ def test_collapsed_embeddings_are_reported(crystals):
 
 
 # Diffusion
-
-
-def test_schedules_are_diffcsp_s():
-    alpha_bar, sigma = cosine_alpha_bar(1000), wrapped_sigma(1000)
-    assert alpha_bar[0] == 1 and sigma[0] == 0
-    assert (alpha_bar.diff() < 0).all() and alpha_bar[-1] < 1e-8
-    assert (sigma[1], sigma[-1]) == pytest.approx(SIGMA_RANGE)
-    ratio = sigma[2:] / sigma[1:-1]
-    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
-
-
-def test_wrapped_score_is_minus_the_gradient_of_the_log_density():
-    x = torch.linspace(-1.4, 1.4, 15, dtype=torch.float64, requires_grad=True)
-    for sigma in (0.02, 0.2, 0.5):
-        shifted = x[:, None] + torch.arange(-30, 31)
-        log_density = torch.logsumexp(-shifted.square() / (2 * sigma**2), dim=1).sum()
-        (gradient,) = torch.autograd.grad(log_density, x)
-        found = wrapped_score(x.detach(), torch.tensor(sigma, dtype=torch.float64))
-        torch.testing.assert_close(found, -gradient, rtol=1e-6, atol=1e-6)
-
-
-def test_score_norm_is_the_mean_square_of_the_score():
-    sigma = torch.tensor([0.005, 0.1, 0.3, 0.5], dtype=torch.float64)
-    noise = torch.randn(50_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    sampled = wrapped_score(noise * sigma, sigma).square().mean(0)
-    torch.testing.assert_close(score_norm(sigma), sampled, rtol=0.04, atol=0)
 
 
 def test_denoised_directions_follow_the_crystal(crystals):

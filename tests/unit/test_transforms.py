@@ -1,9 +1,11 @@
 """What stages do to crystals: how much, to whom, and that the graph follows."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
@@ -13,6 +15,8 @@ from datapipe.graph import build, drop_edges
 from datapipe.lattice import from_log_metric, lattice_constants, log_metric, standard_lattice
 from datapipe.neighbours import neighbours
 from datapipe.schema import GraphSpec, concat
+from datapipe.shards import Dataset, DatasetWriter
+from datapipe.stream import LoaderConfig, Stream
 from datapipe.symmetry import space_group
 from datapipe.transforms import (
     Chain,
@@ -258,3 +262,57 @@ def test_space_group_of_the_data_set_is_taken_and_found_ones_are_remembered(monk
     assert calls == ["salt"]
     with pytest.raises(ValueError, match=r"'space_group' must be a number 1\.\.230, got 0"):
         number(SALT.with_targets({"space_group": 0.0}))
+
+
+# Through the loader
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("transforms") / "data"
+    with DatasetWriter(root, []) as writer:
+        for i in range(12):
+            crystal = replace(crystal_of(2 + i % 3, i), id=f"c{i}")
+            writer.add("train", crystal)
+        writer.finish({})
+    return Dataset.open(root)
+
+
+def batches(dataset, transform, count=3, **settings):
+    config = LoaderConfig(**{"workers": 0, **settings})
+    source = Stream(dataset, "train", SPECS["quotient"], config, batch_size=4, transform=transform)
+    return list(itertools.islice(source, count)), source
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_stay_together_in_a_batch(dataset, workers):
+    transform = TwoViews(Chain((ShiftAtoms(0.05), SpaceGroup(), DropEdges(0.1))))
+    found, _ = batches(dataset, transform, workers=workers)
+    assert sorted(i for b in found for i in b.ids[::2]) == sorted(f"c{i}" for i in range(12))
+    for batch, plain in zip(found, batches(dataset, transform)[0], strict=True):
+        assert batch.ids[0::2] == batch.ids[1::2]
+        assert batch.ids == plain.ids
+        assert torch.equal(batch.seen_frac_coords, plain.seen_frac_coords)
+        assert torch.equal(batch.edge_index, plain.edge_index)
+        assert torch.equal(batch.labels["space_group"], plain.labels["space_group"])
+
+
+def test_the_budget_counts_all_views(dataset):
+    step = ShiftAtoms(0.05)
+    for transform in (step, TwoViews(step)):
+        for batch in batches(dataset, transform, 6, max_atoms=10)[0]:
+            assert batch.num_atoms <= 10
+
+
+def test_a_crystal_that_cannot_be_transformed_is_quarantined(dataset):
+    found, source = batches(dataset, NoiseLattice(0.01), 3)
+    assert sum(b.num_crystals for b in found) == 12
+
+    def refuse(sample, rng):
+        if sample.crystal.id == "c3":
+            raise ValueError("not this one")
+        return sample
+
+    found, source = batches(dataset, refuse, 3)
+    assert sum(b.num_crystals for b in found) == 11
+    assert "c3: not this one" in source.quarantined[0].reason
