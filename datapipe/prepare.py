@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from datapipe import splits
 from datapipe.crystal import Crystal
+from datapipe.dedup import Duplicates
 from datapipe.filters import Filters, describe
 from datapipe.manifest import SPLITS, Manifest
 from datapipe.shards import DatasetWriter
@@ -64,7 +65,8 @@ class PrepareConfig:
     format: str = "auto"
     """Reader or data set by name; "auto" goes by what the input looks like."""
     targets: list[str] = field(default_factory=list)
-    """Labels to keep, by their names in the input; none for pretraining."""
+    """Labels to keep, by their names in the input. None: those of a data set, else no labels, as
+    pretraining needs none."""
     units: dict[str, str] = field(default_factory=dict)
     """Units of targets, where they are not known from their names."""
     id_column: str | None = None
@@ -92,6 +94,10 @@ class PrepareConfig:
     """Seed of the shuffle of ratio and count, and of prototypes."""
     filters: Filters = field(default_factory=Filters)
     """Which crystals to keep."""
+    dedup: list[str] = field(default_factory=list)
+    """Data sets, or files that can be read, whose crystals are left out."""
+    duplicates: Duplicates = field(default_factory=Duplicates)
+    """What counts as a duplicate of those, and whether to look for duplicates within."""
     on_bad: str = "drop"
     """drop: leave bad crystals out and list them in dropped.csv; error: stop at the first."""
     shard_size: int = 1000
@@ -126,7 +132,17 @@ def prepare(config: PrepareConfig) -> Manifest:
     """
     if not config.output:
         raise ValueError("setting 'output' is required: the directory of the data set")
+    if config.dedup or config.duplicates.within:
+        from datapipe.unique import prepare_unique  # which calls `write` for its parts
+
+        return prepare_unique(config)
+    return write(config)
+
+
+def write(config: PrepareConfig) -> Manifest:
+    """`prepare` without a search for duplicates."""
     work = _Work.of(config)
+    config = work.config
     reading = Reading(work.labels, config.filters)
     with (  # processes first: they must not hold the writer's lock
         Workers(reading, config.workers) as workers,
@@ -144,11 +160,14 @@ def prepare(config: PrepareConfig) -> Manifest:
 def plan(config: PrepareConfig) -> str:
     """What `prepare` would do, in words: the rule and the records of each split. Parses nothing."""
     work = _Work.of(config)
+    config = work.config
     codes = _assign(work, _scan(work))
     counts = [f"{int((codes == code).sum())} {split}" for code, split in enumerate(SPLITS)]
     return (
         f"{len(codes)} records in {', '.join(f'{i} ({f})' for _, i, f in work.inputs)}\n"
         f"split {work.rule}: {', '.join(counts)}, {int((codes == splits.NONE).sum())} in none"
+        + (f"\nleaving out duplicates of {', '.join(config.dedup)}" if config.dedup else "")
+        + ("\nleaving out duplicates within" if config.duplicates.within else "")
     )
 
 
@@ -178,6 +197,9 @@ class _Work:
         ]
         default = "keep" if inputs[0][2] == "shards" else "ratio"
         rule = splits.choose_rule(vars(config), config.split, default)
+        if not config.targets and inputs[0][2] == "shards":
+            known = list(Manifest.load(inputs[0][1]).targets)
+            config = replace(config, targets=known)
         labels = dict.fromkeys([*config.targets, *config.filters.labels])
         return cls(config, inputs, rule, tuple(labels))
 
@@ -362,6 +384,12 @@ def _provenance(
     }
 
 
+def identify(config: PrepareConfig) -> list[dict[str, Any]]:
+    """Name, format and hash of each input of a config."""
+    work = _Work.of(config)
+    return [_source(work, *one) for one in work.inputs]
+
+
 def _source(work: _Work, split: str | None, path: str, format: str) -> dict[str, Any]:
     """What identifies an input; paths stay out, for they say more of a machine than of data."""
     out: dict[str, Any] = {"name": Path(path).name, "format": format}
@@ -413,7 +441,8 @@ def summary(manifest: Manifest, output: str) -> str:
         lines.append(text)
     dropped = manifest.provenance.get("dropped", {})
     lines.append(
-        f"dropped {sum(dropped.values())}: {reasons(dropped)} (see {DROPPED})"
+        f"dropped {sum(dropped.values())}: {reasons(dropped)}"
+        + (f" (see {DROPPED})" if "action" not in manifest.provenance else "")
         if dropped
         else "dropped 0"
     )

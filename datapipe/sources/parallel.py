@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 A = TypeVar("A")
@@ -71,8 +71,9 @@ class Workers(Generic[A, B]):
             process.terminate()
             process.join()
 
-    def map(self, items: Iterable[A]) -> Iterator[B]:
-        """Results of the items, in their order.
+    def map(self, items: Iterable[A], chunk: int = CHUNK, ordered: bool = True) -> Iterator[B]:
+        """Results of the items, in their order; or as they come, where some take far longer than
+        others and should not hold them up. `chunk` items travel together.
 
         Raises:
             RuntimeError: the function raised.
@@ -82,22 +83,26 @@ class Workers(Generic[A, B]):
             yield from map(self.function, items)
             return
         source = iter(items)
-        waiting: list[int] = [w for w in range(self.count) if self._give(w, source)]
+        waiting: list[int] = [w for w in range(self.count) if self._give(w, source, chunk)]
         while waiting:
-            worker = waiting.pop(0)
+            worker = waiting[0]
+            if not ordered:
+                ready = wait([self._connections[w] for w in waiting])
+                worker = next(w for w in waiting if self._connections[w] in ready)
+            waiting.remove(worker)
             results = self._take(worker)
-            if self._give(worker, source):
+            if self._give(worker, source, chunk):
                 waiting.append(worker)
             yield from results
 
-    def _give(self, worker: int, source: Iterator[A]) -> bool:
-        chunk = list(islice(source, CHUNK))
-        if chunk:
+    def _give(self, worker: int, source: Iterator[A], chunk: int) -> bool:
+        items = list(islice(source, chunk))
+        if items:
             try:
-                self._connections[worker].send(chunk)
+                self._connections[worker].send(items)
             except OSError:
                 raise self._died() from None
-        return bool(chunk)
+        return bool(items)
 
     def _take(self, worker: int) -> list[B]:
         try:
