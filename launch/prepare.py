@@ -7,10 +7,20 @@
     python launch/prepare.py input=prototypes size=2000 output=data/demo targets=[ewald_energy]
     python launch/prepare.py input=dft_3d.json output=data/jarvis targets=[mbj_bandgap] \\
         split=published-123
+    python launch/prepare.py input=gnome/ output=data/gnome dedup=[data/mp20,data/jarvis] \\
+        duplicates.splits=[val,test] duplicates.within=true
 
 Reads CSV with a `cif` column, folders and archives of CIF or POSCAR files (with id_prop.csv or
 without), JARVIS, MEGNet, Matbench, pymatgen and OQMD JSON, extxyz, ASE databases, GNoME,
 SuperCon3D, and data sets prepared before. Bad crystals are listed in dropped.csv.
+
+What can be done with data sets; each action has settings of its own (add --help):
+
+    python launch/prepare.py verify=DIR                    names every problem; exit code 1 if any
+    python launch/prepare.py inspect=DIR                   statistics, and histograms.png beside
+    python launch/prepare.py merge=[DIR,DIR] output=DIR
+    python launch/prepare.py subset=DIR output=DIR filters.atoms=[2,40] count=1000
+    python launch/prepare.py reshard=DIR output=DIR shard_size=5000
 """
 
 from __future__ import annotations
@@ -20,16 +30,64 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from datapipe.actions import MergeConfig, ReshardConfig, SubsetConfig, merge, reshard, subset
 from datapipe.prepare import PrepareConfig, plan, prepare, summary
-from trainer.config import parse, run
+from datapipe.statistics import InspectConfig, columns, describe, statistics
+from datapipe.verify import VerifyConfig, verify
+from trainer import plots
+from trainer.config import parse, required, run
 
 
-def main() -> None:
+def make() -> None:
     config = parse(PrepareConfig, __doc__)
     if config.dry_run:
         print(plan(config))
     else:
         print(summary(prepare(config), config.output))
+
+
+def check() -> None:
+    config = parse(VerifyConfig, __doc__)
+    required(config, "verify")
+    count = 0
+    for problem in verify(config):
+        print(problem)
+        count += 1
+    print(f"{config.verify}: {count or 'no'} problem{'' if count == 1 else 's'}")
+    if count:
+        raise SystemExit(1)
+
+
+def look() -> None:
+    config = parse(InspectConfig, __doc__)
+    required(config, "inspect")
+    if "://" in config.inspect:
+        required(config, "output")
+    found = statistics(config)
+    print(describe(found))
+    path = config.output or f"{config.inspect.rstrip('/')}/histograms.png"
+    plots.histograms(found.atoms, found.elements, *columns(found), path)
+    print(f"histograms: {path}")
+
+
+def change(config, action) -> None:
+    required(config, "output")
+    print(summary(action(config), config.output))
+
+
+ACTIONS = {
+    "verify": check,
+    "inspect": look,
+    "merge": lambda: change(parse(MergeConfig, __doc__), merge),
+    "subset": lambda: change(parse(SubsetConfig, __doc__), subset),
+    "reshard": lambda: change(parse(ReshardConfig, __doc__), reshard),
+}
+
+
+def main() -> None:
+    given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+    action = next((act for name, act in ACTIONS.items() if name in given), make)
+    action()
 
 
 if __name__ == "__main__":
