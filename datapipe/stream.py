@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -183,18 +183,7 @@ class Stream:
             keep=len(items) <= config.shuffle,
             cache_bytes=config.cache_mb * 2**20 // max(1, config.workers),
         )
-        self._loader: Iterable[Part | Failure] = self._reader
-        if config.workers:
-            self._loader = DataLoader(
-                self._reader,
-                batch_size=None,
-                num_workers=config.workers,
-                prefetch_factor=config.prefetch,
-                persistent_workers=True,  # they keep graphs for the next pass
-                collate_fn=as_is,
-                worker_init_fn=leave_interrupts,
-                generator=torch.Generator(),  # the global one is not the loader's to draw from
-            )
+        self._loader: DataLoader | None = None
         self.position = 0
         self.quarantined: list[Quarantined] = []
         self._bad_items: set[int] = set()
@@ -250,9 +239,36 @@ class Stream:
             self.position = self._steps = 0
         _ = self.total_steps if self.plan.stop is not None else None
         self._reader.start[0] = self.position
-        parts = iter(self._loader)
-        while group := list(islice(parts, max(1, self.config.workers))):
-            yield self._joined(group)
+        parts = self._parts()
+        try:
+            while group := list(islice(parts, max(1, self.config.workers))):
+                yield self._joined(group)
+        except Exception:
+            del parts
+            self.close()
+            raise
+
+    def _parts(self) -> Iterator[Part | Failure]:
+        """What the workers make, their parts of a step one after another."""
+        if self.config.workers == 0:
+            return iter(self._reader)
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._reader,
+                batch_size=None,
+                num_workers=self.config.workers,
+                prefetch_factor=self.config.prefetch,
+                persistent_workers=True,  # they keep graphs for the next pass
+                collate_fn=as_is,
+                worker_init_fn=leave_interrupts,
+                generator=torch.Generator(),  # the global one is not the loader's to draw from
+            )
+        return iter(self._loader)
+
+    def close(self) -> None:
+        """Ends the workers at once, as a failure does; left to the garbage collector they may take
+        seconds each. Another iteration starts new ones."""
+        self._loader = None
 
     def _joined(self, group: list[Part | Failure]) -> CrystalBatch:
         """The workers' parts of a step as one batch."""

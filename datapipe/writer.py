@@ -20,6 +20,7 @@ import numpy as np
 import safetensors.numpy as safetensors
 from webdataset.writer import TarWriter
 
+from datapipe.bytes import DISK_FULL
 from datapipe.crystal import Crystal
 from datapipe.manifest import MANIFEST, SCHEMA_VERSION, SPLITS, Manifest, Shard, Target
 from datapipe.record import COLUMNS, INDEX, encode
@@ -51,9 +52,11 @@ class _OpenShard:
         return offset
 
     def close(self, split: str) -> Shard:
-        self.tar.close()
-        _sync(self._file)
-        self._file.close()
+        try:
+            self.tar.close()
+            _sync(self._file)
+        finally:
+            self._file.close()
         return Shard(self.name, split, self.count, self.bytes, self._digest.hexdigest())
 
     def abort(self) -> None:
@@ -150,9 +153,12 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self._lock.closed:
             self._discard()
+        if isinstance(error, OSError) and error.errno in DISK_FULL and error.filename is None:
+            # A failing write does not say where.
+            raise OSError(error.errno, error.strerror, str(self.root)) from error
 
     def _discard(self) -> None:
         for shard in self._open.values():
