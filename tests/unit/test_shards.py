@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datapipe.bytes import Access
 from datapipe.crystal import BadCrystal, Crystal
 from datapipe.shards import SPLITS, Dataset, DatasetWriter, Manifest, decode, encode
 
@@ -145,11 +146,12 @@ def test_same_crystals_give_the_same_bytes(root, crystals, tmp_path):
     assert other.fingerprint != Manifest.load(root).fingerprint
 
 
-def test_a_data_set_may_lie_behind_a_url(root):
+def test_a_data_set_may_lie_behind_a_url(root, tmp_path):
     memory = fsspec.filesystem("memory")
     for path in root.iterdir():
         memory.pipe(f"/shards/{path.name}", path.read_bytes())
-    local, remote = Dataset.open(root), Dataset.open("memory://shards/")
+    access = Access(cache_dir=str(tmp_path))
+    local, remote = Dataset.open(root), Dataset.open("memory://shards/", access)
     pairs = zip(local.read(range(60)), remote.read(range(60)), strict=True)
     assert all(equal(a, b) for (_, a), (_, b) in pairs)
     with pytest.raises(ValueError, match="memory://none is not a data set"):
