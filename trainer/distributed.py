@@ -118,3 +118,9 @@ def shutdown() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed since another rank or the network is gone."""
+    known = isinstance(error, dist.DistError)
+    return known or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed"))

@@ -209,6 +209,9 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         import deepspeed
 
+        # On CPUs DeepSpeed compiles shared-memory collectives at the first start, for a minute and
+        # again in every other environment of the same user; gloo does without, and needs no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():  # alone, without a launcher
             backend = "nccl" if world.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -291,6 +294,8 @@ class DeepSpeedEngine(Engine):
     def optimizer_state(self) -> dict[str, Tensor]:
         if self.zero_stage == 0:
             return _plain_state(self.stage, self.optimizer) if self.world.main else {}
+        if not any(self.optimizer.optimizer.state.values()):  # no update yet
+            return {}
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link()

@@ -17,7 +17,7 @@ from datapipe.schema import CrystalBatch
 from datapipe.stream import Stream
 from trainer.average import WeightAverage
 from trainer.checkpoint import Checkpoint, RunDirectory
-from trainer.distributed import World
+from trainer.distributed import World, lost_rank
 from trainer.engine import Engine, EngineConfig, build_engine
 from trainer.files import code_version, load_into
 from trainer.guards import SpikeMonitor, StepGuard, Watchdog, try_batch
@@ -120,6 +120,7 @@ def fit(
 
     Raises:
         ValueError: too many updates left out in a row.
+        ConnectionError: another rank is gone.
         Requeue: a rank was asked to stop; the run is saved.
     """
     torch.use_deterministic_algorithms(trainer.deterministic)
@@ -147,6 +148,12 @@ def fit(
         session.train(step, total)
     except Exception as error:
         logger.event("error", message=str(error))
+        if isinstance(error, RuntimeError) and lost_rank(error):
+            reason = str(error).splitlines()[0][:200]
+            raise ConnectionError(
+                f"rank {world.rank} lost the other ranks, whose output may tell why; the same "
+                f"command continues from the newest checkpoint ({reason})"
+            ) from error
         raise
     finally:
         logger.close()

@@ -121,7 +121,7 @@ def _wait(children: list[int], timeout: float, grace: float = 15) -> list[int]:
                     if codes[child] not in (0, REQUEUE):
                         end = min(end, time.monotonic() + grace)
                 elif time.monotonic() > end:
-                    os.kill(child, signal.SIGKILL)
+                    os.killpg(child, signal.SIGKILL)
         time.sleep(0.01)
     return [codes[child] for child in children]
 
@@ -133,6 +133,7 @@ def _fork(order: dict[str, Any], rank: int, output: Path) -> int:
         return child
     code = 1
     try:
+        os.setsid()  # with its loader workers
         with open(output, "wb") as file, open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
             os.dup2(file.fileno(), 1)
@@ -174,10 +175,6 @@ def _arm(at: str, do: str, call: int = 1, when: str = "before", calls: int = 1) 
         result = original(*args, **kwargs)
         if now and do == "nan":
             return {k: dataclasses.replace(t, total=t.total * torch.nan) for k, t in result.items()}
-        if now and do == "nan_gradient":
-            for parameter in args[0].stage.parameters():
-                parameter.register_hook(lambda g: g * torch.nan)
-                break
         if now and when == "after":
             _act(do)
         return result
@@ -186,8 +183,10 @@ def _arm(at: str, do: str, call: int = 1, when: str = "before", calls: int = 1) 
 
 
 def _act(do: str) -> None:
-    if do in ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+    if do.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, do))
+    elif do.startswith("group "):  # as Slurm and launchers do: loader workers too
+        os.killpg(0, getattr(signal, do.removeprefix("group ")))
     elif do == "disk full":
         raise OSError(errno.ENOSPC, "No space left on device")
     elif do == "hang":
