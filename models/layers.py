@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -10,28 +11,28 @@ from torch import Tensor, nn
 
 from models.messages import comformer_messages
 from models.norm import BatchNorm
-from models.ops import Edges
+from models.ops import Edges, gather_sum
 
 
 class RBF(nn.Module):
-    """Gaussians exp(-γ (x - c)²) on `bins` centres evenly on [start, end], with γ = 1/spacing
+    """Gaussians exp(-γ (x - c)²) on `bins` centres evenly on [start, end]. By default γ = 1/spacing
     (Matformer's and ComFormer's rule; not 1/spacing²). In fp32 or the input's wider type."""
 
-    def __init__(self, start: float, end: float, bins: int) -> None:
+    def __init__(self, start: float, end: float, bins: int, gamma: float | None = None) -> None:
         super().__init__()
         if bins < 2:
             raise ValueError(f"a radial basis needs at least 2 bins, got {bins}")
         self.start, self.end, self.bins = start, end, bins
+        self.gamma = (bins - 1) / (end - start) if gamma is None else gamma
 
     def extra_repr(self) -> str:
-        return f"{self.start}, {self.end}, bins={self.bins}"
+        return f"{self.start}, {self.end}, bins={self.bins}, gamma={self.gamma:g}"
 
     def forward(self, x: Tensor) -> Tensor:
         """[n] → [n, bins]."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         centres = torch.linspace(self.start, self.end, self.bins, device=x.device, dtype=x.dtype)
-        gamma = (self.bins - 1) / (self.end - self.start)
-        return (x[:, None] - centres).square_().mul_(-gamma).exp_()
+        return (x[:, None] - centres).square_().mul_(-self.gamma).exp_()
 
 
 class OneHotLinear(nn.Linear):
@@ -59,6 +60,63 @@ def compose(x: Tensor, outer: Tensor, inner: nn.Linear, bias: Tensor | float = 0
     if folded < len(x) * depth * (width + rows):
         return F.linear(x, outer @ inner.weight, outer @ inner.bias + bias)
     return F.linear(F.linear(x, inner.weight, inner.bias), outer) + bias
+
+
+class EdgeLinear(nn.Linear):
+    """Linear layer on [x_target; x_source; feature] for every edge, without the concatenation:
+    each block of the weight is applied where its input lives, and an edge adds up three rows."""
+
+    def __init__(self, dim: int, features: int, out: int) -> None:
+        super().__init__(2 * dim + features, out)
+        self.dim = dim
+
+    def forward(
+        self, x: Tensor, features: Tensor, edges: Edges, offset: Tensor | float = 0.0
+    ) -> Tensor:
+        """[E, out] from x [N, dim] and features [R, F], the rows that `edges.row` points into.
+        `offset` [N, out] is added to the edges into each node."""
+        target, source, last = self.weight.split(
+            [self.dim, self.dim, self.in_features - 2 * self.dim], 1
+        )
+        rows = F.linear(features, last, self.bias)
+        to = F.linear(x, target) + offset
+        return gather_sum(torch.cat([to, F.linear(x, source), rows.to(to.dtype)]), edges)
+
+
+def own_rows(edges: Edges) -> Edges:
+    """The same edges with a row of the feature table for each edge, for features that differ
+    between edges of equal length."""
+    return replace(
+        edges, row=torch.arange(len(edges), device=edges.row.device), rows=len(edges), _blocks={}
+    )
+
+
+def row_weight(edges: Edges) -> Tensor:
+    """[R] equal edges in the batch that share a row of the feature table: its weight in batch
+    statistics."""
+    return edges.from_row.transpose(edges.weight[:, None])[:, 0]
+
+
+def line_graph(edges: Edges) -> Edges:
+    """Edges between edges, whose nodes are the edges of a plain graph: one for every pair of edges
+    j → k and i → j, from the latter to the former, the way back (i = k) too.
+
+    Their number sets the size of all that follows, so the device is waited for once.
+    """
+    into = edges.ptr.diff()[edges.source]
+    ptr = F.pad(into.cumsum(0), (1, 0))
+    target = torch.arange(len(edges), device=ptr.device).repeat_interleave(into)
+    every = torch.arange(len(target), device=ptr.device)
+    source = every - (ptr[:-1] - edges.ptr[edges.source])[target]
+    ones = edges.count.new_ones(len(target))
+    return Edges(
+        source=source, target=target, row=every, ptr=ptr, count=ones, weight=ones, rows=len(target)
+    )
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """x in fp32 or wider, as sums over edges need it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ComformerConv(nn.Module):

@@ -1,6 +1,6 @@
 """Encoders by name: those of this package, and those that other packages register."""
 
-from models.encoders import matformer, pddformer
+from models.encoders import cgcnn, matformer, pddformer, schnet
 from models.encoders.base import ENCODERS, Encoder, build_encoder
 
-__all__ = ["ENCODERS", "Encoder", "build_encoder", "matformer", "pddformer"]
+__all__ = ["ENCODERS", "Encoder", "build_encoder", "cgcnn", "matformer", "pddformer", "schnet"]

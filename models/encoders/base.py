@@ -60,3 +60,10 @@ def build_encoder(section: Mapping[str, Any]) -> Encoder:
     encoder = cls(config)
     encoder.section = {"name": name, **dataclasses.asdict(config)}
     return encoder
+
+
+def check_positive(config: Any, encoder: str, *names: str) -> None:
+    """Raises ValueError unless the named settings of an encoder's config are at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{encoder} {name} must be at least 1, got {getattr(config, name)}")

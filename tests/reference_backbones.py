@@ -1,0 +1,64 @@
+"""What each backbone computes, written straight from its definition on the full graph, with the
+weights of the encoder it is given: concatenations over edges, gathers by index, PyTorch's own batch
+norm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.nn.models.schnet import GaussianSmearing
+
+from datapipe.schema import CrystalBatch
+from models.norm import BatchNorm
+
+
+def norm(module: BatchNorm, x: Tensor) -> Tensor:
+    if module.training:
+        return F.batch_norm(x, None, None, module.weight, module.bias, training=True)
+    return F.batch_norm(x, module.running_mean, module.running_var, module.weight, module.bias)
+
+
+def one_hot(layer: nn.Linear, numbers: Tensor) -> Tensor:
+    return F.one_hot(numbers, layer.in_features).to(layer.weight) @ layer.weight.t() + layer.bias
+
+
+def gaussians(x: Tensor, start: float, end: float, bins: int, width: float) -> Tensor:
+    """exp(-(x - c)² / width)."""
+    centres = torch.linspace(start, end, bins, dtype=x.dtype)
+    return torch.exp(-((x[:, None] - centres) ** 2) / width)
+
+
+def summed(x: Tensor, index: Tensor, size: int) -> Tensor:
+    return x.new_zeros(size, *x.shape[1:]).index_add(0, index, x)
+
+
+def linear(layer: nn.Linear, *parts: Tensor) -> Tensor:
+    return F.linear(torch.cat(parts, dim=1), layer.weight, layer.bias)
+
+
+def cgcnn(encoder, batch: CrystalBatch) -> Tensor:
+    j, i = batch.edge_index
+    x = one_hot(encoder.embed_node, batch.node_numbers)
+    bins = encoder.rbf.bins
+    e = gaussians(batch.edge_distance, 0, 8, bins, (8 / (bins - 1)) ** 2)
+    for conv in encoder.convs:
+        z = norm(conv.norm_edge, linear(conv.edge, x[i], x[j], e))
+        gate, core = z.chunk(2, dim=1)
+        h = summed(torch.sigmoid(gate) * F.softplus(core), i, len(x))
+        x = F.softplus(x + norm(conv.norm_out, h))
+    return x
+
+
+def schnet(encoder, batch: CrystalBatch) -> Tensor:
+    x = one_hot(encoder.embed_node, batch.node_numbers)
+    torch.set_default_dtype(torch.float64)
+    smear = GaussianSmearing(0.0, encoder.radius, encoder.rbf.bins)
+    torch.set_default_dtype(torch.float32)
+    distance = batch.edge_distance
+    for block in encoder.interactions:
+        x = x + block(x, batch.edge_index, distance, smear(distance))
+    return x
+
+
+PLAIN = {"cgcnn": cgcnn, "schnet": schnet}
