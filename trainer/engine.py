@@ -210,7 +210,7 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         # On CPUs DeepSpeed compiles shared-memory collectives at the first start, for a minute and
-        # again in every other environment of the same user; gloo does without, and needs no compiler.
+        # again in every other environment of the same user; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():  # alone, without a launcher
             backend = "nccl" if world.device.type == "cuda" else "gloo"
