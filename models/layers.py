@@ -54,7 +54,11 @@ class OneHotLinear(nn.Linear):
 
 def compose(x: Tensor, outer: Tensor, inner: nn.Linear, bias: Tensor | float = 0.0) -> Tensor:
     """`outer` [O, D] · inner(x) + bias, [n, O] from x [n, I]. The two matrices are multiplied with
-    each other first where that is less work than to take x through both."""
+    each other first where that is less work than to take x through both.
+
+    Both ways read the weights and call no module: under ZeRO-3 every rank must gather the same
+    weights in the same order, and ranks may differ in the way they go.
+    """
     (depth, width), rows = inner.weight.shape, len(outer)
     folded = rows * width * (depth + len(x))
     if folded < len(x) * depth * (width + rows):
@@ -70,7 +74,7 @@ class EdgeLinear(nn.Linear):
         super().__init__(2 * dim + features, out)
         self.dim = dim
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, features: Tensor, edges: Edges, offset: Tensor | float = 0.0
     ) -> Tensor:
         """[E, out] from x [N, dim] and features [R, F], the rows that `edges.row` points into.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class SchNet(Encoder):
         x = self.embed_node(batch.node_numbers)
         features = self.rbf(batch.distances)
         fade = 0.5 * (torch.cos(batch.distances * (math.pi / self.radius)) + 1)
+        block: Any
         for block in self.interactions:
             conv = block.conv
             filters = _perceptron(conv.nn, features) * fade[:, None]
