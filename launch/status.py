@@ -127,9 +127,9 @@ def _state(submission: Submission, cell: str, slurm_state: str, reachable: bool)
         return "failed" if last == "gave up" else last
     if slurm_state:
         return "unfinished" if slurm_state == "COMPLETED" else slurm_state.lower().replace("_", " ")
-    if not events:
-        return "lost" if cluster == "slurm" and reachable else "not started"
-    return "lost" if reachable or cluster != "slurm" else "unknown"
+    if cluster == "slurm":
+        return "lost" if reachable else "unknown"
+    return "lost" if events else "not started"
 
 
 def alive(pid: int, folder: Path) -> bool:

@@ -56,6 +56,8 @@ def grid(axes: Mapping[str, Any]) -> list[Cell]:
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"sweep axis {key!r} needs a list of values, as in {key}=[…]")
+    if not axes:
+        return []
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 

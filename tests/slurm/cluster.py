@@ -8,6 +8,7 @@ lasts, as root or as any user.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import getpass
 import os
 import shutil
@@ -50,7 +51,7 @@ JobAcctGatherType=jobacct_gather/none
 JobRequeue=1
 ReturnToService=2
 SlurmdTimeout=10
-KillWait=20
+KillWait=60
 SlurmdParameters=config_overrides
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -95,7 +96,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pid in processes_with(f"SLURM_CONF={self.root}/"):  # steps and what they started
+        for pid in self.processes():  # steps and what they started
             if pid not in [d.pid for d in self._daemons.values()] and pid != os.getpid():
                 _kill(pid)
         for daemon in reversed(self._daemons.values()):
@@ -161,6 +162,7 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
 
     def start_node(self, node: str) -> None:
@@ -168,10 +170,25 @@ class Cluster:
         self._start("slurmd", "-N", node)
 
     def fail_node(self, node: str) -> None:
-        """What a power cut does: the daemon of a node and all it started are gone at once."""
+        """What a power cut does: the daemon of a node and all it started are gone at once, and
+        nobody is left to say so."""
         self._daemons.pop(f"slurmd -N {node}").kill()
-        for pid in processes_with(f"SLURMD_NODENAME={node}"):
-            _kill(pid)
+        tasks = self.processes(f"SLURMD_NODENAME={node}")
+        for pid in [*{_parent(pid) for pid in tasks} - set(tasks), *tasks]:  # step daemons first
+            if pid in tasks or _name(pid) == "slurmstepd":
+                _kill(pid)
+
+    def processes(self, setting: str = "") -> list[int]:
+        """Processes that this cluster started (and those that talk to it) whose environment has a
+        variable that starts as `NAME=VALUE` does."""
+        found = []
+        wanted = {f"SLURM_CONF={self.root}/".encode(), setting.encode()}
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                variables = path.read_bytes().split(b"\0")
+                if all(any(v.startswith(w) for v in variables) for w in wanted):
+                    found.append(int(path.parent.name))
+        return found
 
     def run(self, *command: str, timeout: float = 60) -> str:
         """The output of a Slurm command; a failure raises with its words."""
@@ -211,14 +228,22 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float) -> None:
         time.sleep(0.2)
 
 
-def processes_with(setting: str) -> list[int]:
-    """Processes of this user whose environment has a variable that starts as `NAME=VALUE` does."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if any(v.startswith(setting.encode()) for v in path.read_bytes().split(b"\0")):
-                found.append(int(path.parent.name))
-    return found
+def _die_with_parent() -> None:
+    """Asks the kernel to end this process when the one that started it is gone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _parent(pid: int) -> int:
+    """0 if the process is gone."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return 0
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def _kill(pid: int) -> None:

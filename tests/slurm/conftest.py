@@ -20,7 +20,7 @@ from launch.submission import Submission
 from launch.task import EventLog
 from tests.distributed.conftest import data  # noqa: F401
 from tests.distributed.ranks import ROOT
-from tests.slurm.cluster import Cluster, missing, processes_with, wait_for
+from tests.slurm.cluster import Cluster, missing, wait_for
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,18 +61,21 @@ class Desk:
         with mock.patch.dict(os.environ, self.cluster.environ):
             return {row.cell: row for row in status.statuses(self.path / output)}
 
-    def wait(self, output: str, *, seconds: float = 240) -> dict[str, status.CellStatus]:
-        """Status by cell once no job waits or runs any more."""
+    def wait(self, output: str, *, seconds: float = 600) -> dict[str, status.CellStatus]:
+        """Status by cell once Slurm has done with all of them."""
 
         def over() -> bool:
-            return not any(row.active for row in self.rows(output).values())
+            left = self.cluster.run("squeue", "--noheader", "--format=%F").split()
+            jobs = {self.job(output, cell).split("_")[0] for cell in rows}
+            return not jobs & set(left)
 
-        self._wait(output, over, f"no cell of {output} is active", seconds)
+        rows = self.rows(output)
+        self._wait(output, over, f"all jobs of {output} have ended", seconds)
         return self.rows(output)
 
     def wait_for_step(self, output: str, step: int) -> None:
         """Returns when a run has logged so many steps."""
-        self._wait(output, lambda: len(curve(self.path / output)) >= step, f"step {step}", 180)
+        self._wait(output, lambda: len(curve(self.path / output)) >= step, f"step {step}", 600)
 
     def events(self, output: str, cell: str | None = None) -> list[str]:
         """What happened to a cell."""
@@ -90,7 +93,7 @@ class Desk:
         """Holds all processes that train a run in mid-step for as long as the block lasts, so that
         what happens meanwhile does not depend on the machine's speed."""
         job = self.job(output)
-        found = [p for p in processes_with(f"SLURM_JOB_ID={job}") if _trains(p)]
+        found = [p for p in self.cluster.processes(f"SLURM_JOB_ID={job}") if _trains(p)]
         assert found, f"job {job} has no process that trains"
         for pid in found:
             os.kill(pid, signal.SIGSTOP)

@@ -21,11 +21,9 @@ PRETRAIN = (
     "--config",
     "configs/pretrain/tiny.yaml",
     "data=data",
-    "vae.max_steps=12",
-    "joint.max_steps=6",
+    "stages=[vae]",
+    "vae.max_steps=10",
     "vae.batch_size=16",
-    "joint.batch_size=16",
-    "joint.dit={width: 32, layers: 1, heads: 2}",
     "trainer.log_every=1",
     "trainer.checkpoint_every=2",
     "trainer.deterministic=true",
@@ -66,8 +64,7 @@ def assert_unbroken(desk: Desk, output: str, uninterrupted: list) -> None:
 
 def test_two_nodes_train_one_model(desk, uninterrupted):
     assert [(stage, step) for stage, step, _ in uninterrupted] == [
-        *(("vae", i + 1) for i in range(12)),
-        *(("joint", i + 1) for i in range(6)),
+        ("vae", step) for step in range(1, 11)
     ]
     text = (desk.path / "runs/whole.submit/logs").joinpath(f"{desk.job('runs/whole')}_1_log.out")
     assert "rank 1/2" in text.read_text()
@@ -112,7 +109,7 @@ def test_time_runs_out(desk, tmp_path):
     desk.submit(*args, f"run_dir={other}", "time=1", "slurm.signal=USR2@5")
     desk.wait_for_step(other, 3)
     with desk.frozen(other) as pids:
-        wait_for(lambda: _pending(pids[0], 12), "Slurm warns of the time limit", 90)
+        wait_for(lambda: not _stopped(pids[0]), "Slurm warns of the time limit", 90)
     desk.wait(one)
     assert_unbroken(desk, other, curve(desk.path / one))
 
@@ -134,9 +131,7 @@ def test_one_failed_cell_hides_no_other(desk):
     with open(desk.path / "runs/sweep/results.csv", newline="") as file:
         results = {row["cell"]: row for row in csv.DictReader(file)}
     assert results.keys() == rows.keys()
-    assert all(
-        (float(r["test.mae"]) > 0) if c != bad else not r["test.mae"] for c, r in results.items()
-    )
+    assert {cell for cell, row in results.items() if row["test.mae"]} == rows.keys() - {bad}
     assert results["target=density,seed=1"]["seed"] == "1"
 
     again = desk.submit(*args, "--dry-run")  # only what has not finished is left
@@ -187,9 +182,9 @@ def test_the_command_line_itself(desk):
     assert done.stderr.startswith("error: runs/nowhere")
 
 
-def _pending(pid: int, number: int) -> bool:
-    """Whether a signal waits for a stopped process."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(("SigPnd:", "ShdPnd:")) and int(line.split()[1], 16) >> (number - 1) & 1:
-            return True
-    return False
+def _stopped(pid: int) -> bool:
+    """Whether a process is held by SIGSTOP; Slurm continues it when it has something to say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+    except OSError:
+        return False
