@@ -65,7 +65,11 @@ def pack(
     masked = np.concatenate([s.masked for s in samples])
     seen = np.where(masked, MASKED, _join([s.seen.numbers for s in samples]))
     key = np.array([s.key for s in samples], dtype=np.int64)
+    labels = {k: np.concatenate([s.labels[k] for s in samples]) for k in samples[0].labels}
+    if samples[0].pair_edges:
+        labels["pair_edges"] = np.concatenate([_pair_edges(g) for g in neighbours])
 
+    neighbours = [g.with_pairs() for g in neighbours]
     edges = [g.edges for g in neighbours]
     owner = np.repeat(every, [e.shape[1] for e in edges])
     target, source, shell, count = np.concatenate(edges, axis=1, dtype=np.int64, casting="unsafe")
@@ -119,13 +123,14 @@ def pack(
     }
     fields: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     fields["edge_vector"] = None if vectors is None else torch.from_numpy(vectors)
+    if sums := [g.pair_sums for g in neighbours if g.pair_sums is not None]:
+        fields["pair_sums"] = torch.from_numpy(np.concatenate(sums))
+    if triples := [g.triple for g in neighbours if g.triple is not None]:
+        fields["lattice_triple"] = torch.from_numpy(np.stack(triples))
     fields["targets"] = {
         name: torch.tensor([c.targets.get(name, np.nan) for c in crystals], dtype=torch.float32)
         for name in targets
     }
-    labels = {k: np.concatenate([s.labels[k] for s in samples]) for k in samples[0].labels}
-    if samples[0].pair_edges:
-        labels["pair_edges"] = np.concatenate([_pair_edges(g) for g in neighbours])
     fields["labels"] = {name: torch.from_numpy(rows) for name, rows in labels.items()}
     return CrystalBatch(**fields, ids=[c.id for c in crystals])
 

@@ -8,7 +8,7 @@ this certificate replaces counting image shells.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 from pymatgen.optimization.neighbors import find_points_in_spheres
 
 from datapipe.crystal import Crystal
+from datapipe.lattice_sums import potnet_sums
 from datapipe.quotient import mix
 from datapipe.schema import GraphSpec
 
@@ -46,6 +47,12 @@ class Neighbours:
     """[n] unsigned: row of `pdd` that belongs to each atom."""
     vectors: np.ndarray | None = None
     """[e, 3] float32: target minus source in Å, where the spec asks for it."""
+    triple: np.ndarray | None = None
+    """[3, 3] float32: rows are the invariant lattice vectors in Å, where the spec asks for them."""
+    pair_sums: np.ndarray | None = None
+    """[s] float32: distinct lattice sums of pairs of atoms, where the spec asks for them."""
+    pair_row: np.ndarray | None = None
+    """[n, n] unsigned: row of `pair_sums` that belongs to each pair."""
 
     @property
     def num_atoms(self) -> int:
@@ -53,14 +60,33 @@ class Neighbours:
 
     @property
     def num_edges(self) -> int:
-        """Edges of the plain graph. The quotient has at most `edges.shape[1]`."""
-        return int(self.edges[3].sum(dtype=np.int64))
+        """Edges of the plain graph, those that stand for pairs of atoms too."""
+        pairs = 0 if self.pair_row is None else self.pair_row.size
+        return int(self.edges[3].sum(dtype=np.int64)) + pairs
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        arrays = (self.edges, self.distances, self.pdd, self.pdd_row, self.vectors)
-        return sum(a.nbytes for a in arrays if a is not None)
+        return sum(a.nbytes for a in vars(self).values() if a is not None)
+
+    def with_pairs(self) -> Neighbours:
+        """The same, with the pairs of atoms among the edges: their rows of `distances` are infinite
+        and come last. Without `pair_sums` nothing changes."""
+        if self.pair_sums is None or self.pair_row is None:
+            return self
+        n = self.num_atoms
+        target, source = np.divmod(np.arange(n * n), n)
+        row = self.pair_row.ravel() + len(self.distances)
+        pairs = np.stack([target, source, row, np.ones(n * n, dtype=np.int64)])
+        edges = np.concatenate([self.edges.astype(np.int64), pairs], axis=1)
+        distances = [self.distances, np.full(len(self.pair_sums), np.inf, dtype=np.float32)]
+        return replace(
+            self,
+            edges=edges[:, np.argsort(edges[0], kind="stable")],
+            distances=np.concatenate(distances),
+            pair_sums=np.concatenate([np.zeros_like(self.distances), self.pair_sums]),
+            pair_row=None,
+        )
 
 
 def neighbours(crystal: Crystal, spec: GraphSpec) -> Neighbours:
@@ -90,6 +116,11 @@ def neighbours(crystal: Crystal, spec: GraphSpec) -> Neighbours:
     shell, distances = cluster(edges.length, tolerance)
 
     n, shells = len(points), max(len(distances), 1)
+    sums = sum_of_pair = None
+    if spec.pair_sums != "none":
+        pairwise = potnet_sums(points, lattice, scaled=spec.pair_sums == "scaled")
+        ids, sums = cluster(pairwise.ravel(), tolerance)
+        sums, sum_of_pair = sums.astype(np.float32), _narrow(ids.reshape(n, n))
     key = (edges.target * n + edges.source) * shells + shell
     order = np.argsort(key, kind="stable")
     count = edges.multiplicity[order]
@@ -102,6 +133,9 @@ def neighbours(crystal: Crystal, spec: GraphSpec) -> Neighbours:
         pdd=rows.astype(np.float32),
         pdd_row=_narrow(row_of_atom),
         vectors=edges.vector[order].astype(np.float32) if spec.vectors else None,
+        triple=signed_triple(lattice).astype(np.float32) if spec.lattice_triple else None,
+        pair_sums=sums,
+        pair_row=sum_of_pair,
     )
 
 
@@ -259,6 +293,17 @@ def lattice_triple(lattice: np.ndarray) -> np.ndarray:
     second = image[np.any(np.cross(image, first), axis=1)][0]
     third = image[(image @ np.cross(first, second)) != 0][0]
     return np.stack([first, second, third])
+
+
+def signed_triple(lattice: np.ndarray) -> np.ndarray:
+    """Rows [3, 3] in Å of ComFormer's invariant lattice vectors (Yan et al., ICLR 2024): the second
+    and third are at most at a right angle to the first, then all three are turned round if they are
+    left-handed. Vectors of equal length are told apart by image, so the triple of a lattice that
+    has such depends on the basis it is given in; angles are compared at 1e-6."""
+    v = lattice_triple(lattice) @ lattice
+    length = np.linalg.norm(v, axis=1)
+    v[(v @ v[0]) / (length * length[0]) < -1e-6] *= -1
+    return v if np.linalg.det(v) > 0 else -v
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:

@@ -49,6 +49,12 @@ class GraphSpec:
     """Columns of the pointwise distance distribution (k nearest distances), 0 for none."""
     vectors: bool = False
     """Whether edges carry displacement vectors (then the graph cannot be a quotient)."""
+    lattice_triple: bool = False
+    """Whether crystals carry ComFormer's three invariant lattice vectors."""
+    pair_sums: Literal["none", "scaled", "exact"] = "none"
+    """Adds an edge for every ordered pair of atoms, an atom with itself too, that stands for all
+    images at once and carries PotNet's lattice sum. Repulsion decays with a length that follows
+    the cell's size (`scaled`, as in the released code) or as the paper writes it (`exact`)."""
     depth: int | None = None
     """Number of message-passing rounds. An encoder that sees only types, PDD rows and distances
     sets it, and then runs on quotient graphs too; None keeps the full graph."""
@@ -69,8 +75,14 @@ class GraphSpec:
                 "GraphSpec.lattice_edges is none, matformer or comformer, "
                 f"not {self.lattice_edges!r}"
             )
+        if self.pair_sums not in ("none", "scaled", "exact"):
+            raise ValueError(
+                f"GraphSpec.pair_sums is none, scaled or exact, not {self.pair_sums!r}"
+            )
         if self.vectors and self.depth is not None:
             raise ValueError("a graph with vectors has no quotient: leave depth=None")
+        if self.vectors and self.pair_sums != "none":
+            raise ValueError("an edge for all images has no vector: leave pair_sums or vectors")
 
 
 @dataclass(kw_only=True)
@@ -101,7 +113,11 @@ class CrystalBatch:
     | edge_ptr | [N+1] | int64 | first edge into each node, then E |
     | edge_count | [E] | float32 | equal edges into ONE atom of the target node |
     | edge_shell | [E] | int64 | row of `distances` that is the edge's length |
-    | distances | [U] | float32 | distinct edge lengths in Å |
+    | distances | [U] | float32 | distinct edge lengths in Å; infinite in rows of `pair_sums` |
+    | pair_sums | [U] | float32 | distinct lattice sums of pairs of atoms, 0 in rows of lengths;
+      None unless asked for |
+    | lattice_triple | [B, 3, 3] | float32 | rows are ComFormer's invariant lattice vectors in Å;
+      None unless asked for |
     | edge_vector | [E, 3] | float32 | target minus source in Å; None unless asked for |
     | targets | name → [B] | float32 | labels in physical units, NaN where missing |
     | labels | name → [rows, …] | any | what a stage's transform says of the crystals: the rows of
@@ -132,6 +148,8 @@ class CrystalBatch:
     edge_shell: Tensor
     distances: Tensor
     edge_vector: Tensor | None = None
+    pair_sums: Tensor | None = None
+    lattice_triple: Tensor | None = None
     targets: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     labels: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     ids: list[str] = dataclasses.field(default_factory=list)

@@ -93,7 +93,8 @@ def estimate_edges(spec: GraphSpec, atoms: np.ndarray, volume: np.ndarray) -> np
         assert spec.radius is not None
         per_atom = atoms / volume * (4 / 3 * math.pi * spec.radius**3)
     images = {"none": 0, "matformer": 12, "comformer": 6}[spec.lattice_edges]
-    return np.ceil(atoms * (per_atom + images)).astype(np.int64)
+    partners = 0 if spec.pair_sums == "none" else atoms
+    return np.ceil(atoms * (per_atom + images + partners)).astype(np.int64)
 
 
 class Stream:

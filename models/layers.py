@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.messages import comformer_messages
 from models.norm import BatchNorm
-from models.ops import Edges, gather_sum
+from models.ops import Edges, Incidence, RowSum, gather_sum
 
 
 class RBF(nn.Module):
@@ -99,6 +99,13 @@ def row_weight(edges: Edges) -> Tensor:
     """[R] equal edges in the batch that share a row of the feature table: its weight in batch
     statistics."""
     return edges.from_row.transpose(edges.weight[:, None])[:, 0]
+
+
+def group_rows(group: Tensor, ptr: Tensor) -> Incidence:
+    """[n, B]: the row of every member's group, for members in order of groups: `group` [n] of each
+    member, `ptr` [B+1] first member of each group, then n."""
+    each = torch.arange(len(group) + 1, device=group.device)
+    return Incidence(RowSum(group, each), RowSum(each[:-1], ptr))
 
 
 def line_graph(edges: Edges) -> Edges:

@@ -4,6 +4,8 @@ norm."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,4 +63,41 @@ def schnet(encoder, batch: CrystalBatch) -> Tensor:
     return x
 
 
-PLAIN = {"cgcnn": cgcnn, "schnet": schnet}
+def comformer_conv(conv, x: Tensor, e: Tensor, batch: CrystalBatch) -> Tensor:
+    j, i = batch.edge_index
+    q, k, v, e = conv.query(x), conv.key(x), conv.value(x), conv.edge(e)
+    key = conv.key_out(F.silu(linear(conv.key_hidden, k[i], k[j], e)))
+    value = conv.value_out(F.silu(linear(conv.value_hidden, v[i], v[j], e)))
+    score = q[i] * key / math.sqrt(x.shape[1])
+    h = summed(value * torch.sigmoid(norm(conv.norm_score, score)), i, len(x))
+    return F.softplus(x + norm(conv.norm_out, conv.out(h)))
+
+
+def icomformer(encoder, batch: CrystalBatch) -> Tensor:
+    i = batch.edge_index[1]
+    x = one_hot(encoder.embed_node, batch.node_numbers)
+    e = encoder.embed_length(-0.75 / batch.edge_distance)
+    x = comformer_conv(encoder.convs[0], x, e, batch)
+    layer, width = encoder.update_edges, e.shape[1]
+    q, key_0, value_0 = layer.query(e), layer.key(e), layer.value(e)
+    scores, values = [], []
+    for k in range(3):
+        axis = batch.lattice_triple[batch.batch[i], k]
+        f = encoder.embed_length(-0.75 / axis.norm(dim=1))
+        cosine = F.cosine_similarity(axis, batch.edge_vector, dim=1)
+        angle = layer.angle(encoder.embed_cosine(cosine.clamp(-1, 1)))
+        key = linear(layer.key_hidden, key_0, layer.partner_key(f).chunk(3, dim=1)[k], angle)
+        value = linear(
+            layer.value_hidden, value_0, layer.partner_value(f).chunk(3, dim=1)[k], angle
+        )
+        scores.append(q * layer.key_out(F.silu(key)) / math.sqrt(width))
+        values.append(layer.value_out(F.silu(value)))
+    gates = torch.sigmoid(norm(layer.norm_score, torch.cat(scores))).chunk(3)
+    update = sum(layer.out(v * g) for v, g in zip(values, gates, strict=True))
+    e = F.softplus(e + norm(layer.norm_out, update))
+    for conv in encoder.convs[1:]:
+        x = comformer_conv(conv, x, e, batch)
+    return x
+
+
+PLAIN = {"cgcnn": cgcnn, "icomformer": icomformer, "schnet": schnet}

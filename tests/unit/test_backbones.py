@@ -3,14 +3,21 @@ geometry it needs in the batch."""
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from datapipe.crystal import Crystal
 from datapipe.graph import build
+from datapipe.neighbours import signed_triple
+from datapipe.schema import GraphSpec, concat
 from models.encoders import ENCODERS, build_encoder
+from models.heads import ReadoutHead
 from tests.reference_backbones import PLAIN
-from tests.unit.test_encoders import TRAINING, close, crystals, doubled, tiny
+from tests.unit.test_encoders import TRAINING, close, crystal, crystals, doubled, tiny
 
 OWN = sorted(set(ENCODERS) - {"pddformer", "matformer"})
 """The encoders of this file; the two others have their definitions in test_encoders."""
@@ -55,3 +62,54 @@ def test_schnet_parameters():
     theirs = SchNet()
     ours = build_encoder({"name": "schnet"})
     assert count(ours.interactions) == count(theirs.interactions)
+
+
+def test_icomformer_parameters():
+    encoder = build_encoder({"name": "icomformer", "node_inputs": 92})
+    assert count(encoder.update_edges) == 1_249_792
+    assert count(encoder, ReadoutHead(256)) == 4_892_417
+
+
+# The lattice triple
+
+
+def random_lattice(seed: int) -> np.ndarray:
+    return 4 * np.eye(3) + np.random.default_rng(seed).uniform(-1.5, 1.5, size=(3, 3))
+
+
+BASES = (np.eye(3), [[1, 0, 0], [1, 1, 0], [0, -1, 1]], [[0, 1, 0], [0, 2, 1], [1, 0, -3]])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("basis", BASES, ids=["given", "skewed", "long"])
+def test_the_lattice_triple_is_the_shortest_of_its_rule_in_any_basis(seed, basis):
+    lattice = random_lattice(seed)
+    triple = signed_triple(np.array(basis) @ lattice)
+    images = [i for i in itertools.product(range(-3, 4), repeat=3) if any(i)]
+    images.sort(key=lambda i: np.linalg.norm(i @ lattice))
+    first = images[0]
+    second = next(i for i in images if np.cross(first, i).any())
+    third = next(i for i in images if np.linalg.det([first, second, i]).round())
+    for got, image in zip(triple, (first, second, third), strict=True):
+        expected = image @ lattice
+        assert np.allclose(got, expected) or np.allclose(got, -expected)
+    assert triple[0] @ triple[1] >= 0
+    assert triple[0] @ triple[2] >= 0
+    assert np.linalg.det(triple) > 0
+
+
+def test_crystals_carry_their_lattice_triple():
+    spec = GraphSpec(neighbors=4, lattice_triple=True)
+    batch = concat([build(crystals()[:3], spec), build(crystals()[3:], spec)])
+    expected = [signed_triple(c.lattice) for c in crystals()]
+    close(batch.lattice_triple, torch.tensor(np.stack(expected), dtype=torch.float32), 1e-6)
+    assert build(crystals(), GraphSpec(neighbors=4)).lattice_triple is None
+
+
+def test_icomformer_tells_a_crystal_from_its_mirror_image():
+    encoder, c = tiny("icomformer").double(), crystal("irregular")
+    turned, mirrored = (
+        Crystal.create("m", c.numbers, c.frac_coords, c.lattice * [1, sign, -1]) for sign in (-1, 1)
+    )
+    ours, same, other = (encoder(doubled(build([x], encoder.graph))) for x in (c, turned, mirrored))
+    assert (other - ours).abs().max() > 10 * (same - ours).abs().max() + 1e-5
