@@ -74,17 +74,21 @@ class EdgeLinear(nn.Linear):
         super().__init__(2 * dim + features, out)
         self.dim = dim
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, features: Tensor, edges: Edges, offset: Tensor | float = 0.0
-    ) -> Tensor:
-        """[E, out] from x [N, dim] and features [R, F], the rows that `edges.row` points into.
-        `offset` [N, out] is added to the edges into each node."""
+    def table(self, x: Tensor, features: Tensor, offset: Tensor | float = 0.0) -> Tensor:
+        """[2N+R, out], the rows whose sum an edge sees (`ops.gather_sum`)."""
         target, source, last = self.weight.split(
             [self.dim, self.dim, self.in_features - 2 * self.dim], 1
         )
         rows = F.linear(features, last, self.bias)
         to = F.linear(x, target) + offset
-        return gather_sum(torch.cat([to, F.linear(x, source), rows.to(to.dtype)]), edges)
+        return torch.cat([to, F.linear(x, source), rows.to(to.dtype)])
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, features: Tensor, edges: Edges, offset: Tensor | float = 0.0
+    ) -> Tensor:
+        """[E, out] from x [N, dim] and features [R, F], the rows that `edges.row` points into.
+        `offset` [N, out] is added to the edges into each node."""
+        return gather_sum(self.table(x, features, offset), edges)
 
 
 def own_rows(edges: Edges) -> Edges:

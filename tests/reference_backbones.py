@@ -100,4 +100,24 @@ def icomformer(encoder, batch: CrystalBatch) -> Tensor:
     return x
 
 
-PLAIN = {"cgcnn": cgcnn, "icomformer": icomformer, "schnet": schnet}
+def potnet(encoder, batch: CrystalBatch) -> Tensor:
+    j, i = batch.edge_index
+    x = one_hot(encoder.embed_node, batch.node_numbers)
+    distance, value = batch.edge_distance, batch.pair_sums[batch.edge_shell]
+    local = distance.isfinite()
+    bins, sum_bins = encoder.embed_length[0].bins, encoder.embed_sum[0].bins
+    near = gaussians(-0.75 / distance[local], -4, 4, bins, (8 / (bins - 1)) ** 2)
+    centres = torch.linspace(-4, 4, sum_bins, dtype=value.dtype)
+    far = torch.sqrt(1 + ((value[~local, None] - centres) * (sum_bins - 1) / 8) ** 2)
+    e = x.new_empty(len(i), x.shape[1])
+    e[local] = F.silu(linear(encoder.embed_length[1], near))
+    e[~local] = norm(encoder.norm_sum, F.softplus(linear(encoder.embed_sum[1], far)))
+    for conv in encoder.convs:
+        score = conv.score_out(F.silu(linear(conv.score_hidden, x[i], x[j], e)))
+        message = conv.value_out(F.silu(linear(conv.value_hidden, x[i], x[j], e)))
+        h = summed(torch.sigmoid(norm(conv.norm_score, score)) * message, i, len(x))
+        x = F.relu(x + norm(conv.norm_out, h))
+    return x
+
+
+PLAIN = {"cgcnn": cgcnn, "icomformer": icomformer, "potnet": potnet, "schnet": schnet}

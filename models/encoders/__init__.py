@@ -1,6 +1,16 @@
 """Encoders by name: those of this package, and those that other packages register."""
 
-from models.encoders import cgcnn, icomformer, matformer, pddformer, schnet  # noqa: F401
+from models.encoders import (  # noqa: F401
+    alignn,
+    cgcnn,
+    dimenet,
+    icomformer,
+    matformer,
+    megnet,
+    pddformer,
+    potnet,
+    schnet,
+)
 from models.encoders.base import ENCODERS, Encoder, build_encoder
 
 __all__ = ["ENCODERS", "Encoder", "build_encoder"]

@@ -4,6 +4,7 @@ geometry it needs in the batch."""
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from models.encoders import ENCODERS, build_encoder
 from models.heads import ReadoutHead
 from tests.reference_backbones import PLAIN
 from tests.unit.test_encoders import TRAINING, close, crystal, crystals, doubled, tiny
+from trainer.config import from_sources
+from trainer.settings import FinetuneJob
 
-OWN = sorted(set(ENCODERS) - {"pddformer", "matformer"})
-"""The encoders of this file; the two others have their definitions in test_encoders."""
+CONFIGS = Path(__file__).parents[2] / "configs" / "finetune"
 
 
 def count(*modules: nn.Module) -> int:
@@ -28,7 +30,7 @@ def count(*modules: nn.Module) -> int:
 
 
 @TRAINING
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", sorted(PLAIN))
 def test_latents_and_gradients_are_those_of_the_definition(name, training):
     encoder = tiny(name, training).double()
     full, fewest = (doubled(build(crystals(), encoder.graph, quotient=q)) for q in (False, True))
@@ -68,6 +70,23 @@ def test_icomformer_parameters():
     encoder = build_encoder({"name": "icomformer", "node_inputs": 92})
     assert count(encoder.update_edges) == 1_249_792
     assert count(encoder, ReadoutHead(256)) == 4_892_417
+
+
+def test_potnet_parameters():
+    encoder = build_encoder({"name": "potnet", "node_inputs": 92})
+    assert [count(c) for c in encoder.convs] == [526_336] * 3
+    assert count(encoder, ReadoutHead(256)) == 1_751_809
+
+
+# Configs
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_finetuning_configs_name_an_encoder_and_settings_that_exist(path):
+    job = from_sources(FinetuneJob, [str(path)], [])
+    encoder = build_encoder(job.encoder)
+    if path.stem in ENCODERS:
+        assert encoder.section == build_encoder({"name": path.stem}).section
 
 
 # The lattice triple

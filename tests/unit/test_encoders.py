@@ -281,6 +281,7 @@ def test_crystals_without_edges(name, training):
         edge_shell=batch.edge_shell[:0],
         distances=batch.distances[:0],
         edge_vector=None if batch.edge_vector is None else batch.edge_vector[:0],
+        pair_sums=None if batch.pair_sums is None else batch.pair_sums[:0],
     )
     latents = encoder(batch)
     latents.square().sum().backward()
