@@ -13,14 +13,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from submitit import LocalExecutor, LocalJob, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from launch.task import EventLog, Task, cancelled
+from launch.events import EventLog, outcome_of
+from launch.task import Task, cancelled
 from models.registry import nearest
 
 CLUSTERS = ("slurm", "local", "debug")
@@ -50,6 +51,8 @@ class SubmitConfig:
 
     job: str = ""
     """What to run: pretrain, finetune, prepare or predict."""
+    suite: str = ""
+    """Instead of a job: a suite's YAML file (launch/suite.py); other settings go to it."""
     cluster: str = "slurm"
     """`slurm`; `local`: processes on this machine, waits for them; `debug`: in this process."""
     name: str = ""
@@ -180,11 +183,14 @@ def slurm_executor(config: SubmitConfig, name: str, folder: Path, code: Path) ->
         one_line("path", what)
         if "%" in what:
             raise ValueError(f"{what}: Slurm takes % in a path for a pattern; choose another path")
-    executor = _Slurm(folder / "logs", max_num_timeout=config.max_requeues)
+    logs = folder / "logs"
+    executor = _Slurm(logs, max_num_timeout=config.max_requeues)
     options = {k: True if v == "true" else v for k, v in config.slurm.items()}
-    srun = ["--kill-on-bad-exit=1"]
+    # A process that ends gives the others half a minute: to note why they end, or to finish.
+    srun = ["--kill-on-bad-exit=0", "--wait=30"]
     if config.cpus:
         srun.append(f"--cpus-per-task={config.cpus}")  # since 22.05 sbatch's does not reach srun
+    after = f"{shlex.join([sys.executable, '-m', 'launch.task', str(logs)])} $?; exit $?"
     executor.update_parameters(
         job_name=config.name or name,
         nodes=config.nodes,
@@ -199,7 +205,11 @@ def slurm_executor(config: SubmitConfig, name: str, folder: Path, code: Path) ->
         qos=config.qos,
         wckey=None,
         stderr_to_stdout=True,
-        setup=[f"export PYTHONPATH={shlex.quote(path)}${{PYTHONPATH:+:$PYTHONPATH}}"],
+        setup=[
+            f"export PYTHONPATH={shlex.quote(path)}${{PYTHONPATH:+:$PYTHONPATH}}",
+            "trap : TERM  # at a time limit, see srun to its end",
+            f"trap {shlex.quote(after)} EXIT",
+        ],
         srun_args=srun,
         additional_parameters={"requeue": True, **options},
         **({"array_parallelism": config.array_parallelism} if config.array_parallelism else {}),
@@ -274,7 +284,13 @@ def run_local(
                     started(task.cell, job.job_id)
                     print(f"{task.cell}: started, log {_log(job)}", flush=True)
             for slot, (task, job) in list(running.items()):
-                if job.done():
+                if job.done() and _wants_turn(folder, task.cell, job):  # submitit gives but six
+                    used = len(EventLog(folder, task.cell).starts(job.job_id))
+                    task = replace(task, max_requeues=task.max_requeues - used)
+                    job = _start_local(config, task, folder, slot)
+                    running[slot] = task, job
+                    started(task.cell, job.job_id)
+                elif job.done():
                     del running[slot]
                     event = last_outcome(folder, task.cell)
                     print(f"{task.cell}: {event}", flush=True)
@@ -310,6 +326,12 @@ def _start_local(config: SubmitConfig, task: Task, folder: Path, slot: int) -> L
     return job
 
 
+def _wants_turn(folder: Path, cell: str, job: LocalJob) -> bool:
+    """Whether the last word on a job that ended is that it is to be continued."""
+    events = EventLog(folder, cell).read()
+    return bool(events) and events[-1]["event"] == "requeue" and events[-1]["job"] == job.job_id
+
+
 def _log(job: LocalJob) -> Path:
     return job.task(0).paths.stdout
 
@@ -339,7 +361,7 @@ def run_here(tasks: Sequence[Task], folder: Path) -> list[str]:
             log.note("finished", job="debug", code=0)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
-            log.note("finished" if code == 0 else "failed", job="debug", code=code)
+            log.note(outcome_of(code), job="debug", code=code)
         except Exception:
             traceback.print_exc()
             log.note("crashed", job="debug", code=1)

@@ -4,7 +4,7 @@ job's cells."""
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -14,69 +14,15 @@ import yaml
 
 from launch import status, sweep
 from launch.cluster import SubmitConfig
+from launch.jobs import JOBS, Cell, Job, check, check_names
 from launch.submission import Submission
+from launch.suite import Suite
 from launch.task import Task
 from models.registry import configure, nearest
-from trainer.config import help_text, merge_sources, required, split_arguments
+from trainer.config import help_text, merge_sources, split_arguments
 
 _ACTIONS = ("status", "collect", "cancel")
 _OWN = {f.name for f in fields(SubmitConfig)} | {"site"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A launch script that can be submitted."""
-
-    script: str
-    schema: Callable[[], type]
-    """Dataclass of its settings; importing it takes a moment."""
-    output: str
-    """Setting that says where it writes."""
-    required: tuple[str, ...]
-    distributed: bool = False
-    """Whether it runs on several processes."""
-
-
-def _pretrain() -> type:
-    from trainer.settings import pretrain_schema
-
-    return pretrain_schema()
-
-
-def _finetune() -> type:
-    from trainer.settings import FinetuneJob
-
-    return FinetuneJob
-
-
-def _prepare() -> type:
-    from datapipe.prepare import PrepareConfig
-
-    return PrepareConfig
-
-
-def _predict() -> type:
-    from launch.predict import PredictConfig
-
-    return PredictConfig
-
-
-JOBS = {
-    "pretrain": Job("launch/pretrain.py", _pretrain, "run_dir", ("data", "stages"), True),
-    "finetune": Job("launch/finetune.py", _finetune, "run_dir", ("data", "targets")),
-    "prepare": Job("launch/prepare.py", _prepare, "output", ()),
-    "predict": Job("launch/predict.py", _predict, "output", ("checkpoint", "input")),
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a submission."""
-
-    name: str
-    output: str
-    values: dict[str, Any]
-    config: dict[str, Any]
 
 
 @dataclass
@@ -113,14 +59,15 @@ class Request:
             else:
                 own[key] = value
         config = configure(SubmitConfig, own)
-        asked = [a for a in ("job", *_ACTIONS) if getattr(config, a)]
+        asked = [a for a in ("job", "suite", *_ACTIONS) if getattr(config, a)]
         if len(asked) != 1:
             raise ValueError(
-                f"give one of job=NAME, status=DIR, collect=DIR, cancel=DIR; got {asked or 'none'}"
+                f"give one of job=NAME, suite=FILE, status=DIR, collect=DIR, cancel=DIR; "
+                f"got {asked or 'none'}"
             )
         if config.job and config.job not in JOBS:
             raise ValueError(f"unknown job {config.job!r}: {nearest(config.job, JOBS)}")
-        if not config.job and (files or theirs):
+        if asked[0] in _ACTIONS and (files or theirs):
             raise ValueError(f"{asked[0]}=DIR takes no other settings: {[*files, *theirs]}")
         return cls(config, files, theirs)
 
@@ -132,7 +79,16 @@ class Request:
     @property
     def output(self) -> Path:
         """Where the whole submission writes."""
-        return Path(str(self._base[self.job.output]))
+        return self.suite.output if self.suite else Path(str(self._base[self.job.output]))
+
+    @cached_property
+    def suite(self) -> Suite | None:
+        """The suite that was asked for, if one was."""
+        if not self.config.suite:
+            return None
+        if self.config.sweep:
+            raise ValueError("a suite has factors=… in place of sweep=…")
+        return Suite([self.config.suite, *self.files], self.overrides)
 
     def cells(self) -> list[Cell]:
         """The runs asked for, each checked against the job's own schema.
@@ -141,24 +97,26 @@ class Request:
             ValueError: a setting that the job would refuse, or several processes for a job that
                 takes one.
         """
+        if self.suite:
+            return self.suite.cells
         if self.config.processes > 1 and not self.job.distributed:
             raise ValueError(
                 f"{self.config.job} runs in one process, not {self.config.processes}: leave out "
                 "nodes and tasks_per_node, and give gpus=1 at most"
             )
         base, schema = self._base, self.job.schema()
-        self._check_names(schema, base)
+        check_names(schema, base, _OWN)
         if not self.config.sweep:
             output = str(base[self.job.output])
-            self._check(schema, base)
-            return [Cell(Path(output).name, output, {}, base)]
+            check(self.job, base)
+            return [Cell(Path(output).name, output, {}, base, self.config.job)]
         grid = sweep.read_sweep(self.config.sweep)
         cells = []
         for name, values in zip(sweep.names(grid), grid, strict=True):
-            self._check_names(schema, values)
+            check_names(schema, values, _OWN)
             config = sweep.merge(base, {**self._output_of(name, values), **values})
-            self._check(schema, config)
-            cells.append(Cell(name, str(config[self.job.output]), values, config))
+            check(self.job, config)
+            cells.append(Cell(name, str(config[self.job.output]), values, config, self.config.job))
         outputs = [cell.output for cell in cells]
         for cell in cells:
             if outputs.count(cell.output) > 1:
@@ -167,13 +125,13 @@ class Request:
 
     def submission(self) -> Submission:
         """The submission this one continues, or a new one."""
-        folder = Submission.folder_of(self.output)
+        folder, job = Submission.folder_of(self.output), self.config.job or "suite"
         if not (folder / "submission.json").is_file():
             if folder.exists() and any(folder.iterdir()):
                 raise ValueError(f"{folder} is not empty and holds no submission")
-            return Submission(folder, self.config.job)
+            return Submission(folder, job)
         submission = Submission.read(folder)
-        if submission.job != self.config.job:
+        if submission.job != job:
             raise ValueError(f"{folder} is of a {submission.job} job: choose another output")
         return submission
 
@@ -191,15 +149,20 @@ class Request:
                 left.append(cell)
         return left
 
+    def record(self) -> None:
+        """Writes beside the runs of a suite what they are for."""
+        if self.suite:
+            self.suite.write()
+
     def tasks(self, submission: Submission, cells: Sequence[Cell], code: Path) -> list[Task]:
         """Writes the cells' configs, and returns what runs them."""
         tasks = []
         for cell in cells:
-            config = submission.add(cell.name, cell.output, cell.values, cell.config)
+            config = submission.add(cell.name, cell.output, cell.values, cell.config, cell.job)
             tasks.append(
                 Task(
                     cell=cell.name,
-                    argv=(str(code / self.job.script), "--config", str(config)),
+                    argv=(str(code / JOBS[cell.job].script), "--config", str(config)),
                     folder=str(submission.folder),
                     output=str(submission.output(cell.name)),
                     max_requeues=self.config.max_requeues,
@@ -224,29 +187,6 @@ class Request:
         if self.config.job == "predict":
             return {"output": str(output.with_suffix("") / f"{name}{output.suffix or '.csv'}")}
         return {self.job.output: str(output / name)}
-
-    def _check_names(self, schema: type, values: dict[str, Any]) -> None:
-        """Raises ValueError for a first-level key that neither the job nor submit has."""
-        valid = {f.name for f in fields(schema)}
-        for key in values:
-            head = key.split(".")[0]
-            if head not in valid:
-                raise ValueError(f"unknown setting {head!r}: {nearest(head, valid | _OWN)}")
-
-    def _check(self, schema: type, values: dict[str, Any]) -> None:
-        """Builds the job's config as the job will, and throws it away."""
-        config: Any = configure(schema, values)
-        required(config, *self.job.required)
-        encoder = getattr(config, "encoder", None)
-        if encoder and "name" in encoder:
-            from models.encoders import build_encoder
-
-            build_encoder(encoder)
-        if self.config.job == "pretrain":
-            from trainer.stage import STAGES
-
-            for stage in config.stages:
-                STAGES[stage]
 
 
 def _read_site(path: str) -> dict[str, Any]:

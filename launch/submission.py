@@ -35,9 +35,9 @@ class Submission:
 
     folder: Path
     job: str = ""
-    """Name of the launch script."""
+    """Name of the launch script, or `suite`."""
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Cell → `output` (relative to the folder) and the swept `values`."""
+    """Cell → `output` (relative to the folder), the swept `values` and its `job`."""
     attempts: list[dict[str, Any]] = field(default_factory=list)
     """Submissions: `cluster`, `time`, `code`, `commit`, and `ids`: cell → job id."""
 
@@ -81,11 +81,14 @@ class Submission:
         """What a cell writes."""
         return Path(os.path.normpath(self.folder / self.cells[cell]["output"]))
 
-    def add(self, cell: str, output: str, values: Mapping[str, Any], config: Mapping) -> Path:
+    def add(
+        self, cell: str, output: str, values: Mapping[str, Any], config: Mapping, job: str = ""
+    ) -> Path:
         """Notes a cell and writes its config; returns the config's path."""
         self.cells[cell] = {
             "output": os.path.relpath(output, self.folder),
             "values": dict(values),
+            "job": job or self.job,
         }
         path = self.folder / "cells" / f"{cell}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,10 +104,10 @@ class Submission:
 
     def finished(self, cell: str) -> bool:
         """Whether a cell has all it was to write."""
-        output = self.output(cell)
-        if self.job in ("pretrain", "finetune"):
+        output, job = self.output(cell), self.cells[cell].get("job", self.job)
+        if job in ("pretrain", "finetune"):
             return run_finished(output)
-        return (output / "manifest.json").is_file() if self.job == "prepare" else output.is_file()
+        return (output / "manifest.json").is_file() if job == "prepare" else output.is_file()
 
     def snapshot(self) -> Path:
         """Copies the code for the next submission; what is edited afterwards does not reach it."""

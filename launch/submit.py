@@ -4,6 +4,7 @@
         --config configs/pretrain/crysldnet.yaml data=DIR run_dir=RUN
     python launch/submit.py job=finetune gpus=1 time=2:00:00 --config configs/finetune/tiny.yaml \\
         data=DIR init_from=RUN run_dir=runs/sweep 'sweep=[target=[e_form,gap],seed=[0,1,2]]'
+    python launch/submit.py suite=configs/suites/low_data.yaml data_dir=data output=runs/low_data
     python launch/submit.py status=runs/sweep      table: state, step, loss or MAE, node, retries
     python launch/submit.py collect=runs/sweep     all results as runs/sweep/results.csv
     python launch/submit.py cancel=runs/sweep
@@ -18,14 +19,24 @@ before anything is submitted. The same command submits again what has not finish
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch import status
-from launch.cluster import run_here, run_local, script, slurm_executor, submit_slurm
+from launch.cluster import (
+    SubmitConfig,
+    run_here,
+    run_local,
+    script,
+    slurm_executor,
+    submit_slurm,
+)
+from launch.jobs import Cell, groups, settings_of, waves
 from launch.request import Request
-from launch.submission import ROOT, new_attempt
+from launch.submission import ROOT, Submission, new_attempt
+from launch.task import Task
 from trainer.config import run
 
 
@@ -46,45 +57,92 @@ def main() -> None:
     cells = request.cells()
     submission = request.submission()
     left = request.left(submission, cells)
-    name = request.output.name
     if config.dry_run:
-        if config.cluster == "slurm":
-            code = submission.folder / f"code-{len(submission.attempts) + 1}"
-            print(script(slurm_executor(config, name, submission.folder, code), len(left)))
-        for cell in left:
-            print(f"# {cell.name}: {config.job} → {cell.output}")
+        show(request, submission, left)
         return
+    request.record()
     if not left:
         print("nothing to submit")
         return
     code = ROOT if config.cluster == "debug" else submission.snapshot()
-    tasks = request.tasks(submission, left, code)
+    tasks = dict(zip((c.name for c in left), request.tasks(submission, left, code), strict=True))
+    submission.attempts.append(new_attempt(config.cluster, code, {}))
     submission.write()
-    if config.cluster == "debug":
-        submission.attempts.append(new_attempt("debug", code, {c.name: "debug" for c in left}))
-        submission.write()
-        failed = run_here(tasks, submission.folder)
-    elif config.cluster == "local":
-        attempt = new_attempt("local", code, {})
-        submission.attempts.append(attempt)
-
-        def started(cell: str, id: str) -> None:
-            attempt["ids"][cell] = id
-            submission.write()
-
-        failed = run_local(config, tasks, submission.folder, code, started)
-    else:
-        executor = slurm_executor(config, name, submission.folder, code)
-        submission.attempts.append(new_attempt("slurm", code, submit_slurm(executor, tasks)))
-        submission.write()
-        ids = submission.attempts[-1]["ids"].values()
-        print(f"submitted {len(tasks)} cell(s) as job {sorted({i.split('_')[0] for i in ids})[0]}")
-        print(f"status:  python launch/submit.py status={request.output}")
-        print(f"logs:    {submission.folder / 'logs'}")
+    if config.cluster == "slurm":
+        queue(request, submission, left, tasks, code)
         return
+    unfinished = run_all(config, submission, left, tasks, code)
     print(status.table(status.of_submission(submission)))
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(tasks)} cells did not finish: {', '.join(failed)}")
+    if unfinished:
+        names = ", ".join(unfinished)
+        raise ValueError(f"{len(unfinished)} of {len(tasks)} cells did not finish: {names}")
+
+
+def show(request: Request, submission: Submission, left: list[Cell]) -> None:
+    """Prints the scripts that would be submitted, and the cells."""
+    code = submission.folder / f"code-{len(submission.attempts) + 1}"
+    for group in groups(left):
+        if request.config.cluster == "slurm":
+            own = settings_of(request.config, group[0].job, group[0].after)
+            executor = slurm_executor(own, request.output.name, submission.folder, code)
+            print(script(executor, len(group)))
+        for cell in group:
+            print(f"# {cell.name}: {cell.job} → {cell.output}")
+
+
+def queue(
+    request: Request,
+    submission: Submission,
+    left: list[Cell],
+    tasks: Mapping[str, Task],
+    code: Path,
+) -> None:
+    """Submits cells to Slurm: those that are alike and wait for the same as one array."""
+    for group in groups(left):
+        waits_for = [
+            submission.job_id(name)[1] for name in group[0].after if not submission.finished(name)
+        ]
+        own = settings_of(request.config, group[0].job, waits_for)
+        executor = slurm_executor(own, request.output.name, submission.folder, code)
+        ids = submit_slurm(executor, [tasks[cell.name] for cell in group])
+        submission.attempts[-1]["ids"].update(ids)
+        submission.write()
+        job = next(iter(ids.values())).split("_")[0]
+        after = f", after {', '.join(group[0].after)}" if waits_for else ""
+        print(f"submitted {len(group)} cell(s) as job {job}{after}")
+    print(f"status:  python launch/submit.py status={request.output}")
+    print(f"logs:    {submission.folder / 'logs'}")
+
+
+def run_all(
+    config: SubmitConfig,
+    submission: Submission,
+    left: list[Cell],
+    tasks: Mapping[str, Task],
+    code: Path,
+) -> list[str]:
+    """Runs cells on this machine; returns those that did not finish, or whose turn never came."""
+
+    def started(cell: str, id: str) -> None:
+        submission.attempts[-1]["ids"][cell] = id
+        submission.write()
+
+    unfinished: list[str] = []
+    for wave in waves(left):
+        ready = [c for c in wave if all(map(submission.finished, c.after))]
+        for cell in wave:
+            if cell not in ready:
+                print(f"{cell.name}: left out, since {', '.join(cell.after)} did not finish")
+                unfinished.append(cell.name)
+        todo = [tasks[cell.name] for cell in ready]
+        if config.cluster == "debug":
+            for task in todo:
+                started(task.cell, "debug")
+            unfinished += run_here(todo, submission.folder)
+        else:
+            own = settings_of(config, wave[0].job)
+            unfinished += run_local(own, todo, submission.folder, code, started)
+    return unfinished
 
 
 if __name__ == "__main__":

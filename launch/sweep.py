@@ -130,16 +130,16 @@ def _from_file(path: Path) -> list[Cell]:
     for i, item in enumerate(value if isinstance(value, list) else [value]):
         if not isinstance(item, dict):
             raise ValueError(f"sweep file {path}: entry {i + 1} is not a mapping of keys to values")
-        cells.append(dict(_dotted(item)))
+        cells.append(dict(dotted(item)))
     return cells
 
 
-def _dotted(value: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def dotted(value: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Nested mappings as (dotted key, value) pairs."""
     pairs: list[tuple[str, Any]] = []
     for key, item in value.items():
         if isinstance(item, dict) and item:
-            pairs += _dotted(item, f"{prefix}{key}.")
+            pairs += dotted(item, f"{prefix}{key}.")
         else:
             pairs.append((f"{prefix}{key}", item))
     return pairs
