@@ -108,12 +108,12 @@ class RunDirectory:
             return self._continue(config_yaml, identity, resume)
         if resume not in ("auto", "never"):
             raise ValueError(f"resume={resume}, but {self.path} holds no run")
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and any(p.name != ".run.json.tmp" for p in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run: choose another run_dir")
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "config.yaml", config_yaml)
         run = {"schema": SCHEMA, "version": __version__, "identity": identity, "finished": []}
-        write_json(marker, run)
+        write_json(marker, run)  # first: a kill in between leaves a run to be continued
+        write_text(self.path / "config.yaml", config_yaml)
         return run
 
     def _continue(self, config_yaml: str, identity: dict[str, Any], resume: str) -> dict[str, Any]:

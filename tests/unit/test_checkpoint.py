@@ -167,6 +167,18 @@ def test_continuing_needs_the_same_identity(run):
         run.start("a: 1\n", {"seed": 0, "vae": {"lr": 1}}, "never")
 
 
+@pytest.mark.parametrize("name", ["write_json", "write_text"])
+def test_a_claim_that_is_killed_can_be_repeated(tmp_path, monkeypatch, name):
+    run = RunDirectory(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"trainer.checkpoint.{name}", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.start("a: 1\n", {}, "auto")
+    (run.path / ".run.json.tmp").write_text("{")
+    run.start("a: 1\n", {}, "auto")
+    assert (run.path / "config.yaml").read_text() == "a: 1\n"
+
+
 def test_other_directories_are_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and holds no run"):
