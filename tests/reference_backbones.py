@@ -73,6 +73,37 @@ def comformer_conv(conv, x: Tensor, e: Tensor, batch: CrystalBatch) -> Tensor:
     return F.softplus(x + norm(conv.norm_out, conv.out(h)))
 
 
+def ecomformer(encoder, batch: CrystalBatch) -> Tensor:
+    j, i = batch.edge_index
+    x = one_hot(encoder.embed_node, batch.node_numbers)
+    e = encoder.embed_length(-0.75 / batch.edge_distance)
+    x = comformer_conv(encoder.convs[0], x, e, batch)
+    layer, s, t = encoder.update, encoder.update.scalars, encoder.update.tensors
+    r = F.normalize(batch.edge_vector, dim=1)
+    outer = (r[:, :, None] * r[:, None] - torch.eye(3).to(r) / 3) * math.sqrt(1.5)
+    y = r.new_ones(len(r), 1), r, outer.flatten(1)  # squares add up to 1; a tensor is a matrix here
+    edges = x.new_ones(len(i))
+    degree = summed(edges, i, len(x)).clamp(min=1)[:, None, None]
+
+    weights = layer.weigh_first(F.softplus(layer.hidden_first(e))).view(-1, s, s + 2 * t)
+    scalars = layer.down(x)
+    message = torch.einsum("ev,evu->eu", scalars[j], weights) / math.sqrt(s)
+    z = [
+        summed(math.sqrt(2 * k + 1) * m[:, :, None] * y[k][:, None], i, len(x)) / degree
+        for k, m in enumerate(message.split([s, t, t], dim=1))
+    ]
+    z[0] = z[0] + scalars[:, :, None]
+
+    weights = layer.weigh_second(F.softplus(layer.hidden_second(e))).view(-1, s, s + 2 * t)
+    products = torch.cat([(z[k][j] * y[k][:, None]).sum(2) for k in range(3)], dim=1)
+    message = torch.einsum("ev,euv->eu", products, weights) / math.sqrt(s + 2 * t)
+    h = norm(layer.norm, summed(message, i, len(x)) / degree[:, :, 0])
+    x = F.softplus(layer.out(F.softplus(h))) + layer.skip(x)
+    for conv in encoder.convs[1:]:
+        x = comformer_conv(conv, x, e, batch)
+    return x
+
+
 def icomformer(encoder, batch: CrystalBatch) -> Tensor:
     i = batch.edge_index[1]
     x = one_hot(encoder.embed_node, batch.node_numbers)
@@ -120,4 +151,10 @@ def potnet(encoder, batch: CrystalBatch) -> Tensor:
     return x
 
 
-PLAIN = {"cgcnn": cgcnn, "icomformer": icomformer, "potnet": potnet, "schnet": schnet}
+PLAIN = {
+    "cgcnn": cgcnn,
+    "ecomformer": ecomformer,
+    "icomformer": icomformer,
+    "potnet": potnet,
+    "schnet": schnet,
+}

@@ -4,6 +4,7 @@ from models.encoders import (  # noqa: F401
     alignn,
     cgcnn,
     dimenet,
+    ecomformer,
     icomformer,
     matformer,
     megnet,

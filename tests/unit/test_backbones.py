@@ -3,6 +3,7 @@ geometry it needs in the batch."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -72,6 +73,12 @@ def test_icomformer_parameters():
     assert count(encoder, ReadoutHead(256)) == 4_892_417
 
 
+def test_ecomformer_parameters():
+    encoder = build_encoder({"name": "ecomformer", "node_inputs": 92})
+    assert count(encoder.update) == 2_862_272
+    assert count(encoder, ReadoutHead(256)) == 5_583_809
+
+
 def test_potnet_parameters():
     encoder = build_encoder({"name": "potnet", "node_inputs": 92})
     assert [count(c) for c in encoder.convs] == [526_336] * 3
@@ -132,3 +139,20 @@ def test_icomformer_tells_a_crystal_from_its_mirror_image():
     )
     ours, same, other = (encoder(doubled(build([x], encoder.graph))) for x in (c, turned, mirrored))
     assert (other - ours).abs().max() > 10 * (same - ours).abs().max() + 1e-5
+
+
+def test_ecomformer_does_not_tell_a_crystal_from_its_mirror_image():
+    encoder, c = tiny("ecomformer").double(), crystal("irregular")
+    mirrored = Crystal.create("m", c.numbers, c.frac_coords, c.lattice * [1, 1, -1])
+    ours, other = (encoder(doubled(build([x], encoder.graph))) for x in (c, mirrored))
+    close(other, ours, 1e-5)
+
+
+def test_ecomformer_sees_directions():
+    """Of two graphs with equal distances, in which a neighbour is elsewhere."""
+    encoder = tiny("ecomformer").double()
+    batch = doubled(build([crystal("irregular")], encoder.graph))
+    vectors = batch.edge_vector.clone()
+    vectors[0] = vectors[0].roll(1)
+    bent = dataclasses.replace(batch, edge_vector=vectors)
+    assert not torch.allclose(encoder(bent), encoder(batch), atol=1e-6)
