@@ -21,7 +21,14 @@ from datapipe.shards import Dataset
 from trainer import distributed, jobs, reports
 from trainer.checkpoint import RunDirectory
 from trainer.config import parse, required, run, to_yaml
-from trainer.export import Scaler, export_stage, standardisation
+from trainer.export import (
+    Scaler,
+    describe_data,
+    describe_stage,
+    export_stage,
+    lineage,
+    standardisation,
+)
 from trainer.files import write_json
 from trainer.loop import fit
 from trainer.settings import FinetuneJob
@@ -85,6 +92,9 @@ def main() -> None:
     if "finetune" in record["finished"]:
         print(f"{directory.path}: already finished, see metrics.json")
         return
+    data = describe_data(dataset.manifest, labels=len(items["train"]))
+    start = lineage(config.init_from, config.init_stage)
+    describe_stage(directory.path / "finetune", stage, data, scaler, start)
     monitor = f"mae/{config.target}" if config.target else "mse"
     began = time.monotonic()
     engine, result = fit(
@@ -99,8 +109,7 @@ def main() -> None:
         lr_scales=stage.lr_scales,
         stop=stop,
     )
-    data = {"fingerprint": dataset.manifest.fingerprint, "labels": len(items["train"])}
-    export_stage(directory.path, stage, engine.weights(), data, scaler)
+    export_stage(directory.path / "finetune", stage, engine.weights(), data, scaler, start)
     metrics = reports.finetuned(engine, dataset, config, items, directory.path)
     metrics |= {"best_step": result.best_step, "steps": result.steps}
     metrics |= {"seconds": round(time.monotonic() - began, 1)}

@@ -19,7 +19,7 @@ from datapipe.shards import Dataset
 from trainer import distributed, jobs
 from trainer.checkpoint import RunDirectory
 from trainer.config import parse, required, run, to_yaml
-from trainer.export import export_stage, open_model
+from trainer.export import describe_data, describe_stage, export_stage, lineage, open_model
 from trainer.loop import fit
 from trainer.settings import pretrain_schema
 from trainer.signals import StopRequest
@@ -38,6 +38,7 @@ def main() -> None:
     print(world.describe(), flush=True)
 
     encoder = jobs.starting_encoder(config)
+    start, data = lineage(config.init_from, config.init_stage), describe_data(dataset.manifest)
     directory = RunDirectory(config.run_dir)
     if not config.dry_run:
         settings = {name: jobs.settings_of(section) for name, section in sections.items()}
@@ -47,6 +48,7 @@ def main() -> None:
     for name, section in sections.items():
         if not config.dry_run and name in record["finished"]:
             encoder = open_model(directory.path, name).build_encoder()
+            start = lineage(directory.path, name)
             if world.main:
                 print(f"{name}: already finished, taken from {directory.path / name}", flush=True)
             continue
@@ -68,18 +70,20 @@ def main() -> None:
             print(jobs.plan_text(stage, train, section, world, config.trainer.accumulation))
         if config.dry_run:
             continue
+        if world.main:
+            describe_stage(directory.path / name, stage, data, start=start)
         engine, result = fit(
             stage, section, config.trainer, train, validation, directory, world, stop=stop
         )
         weights = engine.weights()
         if world.main:
-            data = {"fingerprint": dataset.manifest.fingerprint}
-            export_stage(directory.path / name, stage, weights, data)
+            export_stage(directory.path / name, stage, weights, data, start=start)
             directory.finish(name)
             shown = ", ".join(f"{k} {v:.4g}" for k, v in result.validation.items())
             print(f"{name}: finished after {result.steps} steps; validation {shown}", flush=True)
         world.barrier()
         encoder = open_model(directory.path, name).build_encoder()
+        start = lineage(directory.path, name)
     if world.main and not config.dry_run:
         print(f"run: {directory.path}\ntensorboard: {directory.path / 'tensorboard'}", flush=True)
     distributed.shutdown()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models import __version__
+from trainer.untrusted import check_tensor_file
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:
@@ -61,9 +62,9 @@ def save_tensors(
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors from a safetensors file, on the CPU; ValueError names a missing or broken file."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
+    """Tensors from a safetensors file, on the CPU; ValueError names a file that is missing, broken,
+    a pickle, or a link out of its directory."""
+    check_tensor_file(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -74,8 +75,8 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
     """Strict load with errors a user can act on.
 
     Raises:
-        ValueError: names that are missing or not expected, or a shape that differs; `source` says
-            where the tensors are from.
+        ValueError: names that are missing or not expected, or a shape or type that differs;
+            `source` says where the tensors are from.
     """
     own = module.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -89,6 +90,11 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
             raise ValueError(
                 f"{source} is from another model: {name} is {list(tensors[name].shape)} there "
                 f"and {list(value.shape)} here"
+            )
+        if value.dtype != tensors[name].dtype:
+            raise ValueError(
+                f"{source} is from another model: {name} is {tensors[name].dtype} there and "
+                f"{value.dtype} here"
             )
     module.load_state_dict(dict(tensors))
 

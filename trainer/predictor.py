@@ -13,8 +13,7 @@ from datapipe.crystal import BadCrystal, Crystal
 from datapipe.graph import build
 from datapipe.schema import CrystalBatch
 from models.encoders import Encoder
-from trainer.export import Exported, Scaler, open_model
-from trainer.files import load_into
+from trainer.export import Exported, open_model
 from trainer.stages.finetune import FinetuneStage
 
 
@@ -31,14 +30,14 @@ class Predictor:
         self.targets: list[str] = []
         self.units: list[str] = []
         self.stage: FinetuneStage | None = None
-        self.encoder: Encoder = exported.build_encoder()
-        if exported.stage == FinetuneStage.name:
-            scaler = exported.scaler
-            if scaler is None:
-                raise ValueError(f"{exported.path} has no scaler.json: its run did not finish")
-            self.targets, self.units = scaler.targets, scaler.units
-            self.stage = _finetuned(exported, self.encoder, scaler).to(self.device).eval()
-        self.encoder.to(self.device).eval()
+        if exported.finetuned:
+            stage = exported.build_stage()
+            assert isinstance(stage, FinetuneStage) and exported.scaler is not None
+            self.targets, self.units = exported.scaler.targets, exported.scaler.units
+            self.stage = stage.to(self.device)
+            self.encoder: Encoder = stage.encoder
+        else:
+            self.encoder = exported.build_encoder().to(self.device)
 
     def predict(self, structures: Any, max_atoms: int = 4096) -> np.ndarray:
         """Properties in physical units.
@@ -104,21 +103,13 @@ def load(path: str | Path, stage: str = "", device: str | torch.device = "cpu") 
     """The model in a run directory: a finetuned one predicts and embeds, a pretrained one embeds.
 
     Args:
-        path: run directory. stage: of a pretraining run; default its last. device: where to run.
+        path: run directory, or that of an exported model. stage: of a pretraining run; default its
+            last. device: where to run.
 
     Raises:
-        ValueError: no finished model there.
+        ValueError: no finished model there, or files that are not what a model has.
     """
     return Predictor(open_model(path, stage), device)
-
-
-def _finetuned(exported: Exported, encoder: Encoder, scaler: Scaler) -> FinetuneStage:
-    from models.registry import configure
-
-    config = configure(FinetuneStage.Config, exported.settings, "settings")
-    stage = FinetuneStage(config, encoder, scaler.targets, scaler.mean, scaler.std)
-    load_into(stage, exported.weights(), str(exported.path / "model.safetensors"))
-    return stage
 
 
 def _crystals(structures: Any) -> tuple[list[Crystal], bool]:
