@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster import end_local
+from launch.events import EventLog
 from launch.submission import (
     SUFFIX,
     Submission,
@@ -20,7 +21,7 @@ from launch.submission import (
     run_finished,
     slurm_states,
 )
-from launch.task import EventLog, cancelled
+from launch.task import cancelled
 
 _OVER = {
     "BOOT_FAIL",

@@ -1,5 +1,8 @@
-"""What runs on a node: one process of a job, started by submitit, that starts a launch script and
-asks for another turn when it stops before its end.
+"""What runs on a node: one process of a job, started by submitit, that starts a launch script; and
+what decides after a turn whether the job gets another one.
+
+On Slurm the batch script decides (`python -m launch.task`, when srun is over): it outlives any
+process of the job, and lives where Slurm itself notices if it does not. On one machine rank 0 does.
 
 submitit pickles a `Task` on its way to the node, so it holds names and numbers only, and this
 module imports nothing heavy.
@@ -8,6 +11,7 @@ module imports nothing heavy.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -22,13 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from submitit.core.job_environment import JobEnvironment
-from submitit.core.utils import DelayedSubmission
+from submitit.core.utils import DelayedSubmission, JobPaths
 
-REQUEUE = 75
-"""Exit code of a job that stopped before its end and can be continued (trainer/signals.py)."""
-
-USER_ERROR = 2
-"""Exit code of a job that a person has to mend (trainer/config.py)."""
+from launch.events import EventLog, ends_of_turn, outcome_of, verdict
 
 _STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -48,29 +48,51 @@ class Task:
     max_crashes: int
 
     def __call__(self) -> None:
-        """Runs the script to its end, or until it stops; then requeues the job or exits with the
-        script's code."""
+        """Runs the script to its end, or until it stops, and exits with its code."""
         if cancelled(self.folder):
-            raise SystemExit(REQUEUE)
+            raise SystemExit(outcome_code("stopped"))
         env = JobEnvironment()
-        log = EventLog(self.folder, self.cell)
         environ = {**os.environ, **rank_environ(env)}
+        own = EventLog(self.folder, self.cell, env.global_rank)
+        here = {"job": env.job_id, "turn": restarts()}
+        if env.name() != "slurm":
+            here["turn"] = len(own.starts(env.job_id))
         if env.global_rank == 0:
-            environ.update(_end_of_job(env, environ))
-            log.note(
-                "start",
-                job=env.job_id,
-                node=os.environ.get("SLURM_JOB_NODELIST") or env.hostname,
-                progress=progress(self.output),
-            )
+            environ.update(_end_of_job(env))
+            self._note_start(env, here)
+        here |= {"rank": env.global_rank, "node": _node(env)}
+        own.note("start", **here, pid=os.getpid())
         code = run_to_end([sys.executable, *self.argv], environ)
-        outcome = outcome_of(code)
-        if env.global_rank == 0:
-            log.note(outcome, job=env.job_id, code=code, progress=progress(self.output))
-        if outcome == "stopped" or (outcome == "crashed" and self._may_restart(log)):
-            _wait_for_peers(env, code)
-            self._requeue(env, log, float(environ.get("SLURM_JOB_END_TIME", "inf")))
+        own.note(outcome_of(code), **here, code=code)
+        if env.name() != "slurm" and env.global_rank == 0:
+            self._wait_for_peers(env, here["turn"], outcome_of(code))
+            self.settle(env, here["turn"], code)
         raise SystemExit(code if code >= 0 else 128 - code)
+
+    def settle(self, env: JobEnvironment, turn: int, code: int) -> str:
+        """After a turn: notes how it ended, and asks for another one if the job stopped before its
+        end or crashed, perhaps only since a machine did. Returns the outcome.
+
+        Args:
+            turn: number of the turn, from 0.
+            code: exit code of the step, for where no process has a word of its own.
+        """
+        log = EventLog(self.folder, self.cell)
+        here = {"job": env.job_id, "turn": turn}
+        if not any(e["turn"] == turn for e in log.starts(env.job_id)):  # rank 0 never began
+            self._note_start(env, here)
+        end = verdict(ends_of_turn(self.folder, self.cell, env.job_id, turn), code)
+        if cancelled(self.folder) and end["event"] == "crashed":
+            end["event"] = "stopped"
+        log.note(**{**end, **here, "progress": progress(self.output)})
+        if end["event"] == "stopped" or (end["event"] == "crashed" and self._may_restart(log)):
+            self._requeue(env, log)
+        return end["event"]
+
+    def _note_start(self, env: JobEnvironment, here: Mapping[str, Any]) -> None:
+        nodes = os.environ.get("SLURM_JOB_NODELIST") or env.hostname
+        log = EventLog(self.folder, self.cell)
+        log.note("start", **here, node=nodes, progress=progress(self.output))
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> DelayedSubmission:
         """submitit's own way of continuing a job: the same task again."""
@@ -79,16 +101,29 @@ class Task:
     def _may_restart(self, log: EventLog) -> bool:
         return log.crashes(progress(self.output)) <= self.max_crashes
 
-    def _requeue(self, env: JobEnvironment, log: EventLog, end: float) -> None:
+    def _requeue(self, env: JobEnvironment, log: EventLog) -> None:
         """Asks the scheduler for another turn, unless the job was ended on purpose."""
         left = self.max_requeues - len(log.starts(env.job_id))
-        if cancelled(self.folder) or (env.name() == "slurm" and not _still_wanted(env, end)):
+        if cancelled(self.folder) or (env.name() == "slurm" and not _still_wanted(env)):
             return
         if left < 0:
             log.note("gave up", job=env.job_id, after=self.max_requeues)
             return
-        log.note("requeue", job=env.job_id, rank=env.global_rank)
-        env._requeue(left)
+        log.note("requeue", job=env.job_id)
+        if env.name() == "slurm":
+            _ask("scontrol", "requeue", env.job_id)
+        else:
+            env._requeue(left)  # exits
+
+    def _wait_for_peers(self, env: JobEnvironment, turn: int, outcome: str) -> None:
+        """After a crash of rank 0, gives the others the time to note why: one may know the reason,
+        and rank 0 only that it lost them."""
+        deadline = time.monotonic() + 10
+        while outcome == "crashed" and time.monotonic() < deadline:
+            ends = ends_of_turn(self.folder, self.cell, env.job_id, turn)
+            if len(ends) == env.num_tasks:
+                return
+            time.sleep(0.1)
 
 
 def run_to_end(command: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -104,36 +139,43 @@ def run_to_end(command: Sequence[str], environ: Mapping[str, str]) -> int:
 
     for stop in _STOP:
         signal.signal(stop, pass_on)
-    process = subprocess.Popen(command, env=dict(environ))
+    process = subprocess.Popen(command, env=dict(environ), preexec_fn=_die_with_parent)
     for number in early:
         process.send_signal(number)
     code = process.wait()
-    for stop in _STOP:  # from here on nothing is lost when this process ends
-        signal.signal(stop, signal.SIG_DFL if stop == signal.SIGTERM else signal.SIG_IGN)
+    for stop in _STOP:  # what is left to do takes a moment, and is to be done
+        signal.signal(stop, signal.SIG_IGN)
     return code
 
 
-def outcome_of(code: int) -> str:
-    """`finished`; `stopped`: asked to, and can be continued; `failed`: someone has to mend
-    something; `crashed`: anything else, perhaps only because another process went away."""
-    if code == 0:
-        return "finished"
-    if code == REQUEUE or -code in _STOP:  # a signal before the script could listen
-        return "stopped"
-    return "failed" if code == USER_ERROR else "crashed"
+def _die_with_parent() -> None:
+    """Linux: has this process killed when its parent is gone, or it would go on training beside the
+    next turn."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def outcome_code(outcome: str) -> int:
+    """Exit code of a job that ended so."""
+    return {"finished": 0, "stopped": 75, "failed": 2}.get(outcome, 1)
+
+
+def restarts() -> int:
+    """How often Slurm has requeued this job."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def rank_environ(env: JobEnvironment) -> dict[str, str]:
     """What a launcher sets for this process: its rank, and where rank 0 is to be met. The port
     follows from the job and its turn, so that all processes know it without asking."""
-    number, turn = int(env.raw_job_id), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    number = int(env.raw_job_id)
     return {
         "RANK": str(env.global_rank),
         "WORLD_SIZE": str(env.num_tasks),
         "LOCAL_RANK": str(env.local_rank),
         "LOCAL_WORLD_SIZE": str(env.num_tasks // env.num_nodes),
         "MASTER_ADDR": address(env.hostnames[0]) if env.num_nodes > 1 else "127.0.0.1",
-        "MASTER_PORT": str(20000 + (7 * number + turn) % 10000),
+        "MASTER_PORT": str(20000 + (7 * number + restarts()) % 10000),
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -164,79 +206,51 @@ def cancelled(folder: str | Path) -> bool:
     return (Path(folder) / "cancelled").exists()
 
 
-class EventLog:
-    """What happened to a cell, one JSON object a line: FOLDER/events/<cell>.jsonl."""
-
-    def __init__(self, folder: str | Path, cell: str) -> None:
-        self.path = Path(folder) / "events" / f"{cell}.jsonl"
-
-    def note(self, event: str, **values: Any) -> None:
-        """Appends an event with the time (seconds since 1970)."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **values})
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    def read(self) -> list[dict[str, Any]]:
-        """All events, oldest first; lines that a kill cut off are left out."""
-        events = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    events.append(json.loads(line))
-        return events
-
-    def starts(self, job: str) -> list[dict[str, Any]]:
-        """The turns of a job so far."""
-        return [e for e in self.read() if e["event"] == "start" and e["job"] == job]
-
-    def crashes(self, progress: str) -> int:
-        """Turns in a row, up to the last, that began where the cell still is and ended without
-        having been asked to."""
-        count = 0
-        for event in reversed(self.read()):
-            if event["event"] in ("stopped", "finished"):
-                break
-            if event["event"] == "start":
-                if event["progress"] != progress:
-                    break
-                count += 1
-        return count
+def _node(env: JobEnvironment) -> str:
+    """Name of this machine."""
+    return os.environ.get("SLURMD_NODENAME") or env.hostname
 
 
-def _wait_for_peers(env: JobEnvironment, code: int) -> None:
-    """Gives the other processes of a job the time to come to their own ends.
-
-    After an orderly stop rank 0 may still be writing, and asks for all. After a crash a process
-    that knows the reason exits with it, which ends the job. In both cases the others act only if
-    nothing has happened meanwhile.
-    """
-    if env.num_tasks == 1 or env.name() != "slurm":
-        return
-    if code == REQUEUE:
-        time.sleep(0 if env.global_rank == 0 else 600)
-    else:
-        time.sleep(10 if env.global_rank == 0 else 30)
-
-
-def _still_wanted(env: JobEnvironment, end: float) -> bool:
+def _still_wanted(env: JobEnvironment) -> bool:
     """Whether Slurm's job is one to be continued: it runs, or only its time is up. One that ends
     otherwise was cancelled, or is being requeued by Slurm itself."""
-    state = _ask("squeue", "--noheader", "--jobs", env.job_id, "--format", "%T").strip()
-    return state == "RUNNING" or time.time() > end - 5
+    text = _ask("squeue", "--noheader", "--jobs", env.job_id, "--format", "%T %e")
+    state, _, end = text.strip().partition(" ")
+    return state == "RUNNING" or time.time() > _seconds(end) - 5
 
 
-def _end_of_job(env: JobEnvironment, environ: Mapping[str, str]) -> dict[str, str]:
+def _end_of_job(env: JobEnvironment) -> dict[str, str]:
     """SLURM_JOB_END_TIME, which Slurm sets itself from version 23 on."""
-    if env.name() != "slurm" or "SLURM_JOB_END_TIME" in environ:
+    if env.name() != "slurm" or "SLURM_JOB_END_TIME" in os.environ:
         return {}
-    text = _ask("squeue", "--noheader", "--jobs", env.job_id, "--format", "%e").strip()
+    end = _seconds(_ask("squeue", "--noheader", "--jobs", env.job_id, "--format", "%e").strip())
+    return {"SLURM_JOB_END_TIME": str(int(end))} if end < float("inf") else {}
+
+
+def _seconds(text: str) -> float:
+    """A time that Slurm prints, in seconds since 1970; infinite if there is none."""
     with contextlib.suppress(ValueError):
-        return {"SLURM_JOB_END_TIME": str(int(datetime.fromisoformat(text).timestamp()))}
-    return {}
+        return datetime.fromisoformat(text).timestamp()
+    return float("inf")
 
 
 def _ask(*command: str) -> str:
-    """Output of a Slurm command; empty if it fails, with its complaint in the job's log."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120)
-    return done.stdout if done.returncode == 0 else ""
+    """Output of a Slurm command, with its complaints in the job's log; asked again for some minutes
+    if it fails, as a controller may be restarting. Empty if it fails to the last."""
+    for pause in (5, 10, 20, 40, 80, 0):
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode == 0:
+            return done.stdout
+        time.sleep(pause)
+    return ""
+
+
+def main() -> int:
+    """`python -m launch.task LOGS CODE` in a batch script, after the step that exited with CODE."""
+    env = JobEnvironment()
+    task = DelayedSubmission.load(JobPaths(sys.argv[1], env.job_id).submitted_pickle).function
+    return outcome_code(task.settle(env, restarts(), int(sys.argv[2])))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -126,7 +126,8 @@ def required(config: Any, *names: str) -> None:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Runs a launch script: a user's error is one line on stderr and exit code 2.
+    """Runs a launch script: a user's error is one line on stderr and exit code 2; a connection that
+    was lost, which the same command may find again, is one with exit code 1.
 
     `CRYSFORGE_TRACEBACK=1` shows the traceback as well.
     """
@@ -136,6 +137,6 @@ def run(main: Callable[[], Any]) -> None:
         if os.environ.get("CRYSFORGE_TRACEBACK"):
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        raise SystemExit(1 if isinstance(error, ConnectionError | TimeoutError) else 2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -8,7 +8,6 @@ lasts, as root or as any user.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import getpass
 import os
 import shutil
@@ -24,6 +23,8 @@ from pathlib import Path
 NODES = ("node1", "node2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 
+WARDEN = "--end-with-stdin"
+
 CONFIG = """\
 ClusterName=crysforge
 SlurmctldHost={host}(127.0.0.1)
@@ -32,8 +33,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits for as long as credentials live.
-AuthInfo=socket={root}/munge.socket,cred_expire=5
+# A requeued job waits for as long as credentials live: two minutes by default.
+AuthInfo=socket={root}/munge.socket,cred_expire=10
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool-%n
 SlurmctldPidFile={root}/slurmctld.pid
@@ -50,7 +51,8 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 JobRequeue=1
 ReturnToService=2
-SlurmdTimeout=10
+# Short, for a node that is killed; long enough for one that a loaded machine holds up.
+SlurmdTimeout=25
 KillWait=60
 SlurmdParameters=config_overrides
 {nodes}
@@ -80,9 +82,15 @@ class Cluster:
         self.cpus = cpus
         self.environ = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen] = {}
+        self._warden: subprocess.Popen | None = None
 
     def __enter__(self) -> Cluster:
         try:
+            self._warden = subprocess.Popen(  # whatever becomes of this process
+                [sys.executable, __file__, WARDEN, str(self.root)],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
             self._configure()
             self._start("munged")
             self._wait(lambda: (self.root / "munge.socket").exists(), "munged opens its socket")
@@ -96,17 +104,10 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pid in self.processes():  # steps and what they started
-            if pid not in [d.pid for d in self._daemons.values()] and pid != os.getpid():
-                _kill(pid)
-        for daemon in reversed(self._daemons.values()):
-            daemon.terminate()
+        if self._warden is not None:
+            self._warden.communicate()
         for daemon in self._daemons.values():
-            try:
-                daemon.wait(10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-        shutil.rmtree(self.root, ignore_errors=True)
+            daemon.wait()
 
     def _configure(self) -> None:
         ports = _free_ports(3)
@@ -162,7 +163,6 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
 
     def start_node(self, node: str) -> None:
@@ -172,23 +172,18 @@ class Cluster:
     def fail_node(self, node: str) -> None:
         """What a power cut does: the daemon of a node and all it started are gone at once, and
         nobody is left to say so."""
-        self._daemons.pop(f"slurmd -N {node}").kill()
+        daemon = self._daemons.pop(f"slurmd -N {node}")
+        daemon.kill()
+        daemon.wait()
         tasks = self.processes(f"SLURMD_NODENAME={node}")
-        for pid in [*{_parent(pid) for pid in tasks} - set(tasks), *tasks]:  # step daemons first
+        for pid in [*{parent(pid) for pid in tasks} - set(tasks), *tasks]:  # step daemons first
             if pid in tasks or _name(pid) == "slurmstepd":
                 _kill(pid)
 
     def processes(self, setting: str = "") -> list[int]:
         """Processes that this cluster started (and those that talk to it) whose environment has a
         variable that starts as `NAME=VALUE` does."""
-        found = []
-        wanted = {f"SLURM_CONF={self.root}/".encode(), setting.encode()}
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                variables = path.read_bytes().split(b"\0")
-                if all(any(v.startswith(w) for v in variables) for w in wanted):
-                    found.append(int(path.parent.name))
-        return found
+        return processes(self.root, setting)
 
     def run(self, *command: str, timeout: float = 60) -> str:
         """The output of a Slurm command; a failure raises with its words."""
@@ -212,32 +207,61 @@ class Cluster:
         paths = sorted([*self.root.glob("*.log"), *self.root.glob("*.out")])
         return "\n".join(f"== {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in paths)
 
-    def _wait(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
         try:
-            wait_for(condition, what, seconds)
+            wait_for(condition, what)
         except TimeoutError as error:
             raise RuntimeError(f"{error}\n{self.logs()}") from None
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float) -> None:
-    """Returns when the condition holds; TimeoutError says what was waited for."""
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 600) -> None:
+    """Returns when the condition holds; TimeoutError says what was waited for. The limit is for
+    what never comes; how long things take is no matter."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds:.0f} s in vain until {what}")
-        time.sleep(0.2)
+        time.sleep(0.3)
 
 
-def _die_with_parent() -> None:
-    """Asks the kernel to end this process when the one that started it is gone."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def processes(root: Path, setting: str = "") -> list[int]:
+    """Processes of the cluster in a directory; see `Cluster.processes`."""
+    found = []
+    wanted = {f"SLURM_CONF={root}/".encode(), setting.encode()}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            variables = path.read_bytes().split(b"\0")
+            if all(any(v.startswith(w) for v in variables) for w in wanted):
+                found.append(int(path.parent.name))
+    return found
 
 
-def _parent(pid: int) -> int:
+def keep_watch(root: Path) -> None:
+    """Waits until the one who started the cluster has closed the pipe, or is gone however it went;
+    then ends all that the cluster has started, and removes its directory."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdin.read()
+    while pids := [pid for pid in processes(root) if state(pid) not in ("Z", "")]:
+        for pid in pids:
+            _kill(pid)
+        time.sleep(0.05)
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def state(pid: int) -> str:
+    """R, S, T (stopped), Z (zombie), …; empty if the process is gone."""
+    return _stat(pid)[0]
+
+
+def parent(pid: int) -> int:
     """0 if the process is gone."""
+    return int(_stat(pid)[1])
+
+
+def _stat(pid: int) -> list[str]:
     with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    return 0
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return ["", "0"]
 
 
 def _name(pid: int) -> str:
@@ -267,6 +291,9 @@ def running(cpus: int = 2) -> Iterator[Cluster]:
 
 
 def main() -> int:
+    if sys.argv[1:2] == [WARDEN]:
+        keep_watch(Path(sys.argv[2]))
+        return 0
     if missing():
         print(f"missing programs: {', '.join(missing())}", file=sys.stderr)
         return 2

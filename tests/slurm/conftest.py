@@ -14,17 +14,39 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch import status, submit
+from launch.events import EventLog
 from launch.submission import Submission
-from launch.task import EventLog
 from tests.distributed.conftest import data  # noqa: F401
 from tests.distributed.ranks import ROOT
-from tests.slurm.cluster import Cluster, missing, wait_for
+from tests.slurm.cluster import Cluster, missing, parent, wait_for
+
+REQUIRED = "CRYSFORGE_REQUIRE_SLURM"
+"""Environment variable that makes a missing Slurm an error."""
+
+_SMALL = (
+    "data=data",
+    "trainer.log_every=1",
+    "trainer.checkpoint_every=2",
+    "trainer.deterministic=true",
+    "loader.workers=0",
+)
+
+PRETRAIN = (
+    *("job=pretrain", "--config", "configs/pretrain/tiny.yaml", *_SMALL),
+    *("nodes=2", "stages=[vae]", "vae.max_steps=16", "vae.batch_size=16"),
+)
+
+FINETUNE = (
+    *("job=finetune", "--config", "configs/finetune/tiny.yaml", *_SMALL),
+    *("target=ewald_energy", "finetune.max_steps=24", "finetune.batch_size=16"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if missing() and not os.environ.get("CI"):
+    if missing() and not os.environ.get(REQUIRED):
         reason = f"no Slurm here ({', '.join(missing())}): apt-get install slurm-wlm munge"
         for item in items:
             if item.get_closest_marker("slurm"):
@@ -33,6 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
+    assert not missing(), f"{REQUIRED} is set, and there is no {', '.join(missing())}"
     with Cluster() as cluster:
         yield cluster
 
@@ -61,7 +84,7 @@ class Desk:
         with mock.patch.dict(os.environ, self.cluster.environ):
             return {row.cell: row for row in status.statuses(self.path / output)}
 
-    def wait(self, output: str, *, seconds: float = 600) -> dict[str, status.CellStatus]:
+    def wait(self, output: str) -> dict[str, status.CellStatus]:
         """Status by cell once Slurm has done with all of them."""
 
         def over() -> bool:
@@ -70,12 +93,22 @@ class Desk:
             return not jobs & set(left)
 
         rows = self.rows(output)
-        self._wait(output, over, f"all jobs of {output} have ended", seconds)
+        self.wait_until(over, f"all jobs of {output} have ended", output)
         return self.rows(output)
 
     def wait_for_step(self, output: str, step: int) -> None:
         """Returns when a run has logged so many steps."""
-        self._wait(output, lambda: len(curve(self.path / output)) >= step, f"step {step}", 600)
+        run = self.path / output
+        self.wait_until(lambda: len(curve(run)) >= step, f"{output} is at step {step}", output)
+
+    def wait_until(self, condition: Callable[[], bool], what: str, output: str) -> None:
+        """Returns when the condition holds; a failure shows the logs of a submission."""
+        try:
+            wait_for(condition, what)
+        except TimeoutError as error:
+            logs = Submission.folder_of(self.path / output).glob("logs/*_log.out")
+            texts = [f"== {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in sorted(logs)]
+            pytest.fail("\n".join([str(error), *texts, self.cluster.logs()]))
 
     def events(self, output: str, cell: str | None = None) -> list[str]:
         """What happened to a cell."""
@@ -88,13 +121,23 @@ class Desk:
         assert submission is not None
         return submission.job_id(cell or Path(output).name)[1]
 
+    def processes(self, output: str, *scripts: bytes) -> list[int]:
+        """Processes of a job that run one of the scripts; not their children that are about to run
+        something else."""
+        found = []
+        for pid in self.cluster.processes(f"SLURM_JOB_ID={self.job(output)}"):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if any(word.endswith(scripts) for word in words):
+                    found.append(pid)
+        return [pid for pid in found if parent(pid) not in found]
+
     @contextlib.contextmanager
     def frozen(self, output: str) -> Iterator[list[int]]:
         """Holds all processes that train a run in mid-step for as long as the block lasts, so that
         what happens meanwhile does not depend on the machine's speed."""
-        job = self.job(output)
-        found = [p for p in self.cluster.processes(f"SLURM_JOB_ID={job}") if _trains(p)]
-        assert found, f"job {job} has no process that trains"
+        found = self.processes(output, b"launch/pretrain.py", b"launch/finetune.py")
+        assert found, f"{output} has no process that trains"
         for pid in found:
             os.kill(pid, signal.SIGSTOP)
         try:
@@ -103,14 +146,6 @@ class Desk:
             for pid in found:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
-
-    def _wait(self, output: str, condition: Callable[[], bool], what: str, seconds: float) -> None:
-        try:
-            wait_for(condition, what, seconds)
-        except TimeoutError as error:
-            logs = Submission.folder_of(self.path / output) / "logs"
-            texts = [p.read_text(errors="replace")[-3000:] for p in sorted(logs.glob("*_log.out"))]
-            pytest.fail("\n".join([str(error), *texts, self.cluster.logs()]))
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +170,13 @@ def curve(run: Path) -> list[tuple[str, int, dict[str, float]]]:
     return lines
 
 
-def _trains(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        return any(w.endswith((b"launch/pretrain.py", b"launch/finetune.py")) for w in words)
-    return False
+def board(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Losses by name as TensorBoard shows them: (step, value) in the order of the files."""
+    losses = {}
+    for stage in sorted((run / "tensorboard").iterdir()):
+        shown = EventAccumulator(str(stage)).Reload()
+        for tag in shown.Tags()["scalars"]:
+            if tag.startswith(("train/", "val/")):
+                points = [(e.step, e.value) for e in shown.Scalars(tag)]
+                losses[f"{stage.name}/{tag}"] = points
+    return losses

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import request, status, submit, task
+from launch import events, request, status, submit
 from launch.cluster import (
     SubmitConfig,
     minutes,
@@ -27,10 +27,11 @@ from launch.cluster import (
     script,
     slurm_executor,
 )
+from launch.events import EventLog, outcome_of
 from launch.request import JOBS, Request
 from launch.submission import ROOT, Submission, code_files, new_attempt
 from launch.sweep import grid, merge, names, read_sweep
-from launch.task import EventLog, Task, outcome_of, progress, rank_environ, run_to_end
+from launch.task import Task, progress, rank_environ, run_to_end
 from models.registry import configure
 
 FINETUNE = ("job=finetune", "data=D", "target=gap", "encoder={name: pddformer, tiny: true}")
@@ -321,7 +322,7 @@ def test_outcomes(code, outcome):
 def test_codes_are_those_of_the_jobs():
     from trainer.signals import REQUEUE
 
-    assert task.REQUEUE == REQUEUE
+    assert events.REQUEUE == REQUEUE
 
 
 def test_what_runs_on_a_node_imports_nothing_heavy():
