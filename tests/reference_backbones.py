@@ -10,9 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn.models.schnet import GaussianSmearing
+from torch_geometric.utils import softmax
 
 from datapipe.schema import CrystalBatch
+from models.encoders.equiformer import leaky
+from models.irreps import coupling, gate
 from models.norm import BatchNorm
+from models.random import derive, keyed_dropout
+from models.spherical import spherical_harmonics
 
 
 def norm(module: BatchNorm, x: Tensor) -> Tensor:
@@ -149,6 +154,66 @@ def potnet(encoder, batch: CrystalBatch) -> Tensor:
         h = summed(torch.sigmoid(norm(conv.norm_score, score)) * message, i, len(x))
         x = F.relu(x + norm(conv.norm_out, h))
     return x
+
+
+def irrep_linear(layer, x: list[Tensor]) -> list[Tensor]:
+    return [f(part) for f, part in zip(layer.layers, x, strict=False)]
+
+
+def irrep_norm(layer, x: list[Tensor]) -> list[Tensor]:
+    size = torch.sqrt(sum((part**2).mean(dim=(1, 2)) for part in x) / len(x) + layer.eps)
+    others = (part / size[:, None, None] * s for part, s in zip(x[1:], layer.scales, strict=True))
+    return [layer.scalars(x[0]), *others]
+
+
+def separable(layer, x: list[Tensor], y: list[Tensor], weight: Tensor) -> list[Tensor]:
+    """One path after another: coefficients, features, harmonics."""
+    weight, out = weight.expand(len(y[0]), -1), []
+    for c in range(layer.outputs):
+        paths = []
+        for a, part in enumerate(x):
+            for b in range(abs(a - c), min(a + c, len(y) - 1) + 1):
+                scale = math.sqrt((2 * c + 1) * (2 * b + 1))
+                coefficients = scale * torch.from_numpy(coupling(a, b, c)).to(part)
+                z = torch.einsum("abc,eau,eb->ecu", coefficients, part, y[b])
+                w, weight = weight.tensor_split([z.shape[2]], dim=1)
+                paths.append(z * w[:, None])
+        out.append(layer.linear.layers[c](torch.cat(paths, dim=2)))
+    return out
+
+
+def equiformer(encoder, batch: CrystalBatch) -> Tensor:
+    j, i = batch.edge_index
+    n, degrees = batch.num_nodes, encoder.degrees
+    flat = spherical_harmonics(F.normalize(batch.edge_vector, dim=1), degrees)
+    y = list(flat.split([2 * l + 1 for l in range(degrees)], dim=1))
+    rbf = encoder.rbf(batch.edge_distance)
+    first = encoder.embed_edges
+    weights = first.radial(rbf).chunk(degrees, dim=1)
+    x = irrep_linear(first.out, [(w * first.constant)[:, None] for w in weights])
+    x = [math.sqrt(2 * l + 1) * part * y[l][:, :, None] for l, part in enumerate(x)]
+    x = [summed(part, i, n) * first.scale for part in x]
+    x[0] = x[0] + one_hot(encoder.embed_node, batch.node_numbers)[:, None]
+    number = torch.cat([torch.arange(int(size)) for size in batch.edge_ptr.diff()])
+    for block in encoder.blocks:
+        layer = block.attention
+        h = irrep_norm(block.norm_attention, x)
+        h = zip(irrep_linear(layer.source, h), irrep_linear(layer.target, h), strict=True)
+        message = separable(layer.message, [s[j] + t[i] for s, t in h], y, layer.radial(rbf))
+        score, message[0] = message[0].tensor_split([layer.score.numel()], dim=2)
+        score = leaky(score.view(len(j), *layer.score.shape))
+        attention = softmax((score * layer.score).sum(2), i, num_nodes=n)
+        keys = derive(batch.node_key[i], number)
+        attention = keyed_dropout(attention, keys, layer.dropout, layer.salt, layer.training)
+        value = separable(layer.value, gate(message), y, layer.value_weight)
+        value = [v.unflatten(2, (layer.heads, -1)) * attention[:, None, :, None] for v in value]
+        update = irrep_linear(layer.out, [summed(v.flatten(2), i, n) for v in value])
+        x = [a + b for a, b in zip(x, update, strict=False)]
+        h = irrep_linear(block.feed_in, irrep_norm(block.norm_feed, x))
+        update = irrep_linear(block.feed_out, gate(h))
+        x = x if block.skip is None else irrep_linear(block.skip, x)
+        x = [a + b for a, b in zip(x, update, strict=True)]
+    return encoder.norm(x[0][:, 0])
 
 
 PLAIN = {

@@ -5,6 +5,7 @@ from models.encoders import (  # noqa: F401
     cgcnn,
     dimenet,
     ecomformer,
+    equiformer,
     icomformer,
     matformer,
     megnet,

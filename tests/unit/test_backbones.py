@@ -79,6 +79,15 @@ def test_ecomformer_parameters():
     assert count(encoder, ReadoutHead(256)) == 5_583_809
 
 
+def test_equiformer_parameters():
+    """3,531,715 are published, for the 5 elements of QM9; some reach no output."""
+    encoder = build_encoder({"name": "equiformer", "node_inputs": 5})
+    in_last_layer = 96 + 288 * 129 + 64 * 192 + 32 * 96 + 64**2 + 32**2 + 736 + 384 * 64 + 352 * 32
+    in_embedding = 128 + 576 * 65 + 96 * 128 + 256 * 64 + 224 * 32
+    total = count(encoder, nn.Linear(512, 512), nn.Linear(512, 1))
+    assert total + in_last_layer + in_embedding == 3_531_715
+
+
 def test_potnet_parameters():
     encoder = build_encoder({"name": "potnet", "node_inputs": 92})
     assert [count(c) for c in encoder.convs] == [526_336] * 3
