@@ -132,7 +132,7 @@ def pack(
         for name in targets
     }
     fields["labels"] = {name: torch.from_numpy(rows) for name, rows in labels.items()}
-    return CrystalBatch(**fields, ids=[c.id for c in crystals])
+    return CrystalBatch(**fields, ids=[c.id for c in crystals], sizes=list(atoms))
 
 
 def _thinned(graph: Neighbours, sample: Sample) -> Neighbours:

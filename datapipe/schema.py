@@ -123,6 +123,7 @@ class CrystalBatch:
     | labels | name → [rows, …] | any | what a stage's transform says of the crystals: the rows of
       all crystals, one after another |
     | ids | B strings | | crystal ids |
+    | sizes | B integers | | atoms of each crystal, on the host; empty if nobody counted |
     | filler | flag | bool | the crystals only keep this rank in step: nothing of them counts |
     """
 
@@ -153,6 +154,7 @@ class CrystalBatch:
     targets: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     labels: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     ids: list[str] = dataclasses.field(default_factory=list)
+    sizes: list[int] = dataclasses.field(default_factory=list)
     filler: bool = False
 
     @property
@@ -229,8 +231,8 @@ def concat(parts: Sequence[CrystalBatch]) -> CrystalBatch:
     out: dict = {}
     for x in dataclasses.fields(CrystalBatch):
         name, values = x.name, [getattr(p, x.name) for p in parts]
-        if name == "ids":
-            out[name] = [i for ids in values for i in ids]
+        if name in ("ids", "sizes"):
+            out[name] = [i for each in values for i in each]
         elif name == "filler":
             out[name] = all(values)
         elif name in ("targets", "labels"):

@@ -64,9 +64,19 @@ def attend(qkv: Tensor, layout: Layout, path: str = "auto") -> Tensor:
     Returns:
         [A, H, D].
     """
-    if path == "auto":
-        path = choose(qkv.device, qkv.dtype, *qkv.shape[2:])
-    return _PATHS[path](qkv, layout)
+    return _PATHS[resolve(path, qkv, *qkv.shape[2:])](qkv, layout)
+
+
+def resolve(path: str, x: Tensor, heads: int, channels: int) -> str:
+    """What a path means for queries of `heads` heads of `channels` that a linear layer makes of x,
+    or under no autocast for x itself."""
+    if path != "auto":
+        return path
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    return choose(
+        x.device, torch.get_autocast_dtype(kind) if autocast else x.dtype, heads, channels
+    )
 
 
 def padded(qkv: Tensor, layout: Layout) -> Tensor:

@@ -10,16 +10,21 @@ Letters in shapes: A tokens, B crystals, D width of the transformer.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from models.attention import ATTENTION, Layout, attend, by_size
+from models.attention import ATTENTION, Layout, attend, by_size, resolve
+from models.ops import Op
 from models.registry import nearest
 
 TIME_CHANNELS = 256
+EPS = 1e-6
+"""Of the layer norms."""
 
 
 @dataclass(kw_only=True)
@@ -66,7 +71,13 @@ class DiT(nn.Module):
     Args:
         config: size.
         dim: width of the latents, in and out.
+
+    Attributes:
+        recompute: in training, keep only what enters each block and run its forward pass again in
+            the backward pass: less memory, a third more arithmetic, equal results.
     """
+
+    recompute = False
 
     def __init__(self, config: DiTConfig, dim: int) -> None:
         super().__init__()
@@ -92,29 +103,44 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, t: Tensor, batch: Tensor, ptr: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        batch: Tensor,
+        ptr: Tensor,
+        sizes: Sequence[int] | None = None,
+    ) -> Tensor:
         """
         Args:
             x: [A, dim] noisy latents.
             t: [B] flow time in (0, 1), fp32.
             batch: [A] crystal of each token.
             ptr: [B+1] first token of each crystal, then A. No crystal is empty.
+            sizes: B numbers, tokens of each crystal; read from `ptr`, for which a GPU is waited
+                for, unless given.
 
         Returns:
             [A, dim] prediction of the clean latents.
         """
-        layout = Layout(ptr, batch, tuple(ptr.diff().tolist()))
-        order = None
-        if list(layout.sizes) != sorted(layout.sizes):
+        layout = Layout(ptr, batch, tuple(ptr.diff().tolist() if sizes is None else sizes))
+        config, order = self.config, None
+        path = resolve(config.attention, x, config.heads, config.width // config.heads)
+        if path == "grouped" and list(layout.sizes) != sorted(layout.sizes):
             layout, crystals, order = by_size(layout)
             x, t = x[order], t[crystals]
         x = self.input(x)
-        if self.config.index_embed:
+        if config.index_embed:
             number = torch.arange(len(x), device=x.device) - layout.ptr[layout.batch]
-            x = x + index_embedding(number, self.config.width)
+            x = x + index_embedding(number, config.width)
         condition = F.silu(self.time(time_embedding(t)))
         for block in self.blocks:
-            x = block(x, condition, layout)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(
+                    block, x, condition, layout, path, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = block(x, condition, layout, path)
         shift, scale = _wide(self.final_modulation(condition)).chunk(2, dim=1)
         x = self.output(modulated_norm(x, shift, scale, layout))
         return x if order is None else torch.empty_like(x).index_copy(0, order, x)
@@ -127,7 +153,6 @@ class Block(nn.Module):
         super().__init__()
         width, hidden = config.width, int(config.width * config.mlp_ratio)
         self.heads = config.heads
-        self.path = config.attention
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
@@ -135,20 +160,28 @@ class Block(nn.Module):
             nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
         )
 
-    def forward(self, x: Tensor, condition: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, layout: Layout, path: str) -> Tensor:
         """Tokens [A, D] and the activated condition [B, D] → tokens [A, D]."""
         modulation = _wide(self.modulation(condition)).chunk(6, dim=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         qkv = self.qkv(modulated_norm(x, shift1, scale1, layout))
-        seen = attend(qkv.view(len(x), 3, self.heads, -1), layout, self.path).flatten(1)
-        x = x + per_crystal(self.project(seen), gate1, None, layout)
+        seen = attend(qkv.view(len(x), 3, self.heads, -1), layout, path).flatten(1)
+        x = gated_add(x, self.project(seen), gate1, layout)
         update = self.mlp(modulated_norm(x, shift2, scale2, layout))
-        return x + per_crystal(update, gate2, None, layout)
+        return gated_add(x, update, gate2, layout)
 
 
+@Op
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: Layout) -> Tensor:
-    """Layer norm of x [A, D] without its own affine map, then that of the crystal [B, D]."""
-    return per_crystal(F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale, shift, layout)
+    """Layer norm of x [A, D] without its own affine map, then that of the crystal: shift and
+    1 + scale, both [B, D]."""
+    return per_crystal(F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale, shift, layout)
+
+
+@Op
+def gated_add(x: Tensor, update: Tensor, gate: Tensor, layout: Layout) -> Tensor:
+    """x + update · gate: tokens [A, D] with a crystal's gate [B, D], fp32 or wider."""
+    return x + per_crystal(update, gate, None, layout)
 
 
 def per_crystal(x: Tensor, scale: Tensor, shift: Tensor | None, layout: Layout) -> Tensor:

@@ -9,7 +9,7 @@ Letters in shapes: A atoms, B crystals, D latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,20 +42,22 @@ def crystal_mean(x: Tensor, ptr: Tensor) -> Tensor:
 
 
 def flow_losses(
-    denoiser: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    denoiser: Callable[..., Tensor],
     z1: Tensor,
     key: Tensor,
     batch: Tensor,
     ptr: Tensor,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of every crystal at its own time.
 
     Gradient flows into z1 both as the target and through Zt; detach it to hold the latents fixed.
 
     Args:
-        denoiser: (Zt [A, D], t [B], batch, ptr) → prediction of Z1 [A, D].
+        denoiser: (Zt [A, D], t [B], batch, ptr, sizes) → prediction of Z1 [A, D].
         z1: [A, D] clean latents.
-        key: [B] crystals' keys. batch: [A]. ptr: [B+1].
+        key: [B] crystals' keys. batch: [A]. ptr: [B+1]. sizes: atoms of each crystal, if known on
+            the host.
 
     Returns:
         Losses [B]: mean over atoms and channels of ((Z1 − Ẑ1)/(1 − min(t, 0.9)))², and the times
@@ -65,6 +67,6 @@ def flow_losses(
     t = flow_times(key)
     noise = centred_noise(key, batch, ptr, z1.shape[1])
     at = t[batch, None]
-    prediction = denoiser((1 - at) * noise + at * z1, t, batch, ptr).float()
+    prediction = denoiser((1 - at) * noise + at * z1, t, batch, ptr, sizes).float()
     error = (z1 - prediction).square().mean(dim=1, keepdim=True)
     return crystal_mean(error, ptr)[:, 0] / (1 - t.clamp(max=T_CLAMP)).square(), t

@@ -1,8 +1,8 @@
 """Messages of attention layers as one function each: gather, message, gate, segment sum.
 
-A fused kernel can replace a whole function (`op.on("cuda")`). The definitions here are written for
-CPU: one `autograd.Function` that walks blocks of edges whose buffers stay in the cache, keeps only
-what a matrix product made and recomputes the rest in the backward pass.
+GPUs take the Triton twins in `models.kernels`. The definitions here are written for CPU: one
+`autograd.Function` that walks blocks of edges whose buffers stay in the cache, keeps only what a
+matrix product made and recomputes the rest in the backward pass.
 
 No concatenation over edges: a weight on [x_target; x_source; feature] is applied to nodes and to
 distinct features beforehand, and an edge adds up three rows (`ops.gather_sum`).

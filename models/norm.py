@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.ops import Op
+
 
 class Moments(NamedTuple):
     """First two moments of weighted rows; with a leading dimension, of several parts."""
@@ -21,6 +23,7 @@ class Moments(NamedTuple):
     """Weighted sum of squared deviations from the mean, [D]."""
 
 
+@Op
 def moments(x: Tensor, weight: Tensor) -> Moments:
     """Moments of x [n, D] (fp32 or fp64) with weights [n]; n may be 0."""
     total = weight.sum()
@@ -32,7 +35,12 @@ def merge(parts: Sequence[Moments]) -> Moments:
     """Moments of all parts together (Chan, Golub, LeVeque 1979): no difference of large sums."""
     if len(parts) == 1:
         return parts[0]
-    totals, means, m2 = (torch.stack(column) for column in zip(*parts, strict=True))
+    return merged(Moments(*(torch.stack(column) for column in zip(*parts, strict=True))))
+
+
+def merged(parts: Moments) -> Moments:
+    """`merge` of parts that are stacked."""
+    totals, means, m2 = parts
     total = totals.sum()
     mean = (totals / total.clamp(min=1)) @ means
     return Moments(total, mean, m2.sum(0) + totals @ (means - mean).square_())
@@ -78,6 +86,9 @@ class BatchNorm(nn.Module):
     and state dict are those of `nn.BatchNorm1d`. Statistics are fp32 under autocast too.
     """
 
+    synchronised = True
+    """Whether ranks share their statistics, where there are several."""
+
     def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
         self.eps, self.momentum = eps, momentum
@@ -115,7 +126,7 @@ class BatchNorm(nn.Module):
             return Standard(
                 mean.clone(), torch.rsqrt(var + self.eps), torch.zeros_like(weight), False
             )
-        synchronised = is_synchronised()
+        synchronised = self.synchronised and is_synchronised()
         total, mean, m2 = merge(parts)
         if synchronised:
             total, mean, m2 = merge_over_ranks(Moments(total, mean, m2))

@@ -2,8 +2,7 @@
 
 Every gather and every segment sum is a product with a sparse matrix of ones or multiplicities
 whose transpose is known, so the backward pass is a segment sum too: no atomics, bit-equal reruns.
-What is here is the definition and the path on CPU; a faster twin for another device type is
-registered with `@op.on("cuda")`.
+What is here is the definition and the path on CPU; GPUs take the Triton twins in `models.kernels`.
 
 Letters in shapes: A atoms, N nodes, E edges, B crystals, R rows of the edge features, D channels.
 """
@@ -14,33 +13,35 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from datapipe.schema import CrystalBatch
+from models import kernels
+
+T = TypeVar("T")
 
 
-class Op:
-    """A function with a plain definition, and faster twins chosen by the first tensor's device."""
+class Op(Generic[T]):
+    """A function with a plain definition and perhaps a twin of Triton kernels, which serves the
+    devices and types that `kernels.wanted` says."""
 
-    def __init__(self, plain: Callable[..., Tensor]) -> None:
+    def __init__(self, plain: Callable[..., T]) -> None:
         functools.update_wrapper(self, plain)
         self.plain = plain
-        self.twins: dict[str, Callable[..., Tensor]] = {}
+        self.twin: Callable[..., T] | None = None
 
-    def on(self, device_type: str) -> Callable[[Callable], Callable]:
-        """Decorator: the function is the twin for a device type such as "cuda"."""
+    def has_twin(self, twin: Callable[..., T]) -> Callable[..., T]:
+        """Decorator: the function is the twin."""
+        self.twin = twin
+        return twin
 
-        def add(twin: Callable) -> Callable:
-            self.twins[device_type] = twin
-            return twin
-
-        return add
-
-    def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return self.twins.get(x.device.type, self.plain)(x, *args, **kwargs)
+    def __call__(self, x: Tensor, *args, **kwargs) -> T:
+        twin = self.twin if kernels.wanted(x) else None
+        return (twin or self.plain)(x, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,24 @@ class RowSum:
     index: Tensor
     ptr: Tensor
     weight: Tensor | None = None
+    each: int = 0
+    """Entries of every row, if all have equally many."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """The product with x [n, D], [len(ptr) - 1, D]; no gradient."""
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        # Measured on CPU (15,000 edges, 512 channels): embedding_bag takes 1.0 ms for a segment
-        # sum, index_add_ 1.1 (unsorted 3.5), sparse CSR 4.1, segment_reduce and PyG's segment 9.9;
-        # for the sum of three gathers 3.1 ms against 12.5 by index_select and 19 by indexing.
-        return F.embedding_bag(
-            self.index, x, self.ptr, mode="sum", per_sample_weights=weight, include_last_offset=True
-        )
+        return row_sum(x, self)
+
+
+@Op
+def row_sum(x: Tensor, matrix: RowSum) -> Tensor:
+    """The matrix times x [n, D], in the dtype of x; no gradient."""
+    weight = None if matrix.weight is None else matrix.weight.to(x.dtype)
+    # Measured on CPU (15,000 edges, 512 channels): embedding_bag takes 1.0 ms for a segment
+    # sum, index_add_ 1.1 (unsorted 3.5), sparse CSR 4.1, segment_reduce and PyG's segment 9.9;
+    # for the sum of three gathers 3.1 ms against 12.5 by index_select and 19 by indexing.
+    return F.embedding_bag(
+        matrix.index, x, matrix.ptr, mode="sum", per_sample_weights=weight, include_last_offset=True
+    )
 
 
 @dataclass(frozen=True)
@@ -89,9 +98,10 @@ class _Product(torch.autograd.Function):
 
 def _order_by(index: Tensor, size: int) -> RowSum:
     """Sums the entries of equal index: the transpose of a gather by `index` from `size` rows."""
-    ptr = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
-    torch.cumsum(torch.bincount(index, minlength=size), 0, out=ptr[1:])
-    return RowSum(index.argsort(stable=True), ptr)
+    ordered, order = index.sort(stable=True)
+    # Not `bincount`, which waits for a GPU.
+    ptr = torch.searchsorted(ordered, torch.arange(size + 1, device=index.device))
+    return RowSum(order, ptr)
 
 
 @dataclass(frozen=True)
@@ -163,23 +173,25 @@ class Edges:
         """[N, E]: multiplicity-weighted sum over the edges into each node."""
         return Incidence(
             RowSum(self._each[:-1], self.ptr, self.count),
-            RowSum(self.target, self._each, self.count),
+            RowSum(self.target, self._each, self.count, each=1),
         )
 
     @functools.cached_property
     def from_target(self) -> Incidence:
         """[E, N]: the target node's row."""
-        return Incidence(RowSum(self.target, self._each), RowSum(self._each[:-1], self.ptr))
+        every = RowSum(self.target, self._each, each=1)
+        return Incidence(every, RowSum(self._each[:-1], self.ptr))
 
     @functools.cached_property
     def from_source(self) -> Incidence:
         """[E, N]: the source node's row."""
-        return Incidence(RowSum(self.source, self._each), _order_by(self.source, self.num_nodes))
+        every = RowSum(self.source, self._each, each=1)
+        return Incidence(every, _order_by(self.source, self.num_nodes))
 
     @functools.cached_property
     def from_row(self) -> Incidence:
         """[E, R]: the edge's row of the feature table."""
-        return Incidence(RowSum(self.row, self._each), _order_by(self.row, self.rows))
+        return Incidence(RowSum(self.row, self._each, each=1), _order_by(self.row, self.rows))
 
     @functools.cached_property
     def gather(self) -> Incidence:
@@ -190,7 +202,7 @@ class Edges:
         parts = [x.transpose for x in (self.from_target, self.from_source, self.from_row)]
         starts = [p.ptr[:-1] + i * e for i, p in enumerate(parts)]
         return Incidence(
-            RowSum(index.flatten(), self._each * 3),
+            RowSum(index.flatten(), self._each * 3, each=3),
             RowSum(
                 torch.cat([p.index for p in parts]),
                 torch.cat([*starts, self._each[-1:] * 3]),
@@ -223,10 +235,10 @@ class Edges:
             nodes=slice(first, last),
             edges=edges,
             target=self.target[edges],
-            gather=RowSum(gather.index[3 * start : 3 * end], each * 3),
+            gather=RowSum(gather.index[3 * start : 3 * end], each * 3, each=3),
             into=RowSum(each[:-1], ptr, self.count[edges]),
             total=RowSum(each[:-1], ptr),
-            spread=RowSum(spread.index[edges], each, self.count[edges]),
+            spread=RowSum(spread.index[edges], each, self.count[edges], each=1),
         )
 
 
@@ -279,5 +291,5 @@ def mean_readout(x: Tensor, batch: CrystalBatch) -> Tensor:
     share = batch.node_count.to(x.dtype) / atoms[batch.node_batch]
     each = torch.arange(len(x) + 1, device=x.device)
     return Incidence(
-        RowSum(each[:-1], batch.node_ptr, share), RowSum(batch.node_batch, each, share)
+        RowSum(each[:-1], batch.node_ptr, share), RowSum(batch.node_batch, each, share, each=1)
     )(x)

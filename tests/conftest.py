@@ -1,10 +1,16 @@
 """What all tests share: small random crystals, and settings of the property tests."""
 
+import os
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 
 from datapipe.crystal import Crystal
+
+if not torch.cuda.is_available():  # read when Triton is imported, which needs a GPU otherwise
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A slow machine is no failure, and a failure should come again on the next run.
 settings.register_profile("crysforge", deadline=None, derandomize=True)

@@ -221,19 +221,19 @@ def test_a_second_backward_and_a_rerun_are_bit_equal():
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
-def test_a_twin_is_chosen_by_device():
+def test_a_twin_is_taken_where_kernels_are_wanted(monkeypatch):
     @Op
     def double(x):
         """Twice x."""
         return 2 * x
 
-    @double.on("meta")
-    def _(x):
-        return "twin"
-
     assert double(torch.ones(1)) == 2
-    assert double(torch.ones(1, device="meta")) == "twin"
     assert double.__doc__ == "Twice x."
+    monkeypatch.setattr("models.kernels.wanted", lambda x: True)
+    assert double(torch.ones(1)) == 2  # it has none
+    double.has_twin(lambda x: "twin")
+    assert double(torch.ones(1)) == "twin"
+    assert double.plain(torch.ones(1)) == 2
 
 
 @pytest.mark.parametrize("n", [1, 400])
