@@ -1,1 +1,1 @@
-"""Evaluation of finished runs: statistics over replicates and crystals, tables, figures, a report."""
+"""Evaluation of finished runs: statistics, tables, figures, a report."""

@@ -1,4 +1,4 @@
-"""Statistics of replicates and of crystals: intervals, paired tests, a bootstrap, Holm's correction.
+"""Statistics of replicates and of crystals: intervals, paired tests, bootstrap, Holm's correction.
 
 Two questions are kept apart. Whether training again would give the same order is asked of the
 replicates (seeds): the paired t test. Whether another test set would is asked of the crystals: the

@@ -1,0 +1,55 @@
+"""Evaluates a suite of runs: tables with statistics, published numbers beside, figures, a report.
+
+    python launch/evaluate.py suite=DIR
+    … suite=SWEEP_OUTPUT baseline=init_from=none   a sweep that submit.py ran, or any runs
+    … columns=task rows=[pretraining]              a table laid out in another way
+    … paper=crysldnet-unified                      published tables beside
+
+Writes DIR/report: report.md, tables (Markdown, CSV, LaTeX) and figures (PNG, SVG). Runs that have
+not finished are listed and marked; evaluate again when they have. See docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.status import run_directories
+from launch.submission import SUFFIX, Submission
+from trainer.config import parse, required, run
+from trainer.evaluation.report import EvaluateConfig, evaluate
+from trainer.evaluation.suite import SUITE, Cell, Suite
+
+
+def find(path: Path) -> Suite:
+    """The suite in a directory, else what was submitted for it, else the runs in it."""
+    if (path / SUITE).is_file():
+        return Suite.read(path)
+    submission = Submission.find(path)
+    if submission is not None:
+        cells = [
+            Cell(name, submission.output(name), cell.get("job", submission.job), cell["values"])
+            for name, cell in submission.cells.items()
+        ]
+        return Suite.of_values(path.with_name(path.name.removesuffix(SUFFIX)), cells)
+    if path.is_dir() and (runs := run_directories(path)):
+        return Suite.of_runs(path, runs)
+    raise ValueError(
+        f"{path} is no suite: it has neither {SUITE} nor runs, and no sweep was submitted for it"
+    )
+
+
+def main() -> None:
+    config = parse(EvaluateConfig, __doc__)
+    required(config, "suite")
+    report = evaluate(find(Path(config.suite)), config)
+    print(report.main.title, report.main.markdown(), sep="\n\n")
+    if report.missing:
+        print(f"\n{report.missing} finetuning(s) without results: see the end of the report")
+    print(f"\nreport: {report.path / 'report.md'}")
+
+
+if __name__ == "__main__":
+    run(main)

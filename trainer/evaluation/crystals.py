@@ -1,0 +1,152 @@
+"""Errors by what a crystal is: its number of atoms, its elements, its space group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from datapipe.crystal import Crystal
+from datapipe.shards import Dataset
+from datapipe.symmetry import space_group
+from trainer.evaluation.compare import Arm, lines_of, varying
+from trainer.evaluation.formats import NOTHING, Entry, Number, Table, places
+from trainer.evaluation.results import Result
+from trainer.evaluation.statistics import improvement, summarise
+from trainer.evaluation.suite import Suite
+
+BUCKETS = (("N ≤ 5", 1, 5), ("5 < N < 10", 6, 9), ("N ≥ 10", 10, 10**9))
+"""Number of atoms per cell, both ends included. Source: Fig. 8 of the CrysLDNet paper, where
+crystals of ten atoms belong nowhere."""
+SYSTEMS = (
+    ("triclinic", 1, 2),
+    ("monoclinic", 3, 15),
+    ("orthorhombic", 16, 74),
+    ("tetragonal", 75, 142),
+    ("trigonal", 143, 167),
+    ("hexagonal", 168, 194),
+    ("cubic", 195, 230),
+)
+"""Crystal systems and their space-group numbers, both ends included."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What errors are grouped by, of the crystals of one data set's split."""
+
+    row: dict[str, int]
+    """Row of each crystal, by id."""
+    atoms: np.ndarray
+    """[n], atoms per cell."""
+    elements: np.ndarray
+    """[n, 119] bool, which atomic numbers occur."""
+    groups: np.ndarray
+    """[n], space-group numbers; 0 where they were not looked for."""
+
+    def errors(self, result: Result) -> np.ndarray:
+        """Absolute errors of a run in the rows' order, [n]; NaN where it has none."""
+        errors = np.full(len(self.atoms), np.nan)
+        for id, error in result.predictions.error_of.items():
+            if id in self.row:
+                errors[self.row[id]] = error
+        return errors
+
+
+def facts_of(
+    results: Sequence[Result], folders: Iterable[str], split: str, groups: bool
+) -> tuple[dict[str, Facts], list[str]]:
+    """Facts by fingerprint of the data sets behind results, and a note on each that is not there.
+
+    A data set is looked for where its runs found it, then in `folders`.
+    """
+    found: dict[str, Facts] = {}
+    notes: list[str] = []
+    for fingerprint in dict.fromkeys(r.fingerprint for r in results):
+        ours = [r for r in results if r.fingerprint == fingerprint]
+        places_to_look = [*dict.fromkeys(r.data for r in ours), *folders]
+        dataset = next(filter(None, (_opened(p, fingerprint) for p in places_to_look)), None)
+        if dataset is None:
+            notes.append(
+                f"the data set of {ours[0].cell.name} is no longer at {ours[0].data or '(unknown)'}"
+                ": errors by atoms, element and space group are left out (say where it is with "
+                "data=[DIR])"
+            )
+            continue
+        wanted = {id for r in ours for id in r.predictions.ids}
+        found[fingerprint] = _read(dataset, split, wanted, groups)
+    return found, notes
+
+
+def _opened(path: str, fingerprint: str) -> Dataset | None:
+    try:
+        dataset = Dataset.open(path) if path else None
+    except ValueError:
+        return None
+    return dataset if dataset and dataset.manifest.fingerprint == fingerprint else None
+
+
+def _read(dataset: Dataset, split: str, wanted: set[str], groups: bool) -> Facts:
+    row: dict[str, int] = {}
+    atoms: list[int] = []
+    elements: list[np.ndarray] = []
+    numbers: list[int] = []
+    items = dataset.read(dataset.split_items(split))
+    total = dataset.manifest.splits[split]
+    for _, crystal in tqdm(items, total=total, desc="crystals", leave=False, mininterval=1):
+        if not isinstance(crystal, Crystal) or crystal.id not in wanted:
+            continue
+        row[crystal.id] = len(row)
+        atoms.append(len(crystal))
+        elements.append(np.bincount(crystal.numbers, minlength=119) > 0)
+        numbers.append(space_group(crystal) if groups else 0)
+    return Facts(
+        row,
+        np.array(atoms, dtype=np.int64),
+        np.array(elements, dtype=bool).reshape(-1, 119),
+        np.array(numbers, dtype=np.int64),
+    )
+
+
+def arm_errors(arm: Arm, facts: Facts) -> np.ndarray:
+    """Absolute errors of each replicate, [seeds, n]; NaN where it has none."""
+    return np.stack([facts.errors(r) for r in arm.results.values()])
+
+
+def atoms_table(suite: Suite, arms: Sequence[Arm], facts: dict[str, Facts]) -> Table:
+    """MAE of each arm by number of atoms per cell, without those whose data set is not there."""
+    known = [a for a in arms if a.results and a.first.fingerprint in facts]
+    factors = varying(known, [suite.compared])
+    values = list(dict.fromkeys(a.values.get(suite.compared, "") for a in known))
+    others = [v for v in values if v != suite.baseline] if suite.compared else []
+    body: list[list[Entry]] = []
+    for line in lines_of(suite, known):
+        facts_here = facts[line[0].first.fingerprint]
+        errors = {a.values.get(suite.compared, ""): arm_errors(a, facts_here) for a in line}
+        for title, low, high in BUCKETS:
+            inside = (facts_here.atoms >= low) & (facts_here.atoms <= high)
+            if not inside.any():
+                continue
+            found = {v: summarise(np.nanmean(e[:, inside], axis=1)) for v, e in errors.items()}
+            digits, best = (
+                places([s.mean for s in found.values()]),
+                min(s.mean for s in found.values()),
+            )
+            entries: list[Entry] = [*line[0].key(factors), title, int(inside.sum())]
+            for v in values:
+                if v in found:
+                    bold = len(found) > 1 and found[v].mean == best
+                    entries.append(Number(found[v].mean, digits, found[v].std, bold))
+                else:
+                    entries.append(NOTHING)
+            base = found.get(suite.baseline)
+            entries += [
+                Number(improvement(found[v].mean, base.mean), 1) if base and v in found else NOTHING
+                for v in others
+            ]
+            body.append(entries)
+    columns = [*factors, "atoms per cell", "crystals"]
+    columns += [*(v or "MAE" for v in values), *(f"{v}: gain / %" for v in others)]
+    title = f"{suite.title}: MAE by number of atoms, mean ± standard deviation over seeds"
+    return Table("by_atoms", title, columns, body, len(factors) + 1)

@@ -1,0 +1,182 @@
+"""What the runs of a suite have found: scores, predictions of every crystal, or why there are none.
+
+A run that predicts several targets is several results, told apart by the factor `target`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.config import read_yaml
+from trainer.evaluation.suite import TARGET, Cell, Suite
+from trainer.files import read_json
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A cell without a result."""
+
+    cell: Cell
+    reason: str
+    values: Mapping[str, Any]
+    """As of a result."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Labelled crystals of a split: ids, labels [n] and predictions [n] in physical units."""
+
+    ids: list[str]
+    label: np.ndarray
+    prediction: np.ndarray
+
+    @cached_property
+    def error(self) -> np.ndarray:
+        """Absolute errors [n]."""
+        return np.abs(self.prediction - self.label)
+
+    @cached_property
+    def error_of(self) -> dict[str, float]:
+        """Absolute error by crystal."""
+        return dict(zip(self.ids, self.error.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one finished run found for one target."""
+
+    cell: Cell
+    values: Mapping[str, Any]
+    """Value of each factor."""
+    target: str
+    """The label's name in the data set."""
+    unit: str
+    encoder: str
+    labels: int
+    """Training crystals with a label."""
+    data: str
+    """Where the data set was."""
+    fingerprint: str
+    """Identifies the data set."""
+    scores: Mapping[str, float]
+    """`mae`, `rmse`, `r2`, … of the evaluated split, in physical units, and `val_mae`."""
+    composition: Mapping[str, float]
+    """MAE of predictors that see the composition only."""
+    seconds: float
+    predictions: Predictions
+
+
+def gather(suite: Suite, split: str = "test") -> tuple[list[Result], list[Missing]]:
+    """Results of all finetuning cells, and the cells that have none with the reason."""
+    results: list[Result] = []
+    reasons: list[tuple[Cell, str]] = []
+    for cell in suite.evaluated:
+        try:
+            results += _results(cell, split)
+        except (ValueError, OSError) as error:
+            reasons.append((cell, str(error)))
+    several = list(dict.fromkeys(r.target for r in results if TARGET not in r.cell.values))
+    several = several if any(TARGET in r.values for r in results) else []
+    missing = [
+        Missing(cell, reason, {**cell.values, **extra})
+        for cell, reason in reasons
+        for extra in ([{TARGET: t} for t in several if TARGET not in cell.values] or [{}])
+    ]
+    return results, missing
+
+
+def _results(cell: Cell, split: str) -> list[Result]:
+    """Raises ValueError with the reason why a cell has no results."""
+    run = cell.run
+    if not (run / "run.json").is_file():
+        raise ValueError("not started" if not run.is_dir() else "no run.json")
+    if "finetune" not in read_json(run / "run.json").get("finished", []):
+        raise ValueError(_progress(run))
+    metrics = read_json(run / "metrics.json")
+    if split not in metrics:
+        raise ValueError(f"its data has no {split} split")
+    found = []
+    try:
+        several = len(metrics["targets"]) > 1
+        for name in metrics["targets"]:
+            scores = metrics[split][name] if several else metrics[split]
+            val = metrics.get("val", {})
+            val = val.get(name, {}) if several else val
+            predictions = _read_predictions(
+                run / f"predictions_{split}.csv", f"_{name}" if several else ""
+            )
+            found.append(
+                Result(
+                    cell=cell,
+                    values={**cell.values, **({TARGET: name} if several else {})},
+                    target=name,
+                    unit=metrics["units"][name],
+                    encoder=metrics["encoder"],
+                    labels=metrics["labels"],
+                    data=str(read_yaml(run / "config.yaml").get("data", "")),
+                    fingerprint=metrics["data"],
+                    scores={**scores, "val_mae": val.get("mae", math.nan)}
+                    | classification_scores(predictions.label, predictions.prediction),
+                    composition=metrics.get("baselines", {}).get(name, {}),
+                    seconds=metrics.get("seconds", math.nan),
+                    predictions=predictions,
+                )
+            )
+            if abs(predictions.error.mean() - scores["mae"]) > 1e-3 * abs(scores["mae"]) + 1e-9:
+                raise ValueError(
+                    f"predictions_{split}.csv gives an MAE of {predictions.error.mean():.4g}, "
+                    f"metrics.json {scores['mae']:.4g}: they are of different runs"
+                )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"metrics.json is not a finetuning's: {error!r}") from None
+    return found
+
+
+def _progress(run: Path) -> str:
+    """How far an unfinished run got, by its heartbeat."""
+    try:
+        beat = read_json(run / "heartbeat.json")
+        return f"not finished: {beat['status']} at step {beat['step']} of {beat['total']}"
+    except (ValueError, OSError, KeyError, TypeError):
+        return "not finished"
+
+
+def _read_predictions(path: Path, suffix: str) -> Predictions:
+    """The labelled rows of a predictions CSV; see `trainer.reports.write_predictions`."""
+    columns = ("id", f"target{suffix}", f"prediction{suffix}")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [[row[c] for c in columns] for row in csv.DictReader(file)]
+        known = [row for row in rows if row[1] != ""]
+        label, prediction = (np.array([float(row[i]) for row in known]) for i in (1, 2))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path.name} cannot be read: {error!r}") from None
+    if len(known) == 0 or not (np.isfinite(label).all() and np.isfinite(prediction).all()):
+        raise ValueError(f"{path.name} has no labelled crystal or a prediction that is no number")
+    return Predictions([row[0] for row in known], label, prediction)
+
+
+def classification_scores(label: np.ndarray, score: np.ndarray) -> dict[str, float]:
+    """Accuracy, F1 (both at a threshold of 0.5) and area under the ROC curve of predictions of a
+    yes-or-no label; empty if the labels [n] are anything but zeros and ones, both present."""
+    if set(np.unique(label).tolist()) != {0.0, 1.0}:
+        return {}
+    positive, yes = label == 1, score >= 0.5
+    hits = int((positive & yes).sum())
+    order, ranks = np.unique(score, return_inverse=True)
+    counts = np.bincount(ranks, minlength=len(order))
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[ranks]  # ties share their mean rank
+    n, p = len(label), int(positive.sum())
+    return {
+        "accuracy": float((positive == yes).mean()),
+        "f1": 2 * hits / (p + int(yes.sum())),
+        "roc_auc": (float(rank[positive].sum()) - p * (p + 1) / 2) / (p * (n - p)),
+    }

@@ -1,0 +1,201 @@
+"""What a suite is: cells (runs) told apart by the values of factors.
+
+    SUITE/suite.json   {"schema": 1, "title": …, "baseline": "pretraining=none", "factors": […],
+                        "paper": … or null, "cells": {name: {"run": path relative to SUITE,
+                        "job": "finetune" or "pretrain", "values": {factor: value}}}}
+
+`seed` is always the replicate. Cells that lack a factor are runs that others start from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from trainer.config import read_yaml
+from trainer.files import read_json
+
+SCHEMA = 1
+SUITE = "suite.json"
+SEED, TARGET, DATA = "seed", "target", "data"
+
+_LEADING = (TARGET, "targets", DATA, "label_fraction", "label_count", "encoder.name", "init_from")
+"""Settings that come first among factors found in configs; later ones that they imply are none."""
+_NO_FACTOR = ("run_dir", "resume", "dry_run", "loader.", "trainer.log_every", "trainer.keep")
+
+
+def shown(value: Any) -> str:
+    """A factor's value as text: the same text, the same value."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: ""}[value]
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value) if isinstance(value, (str, int, float)) else json.dumps(value, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a suite."""
+
+    name: str
+    run: Path
+    job: str
+    """`finetune` or `pretrain`."""
+    values: Mapping[str, Any]
+    """Value of each factor that applies."""
+
+
+@dataclass
+class Suite:
+    """Cells, and what they are to show."""
+
+    root: Path
+    title: str
+    factors: list[str]
+    cells: list[Cell]
+    compared: str = ""
+    """The factor whose values are compared; empty where there is nothing to compare."""
+    baseline: str = ""
+    """Its value that the others are compared with, as `shown`."""
+    paper: str = ""
+    """Published tables to set beside, see `trainer.evaluation.published`."""
+
+    @classmethod
+    def read(cls, root: str | Path) -> Suite:
+        """The suite that ROOT/suite.json describes.
+
+        Raises:
+            ValueError: no such file, or one that does not say what it must.
+        """
+        root = Path(root)
+        path = root / SUITE
+        record = read_json(path)
+        try:
+            if record["schema"] != SCHEMA:
+                raise ValueError(f"it has schema {record['schema']!r}, this version reads {SCHEMA}")
+            cells = [
+                Cell(name, root / c["run"], c["job"], dict(c["values"]))
+                for name, c in record["cells"].items()
+            ]
+            suite = cls(root, record["title"], list(record["factors"]), cells)
+            suite.compare_with(record["baseline"] or "")
+            suite.paper = record.get("paper") or ""
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path} does not describe a suite: {reason}") from None
+        return suite
+
+    @classmethod
+    def of_values(cls, root: Path, cells: Iterable[Cell]) -> Suite:
+        """A suite of cells of a sweep: the factors are the settings in their values."""
+        cells = [Cell(c.name, c.run, c.job, _named(c.values)) for c in cells]
+        factors = list(dict.fromkeys(f for c in cells for f in c.values))
+        return cls._of_factors(root, sorted(factors, key=_order), cells)
+
+    @classmethod
+    def of_runs(cls, root: Path, runs: Mapping[str, Path]) -> Suite:
+        """A suite of run directories: the factors are the settings in which their configs differ,
+        without those that an earlier one implies."""
+        cells = []
+        for name, run in runs.items():
+            config = OmegaConf.to_container(read_yaml(run / "config.yaml"))
+            assert isinstance(config, dict)
+            job = "pretrain" if "stages" in config else "finetune"
+            settings = dict(_flat(config))
+            if settings.get(TARGET):
+                settings.pop("targets", None)
+            cells.append(Cell(name, run, job, _named(settings)))
+        finetuned = [c for c in cells if c.job == "finetune"]
+        keys = list(dict.fromkeys(f for c in finetuned for f in c.values))
+        factors: list[str] = []
+        for key in sorted(keys, key=_order):
+            if key.startswith(_NO_FACTOR) or not all(key in c.values for c in finetuned):
+                continue  # of an older version, or of one encoder
+            texts = [shown(c.values[key]) for c in finetuned]
+            if len(set(texts)) < 2:
+                continue
+            columns = [[shown(c.values[f]) for c in finetuned] for f in factors if f != SEED]
+            if key == SEED or not any(_implies(column, texts) for column in columns):
+                factors.append(key)
+        return cls._of_factors(root, factors, cells)
+
+    @classmethod
+    def _of_factors(cls, root: Path, factors: list[str], cells: list[Cell]) -> Suite:
+        """Finetunings get a value of every factor, be it none, and the natural baseline."""
+        kept = []
+        for cell in cells:
+            own = factors if cell.job == "finetune" else [f for f in factors if f in cell.values]
+            values = {f: cell.values.get(f) for f in own}
+            kept.append(Cell(cell.name, cell.run, cell.job, values))
+        suite = cls(root, root.resolve().name, factors, kept)
+        for factor in ("pretraining", "init_from"):
+            if any(c.values.get(factor) == "none" for c in suite.evaluated):
+                suite.compare_with(f"{factor}=none")
+                break
+        return suite
+
+    @property
+    def evaluated(self) -> list[Cell]:
+        """The finetunings to compare; the other cells are what they start from."""
+        return [c for c in self.cells if c.job == "finetune" and c.values.keys() >= {*self.factors}]
+
+    def compare_with(self, baseline: str) -> None:
+        """Sets what is compared, from `factor=value`; empty for nothing.
+
+        Raises:
+            ValueError: not of that form, or no cell has that value.
+        """
+        self.compared, _, self.baseline = baseline.partition("=")
+        if not baseline:
+            return
+        if self.compared == SEED:
+            raise ValueError("seeds are replicates: compare the values of another factor")
+        cells = self.evaluated
+        known = [shown(c.values[self.compared]) for c in cells if self.compared in c.values]
+        if not known:
+            raise ValueError(
+                f"baseline {baseline!r} is not of the form factor=value with a factor of this "
+                f"suite: {', '.join(f for f in self.factors if f != SEED) or 'it has none'}"
+            )
+        if self.baseline not in known:
+            raise ValueError(
+                f"no cell has {baseline}; values of {self.compared}: "
+                f"{', '.join(dict.fromkeys(known))}"
+            )
+
+
+def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with paths cut to what they end with; `none` for a start from scratch, and the
+    stage behind the run that others start from."""
+    values = dict(settings)
+    stage = values.pop("init_stage", "")
+    for key, value in values.items():
+        if key in ("init_from", DATA) and isinstance(value, str):
+            values[key] = value.rstrip("/").rsplit("/", 1)[-1] or "none"
+    if stage and values.get("init_from", "none") != "none":
+        values["init_from"] += f"/{stage}"
+    return values
+
+
+def _order(factor: str) -> tuple[int, str]:
+    if factor == SEED:
+        return len(_LEADING) + 1, ""
+    return (_LEADING.index(factor), "") if factor in _LEADING else (len(_LEADING), factor)
+
+
+def _implies(known: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether the first column of values determines the second."""
+    return len(set(zip(known, other, strict=True))) == len(set(known))
+
+
+def _flat(value: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, dict):
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
