@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launch.cluster import end_local
-from launch.events import EventLog
-from launch.submission import (
-    SUFFIX,
-    Submission,
-    replace_text,
-    run_finished,
-    slurm_states,
-)
+from launch.events import EventLog, ends_of_turn, verdict
+from launch.runs import SILENT_S, RunState, read_json, read_run, run_directories
+from launch.submission import Submission, replace_text, run_finished, slurm_states
 from launch.task import cancelled
 
 _OVER = {
@@ -44,15 +38,13 @@ class CellStatus:
     cell: str
     state: str
     """finished, running, pending, cancelled, failed, …"""
-    step: str = ""
-    """Newest logged step, with its stage."""
-    value: str = ""
-    """MAE on the test or validation split, or the loss."""
+    run: RunState = field(default_factory=RunState)
+    """What its run directory says."""
     node: str = ""
     retries: str = ""
     """Turns after the first."""
     reason: str = ""
-    """Last line of the log of a cell that failed."""
+    """Why a cell failed, or what is odd about it."""
 
     @property
     def active(self) -> bool:
@@ -81,8 +73,9 @@ def statuses(path: str | Path) -> list[CellStatus]:
     if not runs:
         raise ValueError(f"{path} is neither a submission's output or folder, nor holds runs")
     return [
-        CellStatus(name, "finished" if run_finished(run) else "unfinished", *last_logged(run))
-        for name, run in runs.items()
+        CellStatus(name, "finished" if run_finished(path) else "unfinished", run, run.nodes)
+        for name, path in runs.items()
+        for run in [read_run(path)]
     ]
 
 
@@ -100,12 +93,14 @@ def _of_cell(
     starts = [e for e in events if e["event"] == "start"]
     cluster, id = submission.job_id(cell)
     slurm_state, node = (known or {}).get(id, ("", "")) if cluster == "slurm" else ("", "")
-    status = CellStatus(cell, "", *last_logged(submission.output(cell)))
+    status = CellStatus(cell, "", read_run(submission.output(cell)))
     status.node = node or (starts[-1]["node"] if starts else "")
-    status.retries = str(max(0, len(starts) - 1)) if starts else ""
+    status.retries = str(len(starts) - 1) if len(starts) > 1 else ""
     status.state = _state(submission, cell, slurm_state, known is not None)
     if status.state in ("failed", "crashed"):
-        status.reason = _last_words(submission, id)
+        status.reason = _reason(submission, cell, id)
+    elif status.state == "running" and status.run.silent > SILENT_S:
+        status.reason = f"no step for {status.run.silent / 60:.0f} minutes"
     return status
 
 
@@ -120,6 +115,9 @@ def _state(submission: Submission, cell: str, slurm_state: str, reachable: bool)
     last = events[-1]["event"] if events else ""
     if cluster == "local" and last in ("start", "requeue"):
         return "running" if alive(int(id), submission.folder) else "lost"
+    if last == "start":  # nobody was left to sum up
+        ends = ends_of_turn(submission.folder, cell, id, events[-1].get("turn", 0))
+        last = verdict(ends, 0)["event"] if ends else last
     if last == "stopped" and slurm_state in ("", "COMPLETED"):
         return "cancelled" if cancelled(submission.folder) else "stopped"
     if cancelled(submission.folder) and last not in ("failed", "crashed"):
@@ -141,51 +139,29 @@ def alive(pid: int, folder: Path) -> bool:
     return False
 
 
-def run_directories(path: Path) -> dict[str, Path]:
-    """Runs at a path, in it or one level further down, by name."""
-    if (path / "run.json").is_file():
-        return {path.name: path}
-    found = [*path.glob("*/run.json"), *path.glob("*/*/run.json")]
-    return {
-        str(p.parent.relative_to(path)): p.parent
-        for p in sorted(found)
-        if not any(part.endswith(SUFFIX) for part in p.parts)
-    }
-
-
-def last_logged(run: Path) -> tuple[str, str]:
-    """(step, value) of a run: a finished finetuning's test MAE, else the newest validation MAE or
-    loss in metrics.jsonl."""
-    stage, step, value = "", "", ""
-    for line in _tail(run / "metrics.jsonl"):
-        if line.get("stage") != stage:
-            stage, value = line.get("stage", ""), ""
-        step = f"{stage} {line.get('step', '')}"
-        for key, number in line.items():
-            if key == "train/loss" and not value.startswith("val"):
-                value = f"loss {number:.4g}"
-            elif key == "val/loss" and "MAE" not in value:
-                value = f"val loss {number:.4g}"
-            elif key.startswith("val/mae"):
-                value = f"val MAE {number:.4g}"
-                break
-    metrics = _json(run / "metrics.json")
-    for split in ("test", "val"):
-        one = metrics.get(split, {})
-        if isinstance(one, dict) and "mae" in one:
-            unit = " ".join(metrics.get("units", {}).values())
-            return step, f"{split} MAE {one['mae']:.4g} {unit}".strip()
-    return step, value
-
-
 def table(rows: Sequence[CellStatus]) -> str:
-    """The status of all cells as text, with the reasons of failures below."""
-    head = ("cell", "state", "step", "loss/MAE", "node", "retries")
-    cells = [head, *((r.cell, r.state, r.step, r.value, r.node, r.retries) for r in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    """The status of all cells as text, with the reasons of failures below. Columns that say nothing
+    are left out."""
+    columns = {
+        "cell": [r.cell for r in rows],
+        "state": [r.state for r in rows],
+        "step": [r.run.step for r in rows],
+        "loss/MAE": [r.run.value for r in rows],
+        "s/step": [r.run.seconds for r in rows],
+        "data wait": [r.run.wait for r in rows],
+        "GB": [r.run.memory for r in rows],
+        "skipped": [r.run.skipped for r in rows],
+        "quarantined": [r.run.quarantined for r in rows],
+        "node": [r.node for r in rows],
+        "on": [r.run.devices for r in rows],
+        "retries": [r.retries for r in rows],
+    }
+    shown = [[head, *texts] for head, texts in columns.items() if any(texts)]
     lines = [
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
+        "  ".join(
+            text.ljust(max(map(len, column))) for text, column in zip(row, shown, strict=True)
+        ).rstrip()
+        for row in zip(*shown, strict=True)
     ]
     counts: dict[str, int] = {}
     for row in rows:
@@ -211,7 +187,7 @@ def collect(path: str | Path) -> tuple[Path, int, int]:
             values = submission.cells[status.cell]["values"]
         else:
             run, values = run_directories(Path(path))[status.cell], {}
-        metrics = _json(run / "metrics.json")
+        metrics = read_json(run / "metrics.json")
         done += bool(metrics)
         row = {"cell": status.cell, "state": status.state, **dict(_flat(values))}
         rows.append({**row, **{k: v for k, v in _flat(metrics) if k not in row}})
@@ -259,36 +235,26 @@ def cancel(path: str | Path) -> int:
     return ended + len(ids)
 
 
-def _last_words(submission: Submission, id: str) -> str:
-    """The line of a job's newest log that names its error, or else the last one."""
+def _reason(submission: Submission, cell: str, id: str) -> str:
+    """Which process ended a job and how, with the line of its log that names the error, or else the
+    last one."""
+    events = [e for e in EventLog(submission.folder, cell).read() if e.get("job") == id]
+    end: dict[str, Any] = next((e for e in reversed(events) if "code" in e), {})
+    words = []
+    if end.get("rank"):
+        words.append(f"rank {end['rank']} on {end['node']}")
+    if end.get("code", 0) < 0:
+        words.append(f"killed by signal {-end['code']}")
+    pattern = f"{id}_{end.get('rank', '*')}_log.out"
     lines: list[str] = []
-    for path in sorted((submission.folder / "logs").glob(f"{id}_*_log.out")):
+    for path in sorted((submission.folder / "logs").glob(pattern)):
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))
             text = file.read().decode("utf-8", errors="replace")
         lines += [x.strip() for x in text.replace("\r", "\n").splitlines() if x.strip()]
     named = [x for x in lines if x.startswith("error: ")]
-    return (named or lines or [f"no output in {submission.folder / 'logs'}"])[-1]
-
-
-def _tail(path: Path, size: int = 65536) -> Iterator[dict[str, Any]]:
-    """The last lines of a JSONL file, as many as fit the size."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - size))
-        for line in file.read().decode("utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                value = json.loads(line)
-                if isinstance(value, dict):
-                    yield value
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty if there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-    return {}
+    words.append((named or lines or [f"no output in {submission.folder / 'logs'}"])[-1])
+    return ": ".join(words)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

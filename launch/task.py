@@ -54,9 +54,8 @@ class Task:
         env = JobEnvironment()
         environ = {**os.environ, **rank_environ(env)}
         own = EventLog(self.folder, self.cell, env.global_rank)
-        here = {"job": env.job_id, "turn": restarts()}
-        if env.name() != "slurm":
-            here["turn"] = len(own.starts(env.job_id))
+        turn = restarts() if env.name() == "slurm" else len(own.starts(env.job_id))
+        here: dict[str, Any] = {"job": env.job_id, "turn": turn}
         if env.global_rank == 0:
             environ.update(_end_of_job(env))
             self._note_start(env, here)
@@ -65,8 +64,8 @@ class Task:
         code = run_to_end([sys.executable, *self.argv], environ)
         own.note(outcome_of(code), **here, code=code)
         if env.name() != "slurm" and env.global_rank == 0:
-            self._wait_for_peers(env, here["turn"], outcome_of(code))
-            self.settle(env, here["turn"], code)
+            self._wait_for_peers(env, turn, outcome_of(code))
+            self.settle(env, turn, code)
         raise SystemExit(code if code >= 0 else 128 - code)
 
     def settle(self, env: JobEnvironment, turn: int, code: int) -> str:
@@ -248,7 +247,7 @@ def _ask(*command: str) -> str:
 def main() -> int:
     """`python -m launch.task LOGS CODE` in a batch script, after the step that exited with CODE."""
     env = JobEnvironment()
-    task = DelayedSubmission.load(JobPaths(sys.argv[1], env.job_id).submitted_pickle).function
+    task: Any = DelayedSubmission.load(JobPaths(sys.argv[1], env.job_id).submitted_pickle).function
     return outcome_code(task.settle(env, restarts(), int(sys.argv[2])))
 
 

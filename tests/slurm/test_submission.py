@@ -86,7 +86,7 @@ def test_a_run_in_a_directory_of_any_name(desk):
     output = 'runs/it\'s "quoted" $(touch pwned)'
     desk.submit(*FINETUNE, "finetune.max_steps=2", f"run_dir={output}")
     (row,) = desk.wait(output).values()
-    assert (row.state, row.retries) == ("finished", "0"), row
+    assert (row.state, row.retries) == ("finished", ""), row
     assert not list(desk.path.rglob("pwned"))
 
 

@@ -1,0 +1,175 @@
+"""The record of a submission: states, results, snapshots."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch import status
+from launch.events import EventLog
+from launch.runs import read_run
+from launch.submission import ROOT, Submission, code_files, new_attempt
+from tests.unit.test_submit import FINETUNE, ask
+
+
+def submitted(tmp_path: Path, cells: dict[str, str], cluster: str = "slurm") -> Submission:
+    submission = Submission(Submission.folder_of(tmp_path / "runs"), "finetune")
+    for cell in cells:
+        submission.add(cell, str(tmp_path / "runs" / cell), {"seed": cell}, {"seed": 0})
+    submission.attempts.append(new_attempt(cluster, ROOT, cells))
+    submission.write()
+    return submission
+
+
+def test_record_is_found_and_moves_with_its_runs(tmp_path):
+    written = submitted(tmp_path / "here", {"a": "1_0", "b": "1_1"})
+    assert Submission.find(tmp_path / "here/runs") == written
+    assert Submission.find(tmp_path / "here/runs.submit") == written
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = Submission.find(tmp_path / "there/runs")
+    assert moved is not None and moved.output("a") == tmp_path / "there/runs/a"
+    assert Submission.find(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 2}', '{"schema": 1}'])
+def test_a_broken_record_is_named(tmp_path, text):
+    submission = submitted(tmp_path, {"a": "1"})
+    (submission.folder / "submission.json").write_text(text)
+    with pytest.raises(ValueError, match=r"submission\.json"):
+        Submission.find(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("slurm", "events", "state"),
+    [
+        ("PENDING", [], "pending"),
+        ("RUNNING", ["start"], "running"),
+        ("PENDING", ["start", "stopped", "requeue"], "pending"),
+        ("FAILED", ["start", "failed"], "failed"),
+        ("FAILED", ["start", "crashed"], "crashed"),
+        ("CANCELLED", ["start"], "cancelled"),
+        ("CANCELLED", [], "cancelled"),
+        ("TIMEOUT", ["start"], "timeout"),
+        ("OUT_OF_MEMORY", ["start"], "out of memory"),
+        ("", ["start", "failed"], "failed"),
+        ("", ["start", "stopped"], "stopped"),
+        ("", ["start"], "lost"),
+        ("", [], "lost"),
+        (None, ["start"], "unknown"),
+        (None, ["start", "failed"], "failed"),
+    ],
+)
+def test_states(tmp_path, monkeypatch, slurm, events, state):
+    """By what Slurm knows ("": it has forgotten; None: it cannot be asked) and what was noted."""
+    submission = submitted(tmp_path, {"a": "1"})
+    known = None if slurm is None else {"1": (slurm, "node1")} if slurm else {}
+    monkeypatch.setattr(status, "slurm_states", lambda ids: known)
+    for event in events:
+        EventLog(submission.folder, "a").note(event, job="1", node="node1", progress="")
+    row = status.statuses(tmp_path / "runs")[0]
+    assert row.state == state
+    assert row.active == (state in ("pending", "running", "unknown"))
+
+
+def finish(run: Path, mae: float) -> None:
+    run.mkdir(parents=True)
+    (run / "run.json").write_text('{"identity": {}, "finished": ["finetune"]}')
+    line = {"stage": "finetune", "step": 7, "train/loss": 0.5, "val/loss": 0.4, "val/mae/gap": 0.3}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    metrics = {"units": {"gap": "eV"}, "test": {"mae": mae, "n": 3}, "targets": ["gap"]}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+
+
+def test_table_and_results_after_the_fact(tmp_path, monkeypatch):
+    monkeypatch.setattr(status, "slurm_states", lambda ids: {})
+    submitted(tmp_path, {"a": "1_0", "b": "1_1"})
+    finish(tmp_path / "runs/a", 0.25)
+    rows = {r.cell: r for r in status.statuses(tmp_path / "runs")}
+    assert (rows["a"].state, rows["a"].run.step, rows["a"].run.value) == (
+        "finished",
+        "finetune 7",
+        "test MAE 0.25 eV",
+    )
+    path, count, done = status.collect(tmp_path / "runs")
+    assert (count, done) == (2, 1)
+    with open(path, newline="") as file:
+        table = {r["cell"]: r for r in csv.DictReader(file)}
+    assert (table["a"]["test.mae"], table["a"]["seed"], table["a"]["targets"]) == (
+        "0.25",
+        "a",
+        "gap",
+    )
+    assert (table["b"]["test.mae"], table["b"]["state"]) == ("", "lost")
+
+
+def test_status_and_collect_work_on_runs_that_were_not_submitted(tmp_path):
+    finish(tmp_path / "runs/a", 0.25)
+    (tmp_path / "runs/b").mkdir()
+    (tmp_path / "runs/b/run.json").write_text('{"identity": {"stages": ["vae"]}, "finished": []}')
+    rows = {r.cell: r.state for r in status.statuses(tmp_path / "runs")}
+    assert rows == {"a": "finished", "b": "unfinished"}
+    assert status.collect(tmp_path / "runs")[1:] == (2, 1)
+    with pytest.raises(ValueError, match="nowhere"):
+        status.statuses(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="was not submitted"):
+        status.cancel(tmp_path / "runs")
+
+
+def test_running_value_is_of_the_newest_stage(tmp_path):
+    lines = [
+        {"stage": "vae", "step": 9, "val/loss": 1.0},
+        {"stage": "joint", "step": 2, "train/loss": 5.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    state = read_run(tmp_path)
+    assert (state.step, state.value) == ("joint 2", "loss 5")
+
+
+def test_what_has_finished_or_still_runs_is_not_submitted_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    known = {"1_1": ("RUNNING", "n"), "1_2": ("FAILED", "n")}
+    monkeypatch.setattr(status, "slurm_states", lambda ids: known)
+    submitted(tmp_path, {"seed=0": "1_0", "seed=1": "1_1", "seed=2": "1_2"})
+    finish(tmp_path / "runs/seed=0", 0.25)
+    asked = ask(*FINETUNE, "run_dir=runs", "sweep=[seed=[0,1,2,3]]")
+    left = asked.left(asked.submission(), asked.cells())
+    assert [cell.name for cell in left] == ["seed=2", "seed=3"]
+    assert "seed=0: finished already" in capsys.readouterr().out
+    monkeypatch.setattr(status, "slurm_states", lambda ids: None)
+    with pytest.raises(ValueError, match="squeue does not answer"):
+        asked.left(asked.submission(), asked.cells())
+    with pytest.raises(ValueError, match="is of a finetune job"):
+        ask("job=pretrain", "data=D", "run_dir=runs").submission()
+
+
+def test_snapshot_is_the_code_as_it_is(tmp_path, monkeypatch):
+    """Edited and new files are in it, ignored and deleted ones are not; later edits are not."""
+    root = tmp_path / "repository"
+    for name in ("launch/a.py", "launch/b.py", "docs/c.md", ".gitignore"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("*.pyc\nruns/\n")
+    git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "m"]):
+        subprocess.run([*git, *command], check=True)
+    (root / "launch/a.py").write_text("edited")
+    (root / "launch/b.py").unlink()
+    (root / "launch/new.py").write_text("new")
+    (root / "launch/x.pyc").write_text("ignored")
+    (root / "scratch.txt").write_text("outside of the packages")
+    monkeypatch.setattr("launch.submission.ROOT", root)
+    code = Submission(tmp_path / "f").snapshot()
+    (root / "launch/a.py").write_text("edited later")
+    found = {str(p.relative_to(code)) for p in code.rglob("*") if p.is_file()}
+    assert found == {"launch/a.py", "launch/new.py", "docs/c.md", ".gitignore"}
+    assert (code / "launch/a.py").read_text() == "edited"
+
+
+def test_snapshot_without_git_holds_the_packages():
+    """An installation has no repository around it."""
+    names = code_files(ROOT / "tests")  # not the top of a repository, and without packages
+    assert names == []
+    assert "launch/submit.py" in code_files(ROOT)
