@@ -243,7 +243,7 @@ def _undecided(number: int, id: str, error: Exception) -> dict[str, Any]:
     return {"set": number, "id": id, "why": f"{type(error).__name__}: {error}"}
 
 
-class _Formulas:
+class Formulas:
     """Reads the reduced formulas of crystals, as text."""
 
     def __init__(self, sets: Mapping[int, Dataset]) -> None:
@@ -333,7 +333,7 @@ def _tasks(
     total = sum(map(len, items.values()))
     bar = tqdm(total=total, desc="reading formulas", unit=" crystals", disable=not progress)
     table: dict[str, dict[int, list[int]]] = defaultdict(lambda: {n: [] for n in items})
-    with bar, Workers(_Formulas(sets), workers) as pool:
+    with bar, Workers(Formulas(sets), workers) as pool:
         for (number, chunk), formulas in zip(work, pool.map(work, chunk=1), strict=True):
             if isinstance(formulas, str):
                 raise ValueError(f"{formulas}; look with launch/prepare.py verify=DIR")

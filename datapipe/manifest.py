@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class Manifest:
     provenance: dict[str, Any]
     """Where the crystals came from: source files with hashes, filters, counts of what was
     dropped."""
+    graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Graph specs by key, of the graphs that are stored with the crystals; see `datapipe.bake`."""
 
     @property
     def fingerprint(self) -> str:
@@ -118,6 +120,7 @@ def _check_json(path: Path) -> None:
 
 
 def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
-    known = {f.name for f in fields(cls)}
-    for key in known ^ set(values):
-        raise ValueError(f"{'missing' if key in known else 'unknown'} key {where + key!r}")
+    known = {f.name: f.default_factory is MISSING for f in fields(cls)}  # name: is it required
+    for key in known.keys() ^ values.keys():
+        if known.get(key, True):
+            raise ValueError(f"{'missing' if key in known else 'unknown'} key {where + key!r}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,12 +18,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from datapipe.bake import StoredGraphs
 from datapipe.crystal import BadCrystal, Crystal, crystal_key
 from datapipe.graph import Neighbours, neighbours, pack
 from datapipe.plan import Plan
+from datapipe.record import Tensors
 from datapipe.schema import CrystalBatch, GraphSpec
 from datapipe.shards import Dataset
 from datapipe.transforms import Sample, Transform
+
+log = logging.getLogger(__name__)
+
+Found = tuple[Crystal | BadCrystal, Neighbours | None]
+"""What was read of an item: its crystal, or what is wrong with it, and its graph if that lies in
+the shards."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,14 @@ class Reader(IterableDataset):
         self.rank, self.seed, self.transform, self.targets = rank, seed, transform, list(targets)
         self.start = torch.zeros(1, dtype=torch.int64).share_memory_()
         """Position where the next iteration starts; living workers see it change."""
-        self._kept: dict[int, Crystal | BadCrystal] | None = {} if keep else None
+        self._stored = StoredGraphs(spec)
+        if dataset.manifest.graphs and self._stored.key not in dataset.manifest.graphs:
+            log.warning(
+                "%s stores graphs of other encoders; they are built anew: see "
+                "launch/prepare.py bake=… encoders=[…]",
+                dataset.root,
+            )
+        self._kept: dict[int, Found] | None = {} if keep else None
         self._graphs = _Cache(cache_bytes)
 
     def __iter__(self) -> Iterator[Part | Failure]:
@@ -120,44 +136,58 @@ class Reader(IterableDataset):
             yield Part(end, self._pack(samples), bad)
             position = end
 
-    def _lane(self, position: int, lane: int) -> Iterator[tuple[int, int, Crystal | BadCrystal]]:
+    def _lane(self, position: int, lane: int) -> Iterator[tuple[int, int, Found]]:
         """Epoch, item and crystal of a lane from `position` on."""
         for epoch, items in self.plan.windows(position, lane):
             found = self._read(items.tolist())
             for item in items.tolist():
                 yield epoch, item, found[item]
 
-    def _read(self, items: list[int]) -> Mapping[int, Crystal | BadCrystal]:
+    def _load(self, items: Iterable[int]) -> Iterator[tuple[int, Found]]:
+        for item, crystal, tensors in self.dataset.read_records(items):
+            yield item, self._found(item, crystal, tensors)
+
+    def _found(self, item: int, crystal: Crystal | BadCrystal, tensors: Tensors) -> Found:
+        if isinstance(crystal, BadCrystal):
+            return crystal, None
+        try:
+            return crystal, self._stored.find(tensors, len(crystal))
+        except BadCrystal as error:
+            return BadCrystal(f"{self.dataset.where(item)}, {crystal.id}: {error}"), None
+
+    def _read(self, items: list[int]) -> Mapping[int, Found]:
         if self._kept is None:
-            return dict(self.dataset.read(sorted(items)))
+            return dict(self._load(sorted(items)))
         if any(item not in self._kept for item in items):
             # A shuffled set is read as a whole: every lane's items lie all over it.
             wanted = self.plan.items.tolist() if self.plan.shuffle else sorted(items)
-            self._kept.update(self.dataset.read(wanted))
+            self._kept.update(self._load(wanted))
         return self._kept
 
-    def _prepare(
-        self, epoch: int, item: int, found: Crystal | BadCrystal
-    ) -> list[tuple[Sample, Neighbours]]:
+    def _prepare(self, epoch: int, item: int, found: Found) -> list[tuple[Sample, Neighbours]]:
         """A crystal as its epoch shows it, in one view or several, with its geometry."""
-        if isinstance(found, BadCrystal):
-            raise _Unusable(item, str(found))
-        key = crystal_key(self.seed, epoch, found.id)
-        sample = Sample.clean(found, key)
+        crystal, graph = found
+        if isinstance(crystal, BadCrystal):
+            raise _Unusable(item, str(crystal))
+        key = crystal_key(self.seed, epoch, crystal.id)
+        sample = Sample.clean(crystal, key)
         try:
             shown = self.transform(sample, np.random.default_rng(key)) if self.transform else sample
             views = shown if isinstance(shown, tuple) else (shown,)
-            return [(view, self._geometry(item, found, view)) for view in views]
+            return [
+                (view, neighbours(view.seen, self.spec))
+                if view.seen is not crystal
+                else (view, graph or self._graph_of(item, crystal))
+                for view in views
+            ]
         except ValueError as error:
-            raise _Unusable(item, f"{self.dataset.where(item)}, {found.id}: {error}") from None
+            raise _Unusable(item, f"{self.dataset.where(item)}, {crystal.id}: {error}") from None
 
-    def _geometry(self, item: int, found: Crystal, sample: Sample) -> Neighbours:
-        """Neighbours of what the sample shows; those of an unmoved crystal are kept."""
-        if sample.seen is not found:
-            return neighbours(sample.seen, self.spec)
+    def _graph_of(self, item: int, crystal: Crystal) -> Neighbours:
+        """The graph of a crystal as it is, which is kept."""
         graph = self._graphs.get(item)
         if graph is None:
-            graph = neighbours(found, self.spec)
+            graph = neighbours(crystal, self.spec)
             self._graphs.put(item, graph, graph.nbytes)
         return graph
 
@@ -170,14 +200,14 @@ class Reader(IterableDataset):
     def batch_of(self, items: Sequence[int]) -> CrystalBatch | None:
         """Certain crystals as they are shown in the first epoch, as far as they are usable."""
         samples: list[tuple[Sample, Neighbours]] = []
-        for item, found in self.dataset.read(sorted(items)):
+        for item, found in self._load(sorted(items)):
             with suppress(_Unusable):
                 samples += self._prepare(0, item, found)
         return self._pack(samples)
 
     def filler(self) -> CrystalBatch:
         """The first usable crystal of the selection, marked as filler."""
-        for item, found in self.dataset.read(self.plan.items[:1000]):
+        for item, found in self._load(self.plan.items[:1000]):
             try:
                 batch = self._pack(self._prepare(0, item, found))
             except _Unusable:

@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import safetensors.numpy as safetensors
-from safetensors import SafetensorError
 
 from datapipe.crystal import BadCrystal, Crystal
 from datapipe.schema import MAX_Z
+
+Tensors = dict[str, np.ndarray]
+"""By name."""
+
+_CRYSTAL = ("numbers", "frac_coords", "lattice", "targets")
+_TYPES = {
+    name: np.dtype(code)
+    for name, code in {"U8": "u1", "U16": "<u2", "U32": "<u4", "F32": "<f4", "F64": "<f8"}.items()
+}
+"""Types of tensors in records, by their names in safetensors."""
+
+_NO_RECORD = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a header that is none, or says nonsense, may raise."""
 
 INDEX = "index.safetensors"
 COLUMNS = {"atoms": "i", "volume": "f", "offset": "q", "crc32": "I", "targets": "d"}
 """Arrays of the index: typecodes of `array` and numpy alike."""
 
 
-def encode(crystal: Crystal, targets: Sequence[str]) -> bytes:
+def encode(
+    crystal: Crystal, targets: Sequence[str], more: Mapping[str, np.ndarray] | None = None
+) -> bytes:
     """One crystal as safetensors bytes: `numbers` uint8 [n], `frac_coords` float64 [n, 3],
-    `lattice` float64 [3, 3] (rows, Å), `targets` float64 [T] (NaN: missing), metadata `id`."""
+    `lattice` float64 [3, 3] (rows, Å), `targets` float64 [T] (NaN: missing), metadata `id`; and
+    whatever more tensors are to lie beside them."""
     labels = [crystal.targets.get(name, np.nan) for name in targets]
     tensors: dict[str, np.ndarray] = {
         "numbers": np.asarray(crystal.numbers, dtype=np.uint8),
         "frac_coords": np.ascontiguousarray(crystal.frac_coords, dtype=np.float64),
         "lattice": np.ascontiguousarray(crystal.lattice, dtype=np.float64),
         "targets": np.array(labels, dtype=np.float64),
+        **{name: np.ascontiguousarray(array) for name, array in (more or {}).items()},
     }
     return safetensors.save(tensors, metadata={"id": crystal.id})
 
@@ -36,14 +60,19 @@ def decode(data: bytes, targets: Sequence[str]) -> Crystal:
     Raises:
         BadCrystal: these are not the bytes of a sound crystal with `len(targets)` labels.
     """
+    return decode_all(data, targets)[0]
+
+
+def decode_all(data: bytes, targets: Sequence[str]) -> tuple[Crystal, Tensors]:
+    """The crystal in `encode`'s bytes, and all tensors beside it; they are views of the bytes.
+
+    Raises:
+        BadCrystal: these are not the bytes of a sound crystal with `len(targets)` labels.
+    """
     try:
-        tensors = safetensors.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        id = header["__metadata__"]["id"]
-        z, frac, cell, labels = (
-            tensors[k] for k in ("numbers", "frac_coords", "lattice", "targets")
-        )
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        id, tensors = _views(data)
+        z, frac, cell, labels = (tensors.pop(name) for name in _CRYSTAL)
+    except _NO_RECORD as error:
         raise BadCrystal(f"not a crystal record: {type(error).__name__}: {error}") from None
     n = len(z) if z.ndim == 1 else 0
     shapes = [z.shape, frac.shape, cell.shape, labels.shape]
@@ -58,4 +87,22 @@ def decode(data: bytes, targets: Sequence[str]) -> Crystal:
         raise BadCrystal(f"{id}: coordinates, lattice or labels are not finite numbers")
     if not np.linalg.det(cell) > 0:
         raise BadCrystal(f"{id}: the cell is flat or left-handed")
-    return Crystal(id, z, frac, cell, dict(zip(targets, labels.tolist(), strict=True)))
+    crystal = Crystal(id, z, frac, cell, dict(zip(targets, labels.tolist(), strict=True)))
+    return crystal, tensors
+
+
+def _views(data: bytes) -> tuple[str, Tensors]:
+    """Id and tensors in safetensors bytes. The library reads the header once for the metadata and
+    once for the tensors, and copies these; that takes three times as long."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start].decode())
+    id = header.pop("__metadata__")["id"]
+    if not isinstance(id, str):
+        raise TypeError(f"the id is {id!r}")
+    tensors = {}
+    for name, entry in header.items():
+        shape, at = entry["shape"], start + entry["data_offsets"][0]
+        # Not np.ndarray(…, buffer=data), which takes a negative offset as it is.
+        flat = np.frombuffer(data, _TYPES[entry["dtype"]], math.prod(shape), at)
+        tensors[name] = flat if len(shape) == 1 else flat.reshape(shape)
+    return id, tensors

@@ -16,10 +16,14 @@ from datapipe.bytes import DEFAULT, Access, join_path, open_file
 from datapipe.cache import open_shard
 from datapipe.crystal import BadCrystal, Crystal
 from datapipe.manifest import SPLITS, Manifest
-from datapipe.record import COLUMNS, INDEX, decode, encode
+from datapipe.record import COLUMNS, INDEX, Tensors, decode, decode_all, encode
 from datapipe.writer import DatasetWriter
 
 __all__ = ["INDEX", "SPLITS", "Dataset", "DatasetWriter", "Manifest", "decode", "encode"]
+
+
+Record = tuple[int, Crystal | BadCrystal, Tensors]
+"""Item, its crystal or what is wrong with it, and all tensors of its record."""
 
 
 class Dataset:
@@ -113,6 +117,15 @@ class Dataset:
         Raises:
             ValueError: a shard cannot be opened.
         """
+        for item, crystal, _ in self.read_records(items):
+            yield item, crystal
+
+    def read_records(self, items: Iterable[int]) -> Iterator[Record]:
+        """As `read`, each with all tensors of its record.
+
+        Raises:
+            ValueError: a shard cannot be opened.
+        """
         wanted = np.asarray(list(items), dtype=np.int64)
         shards = self.shard_of(wanted)
         breaks = 1 + np.flatnonzero((np.diff(wanted) <= 0) | (np.diff(shards) != 0))
@@ -124,10 +137,10 @@ class Dataset:
                     yield found
                     done += 1
                 if done < len(todo):
-                    yield todo[done], BadCrystal(f"{self.where(todo[done])} is lost in damage")
+                    yield todo[done], BadCrystal(f"{self.where(todo[done])} is lost in damage"), {}
                 todo = todo[done + 1 :]
 
-    def _scan(self, items: list[int]) -> Iterator[tuple[int, Crystal | BadCrystal]]:
+    def _scan(self, items: list[int]) -> Iterator[Record]:
         """Reads ascending items of one shard up to the first that is not where it should be."""
         shard = self.manifest.shards[int(self.shard_of(np.asarray(items[0])))]
         first = self._start[shard.split]
@@ -150,18 +163,18 @@ class Dataset:
                     continue
                 if number > item:
                     return
-                yield item, self._decode(item, sample.get("safetensors", b""))
+                yield item, *self._decode(item, sample.get("safetensors", b""))
                 item = next(todo, -1)
                 if item < 0:
                     return
 
-    def _decode(self, item: int, data: bytes) -> Crystal | BadCrystal:
+    def _decode(self, item: int, data: bytes) -> tuple[Crystal | BadCrystal, Tensors]:
         if zlib.crc32(data) != self._crc32[item]:
-            return BadCrystal(f"{self.where(item)} is damaged: its checksum is not the index's")
+            return BadCrystal(f"{self.where(item)} is damaged: its checksum is not the index's"), {}
         try:
-            return decode(data, self.names)
+            return decode_all(data, self.names)
         except BadCrystal as error:
-            return BadCrystal(f"{self.where(item)}: {error}")
+            return BadCrystal(f"{self.where(item)}: {error}"), {}
 
 
 def _stop(error: Exception) -> bool:

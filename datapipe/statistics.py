@@ -10,6 +10,7 @@ import numpy as np
 from ase.data import chemical_symbols
 from tqdm import tqdm
 
+from datapipe.bake import asked
 from datapipe.crystal import Crystal
 from datapipe.filters import density
 from datapipe.manifest import SPLITS
@@ -56,6 +57,7 @@ class Statistics:
         density: [N] mass density in g/cm³.
         targets: [N] labels by name, NaN where missing. units: by name, where known.
         space_groups: [N] international numbers, by tolerance in Å.
+        graphs: specs of the graphs that are stored with the crystals.
         damaged: crystals that cannot be read; these are in `atoms`, `volume` and `targets` only,
             and 0 or NaN elsewhere.
     """
@@ -69,6 +71,7 @@ class Statistics:
     targets: dict[str, np.ndarray]
     units: dict[str, str]
     space_groups: dict[float, np.ndarray]
+    graphs: list[dict[str, Any]]
     damaged: int
 
 
@@ -102,6 +105,7 @@ def statistics(config: InspectConfig) -> Statistics:
         targets={name: dataset.targets_of(name) for name in targets},
         units={name: t.unit for name, t in targets.items() if t.unit},
         space_groups={s: g.astype(int) for s, g in zip(config.symprec, groups, strict=True)},
+        graphs=list(dataset.manifest.graphs.values()),
         damaged=int((kinds == 0).sum()),
     )
 
@@ -133,6 +137,8 @@ def describe(found: Statistics) -> str:
     lines = [f"{n} crystals: {splits}"]
     if found.damaged:
         lines.append(f"{found.damaged} of them cannot be read: see verify=DIR")
+    for spec in found.graphs:
+        lines.append("graphs stored: " + ", ".join(f"{k} {v}" for k, v in asked(spec).items()))
     symbols = (f"{chemical_symbols[z]} {count}" for z, count in found.elements.items())
     lines += [f"{len(found.elements)} elements, crystals with each: {', '.join(symbols)}", ""]
     header = ("", "labelled", "mean", "std", "min", "5 %", "median", "95 %", "max")

@@ -14,8 +14,10 @@ import safetensors.numpy as safetensors
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from datapipe.bake import StoredGraphs
 from datapipe.crystal import BadCrystal
 from datapipe.manifest import MANIFEST, SPLITS, Manifest, open_file
+from datapipe.schema import GraphSpec
 from datapipe.shards import INDEX, Dataset
 from datapipe.sources.parallel import Workers
 
@@ -47,6 +49,7 @@ def verify(config: VerifyConfig) -> Iterator[str]:
     dataset, problems = _open(root, manifest)
     yield from problems
     yield from _strays(root, manifest)
+    yield from _graphs(manifest)[1]
     check = CheckShard(root, manifest, dataset)
     shards = range(len(manifest.shards))
     bar = tqdm(total=len(shards), desc="verifying", unit=" shards", disable=not config.progress)
@@ -95,6 +98,22 @@ def _strays(root: str, manifest: Manifest) -> Iterator[str]:
                 yield f"{path.name}: is not in the manifest"
 
 
+def _graphs(manifest: Manifest) -> tuple[list[StoredGraphs], list[str]]:
+    """The graphs that are stored with the crystals, and what is wrong with what is said of them."""
+    stored, problems = [], []
+    for key, values in manifest.graphs.items():
+        try:
+            graph = StoredGraphs(GraphSpec(**values))
+        except (TypeError, ValueError) as error:
+            problems.append(f"{MANIFEST}: graphs.{key} is no graph spec: {error}")
+            continue
+        if graph.key == key:
+            stored.append(graph)
+        else:
+            problems.append(f"{MANIFEST}: graphs.{key} is not the key of its spec: bake it again")
+    return stored, problems
+
+
 @dataclass
 class CheckedShard:
     """What is in a shard."""
@@ -133,12 +152,19 @@ class CheckShard:
         return out
 
     def _records(self, dataset: Dataset, items: range, out: CheckedShard) -> None:
-        for item, crystal in dataset.read(items):
+        graphs, _ = _graphs(self.manifest)
+        for item, crystal, tensors in dataset.read_records(items):
             where = dataset.where(item)
             if isinstance(crystal, BadCrystal):
                 out.problems.append(str(crystal))
                 continue
             out.ids.append((crystal.id, where))
+            for stored in graphs:
+                try:
+                    if stored.find(tensors, len(crystal)) is None:
+                        out.problems.append(f"{where}, {crystal.id}: has no graph {stored.key}")
+                except BadCrystal as error:
+                    out.problems.append(f"{where}, {crystal.id}: {error}")
             out.elements.update(crystal.numbers.tolist())
             labels = [crystal.targets[name] for name in dataset.names]
             told: dict[str, tuple[Any, Any]] = {

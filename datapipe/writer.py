@@ -23,7 +23,7 @@ from webdataset.writer import TarWriter
 from datapipe.bytes import DISK_FULL
 from datapipe.crystal import Crystal
 from datapipe.manifest import MANIFEST, SCHEMA_VERSION, SPLITS, Manifest, Shard, Target
-from datapipe.record import COLUMNS, INDEX, encode
+from datapipe.record import COLUMNS, INDEX, Tensors, encode
 from datapipe.schema import MAX_Z
 
 
@@ -169,8 +169,8 @@ class DatasetWriter:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def add(self, split: str, crystal: Crystal) -> None:
-        """Appends a crystal to a split.
+    def add(self, split: str, crystal: Crystal, more: Tensors | None = None) -> None:
+        """Appends a crystal to a split, with more tensors in its record if there are any.
 
         Raises:
             ValueError: unknown split, an id that was added before, an infinite label.
@@ -187,7 +187,7 @@ class DatasetWriter:
             number = len(self._shards[split])
             shard = _OpenShard(self.directory / f"{split}-{number:06d}.tar")
             self._open[split] = shard
-        index, data = self._index[split], encode(crystal, self.targets)
+        index, data = self._index[split], encode(crystal, self.targets, more)
         index["offset"].append(shard.add(f"{len(index['atoms']):09d}", data))
         index["atoms"].append(len(crystal))
         index["volume"].append(crystal.volume)
@@ -198,8 +198,13 @@ class DatasetWriter:
         if shard.count == self.shard_size:
             self._shards[split].append(self._open.pop(split).close(split))
 
-    def finish(self, provenance: Mapping[str, Any]) -> Manifest:
-        """Completes the data set, moves it to `root` and returns its manifest.
+    def finish(
+        self,
+        provenance: Mapping[str, Any],
+        graphs: Mapping[str, dict[str, Any]] | None = None,
+    ) -> Manifest:
+        """Completes the data set, moves it to `root` and returns its manifest, which has the
+        `provenance` and says whose `graphs` are stored with the crystals.
 
         Raises:
             ValueError: no crystal was added, or another writer was faster.
@@ -229,6 +234,7 @@ class DatasetWriter:
                 for i, name in enumerate(self.targets)
             },
             provenance=dict(provenance),
+            graphs=dict(graphs or {}),
         )
         text = json.dumps(asdict(manifest), indent=1, allow_nan=False, ensure_ascii=False)
         self._write(MANIFEST, text.encode())

@@ -21,21 +21,26 @@ What can be done with data sets; each action has settings of its own (add --help
     python launch/prepare.py merge=[DIR,DIR] output=DIR
     python launch/prepare.py subset=DIR output=DIR filters.atoms=[2,40] count=1000
     python launch/prepare.py reshard=DIR output=DIR shard_size=5000
+    python launch/prepare.py bake=DIR output=DIR encoders=[pddformer]      graphs in the shards
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datapipe.actions import MergeConfig, ReshardConfig, SubsetConfig, merge, reshard, subset
+from datapipe.bake import BakeConfig, bake
 from datapipe.prepare import PrepareConfig, plan, prepare, summary
+from datapipe.schema import GraphSpec
 from datapipe.statistics import InspectConfig, columns, describe, statistics
 from datapipe.verify import VerifyConfig, verify
+from models.encoders import build_encoder
 from trainer import plots
-from trainer.config import parse, required, run
+from trainer.config import parse, read_yaml, required, run
 
 
 def make() -> None:
@@ -70,6 +75,30 @@ def look() -> None:
     print(f"histograms: {path}")
 
 
+@dataclass(kw_only=True)
+class BakeEncodersConfig(BakeConfig):
+    """Settings of `bake` with encoders."""
+
+    encoders: list[str] = field(default_factory=list)
+    """Whose graphs to store: encoders by name, or config files (.yaml) with an `encoder` section,
+    that of a run too."""
+
+
+def graph_of(encoder: str) -> GraphSpec:
+    if not encoder.endswith((".yaml", ".yml")):
+        return build_encoder({"name": encoder}).graph
+    section = read_yaml(encoder).get("encoder")
+    if not section:
+        raise ValueError(f"{encoder} has no section 'encoder'")
+    return build_encoder(section).graph
+
+
+def bake_graphs() -> None:
+    config = parse(BakeEncodersConfig, __doc__)
+    required(config, "bake", "encoders")
+    change(config, lambda config: bake(config, map(graph_of, config.encoders)))
+
+
 def change(config, action) -> None:
     required(config, "output")
     print(summary(action(config), config.output))
@@ -81,6 +110,7 @@ ACTIONS = {
     "merge": lambda: change(parse(MergeConfig, __doc__), merge),
     "subset": lambda: change(parse(SubsetConfig, __doc__), subset),
     "reshard": lambda: change(parse(ReshardConfig, __doc__), reshard),
+    "bake": bake_graphs,
 }
 
 

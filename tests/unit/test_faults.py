@@ -178,7 +178,7 @@ def rewrite(root, change):
     crystals = [c for _, c in Dataset.open(root).read(range(COUNT))]
     shutil.rmtree(root)
 
-    def bad(crystal, targets):
+    def bad(crystal, targets, more):
         return change(crystal, targets) if crystal.id == "mp-20" else encode(crystal, targets)
 
     with pytest.MonkeyPatch.context() as patch:

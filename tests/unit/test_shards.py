@@ -98,6 +98,42 @@ def test_decode_refuses_what_is_no_crystal(crystals):
             decode(data, TARGETS)
 
 
+JSON = st.recursive(
+    st.none() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+def test_decode_of_a_header_with_nonsense_is_bad_crystal_or_the_crystal(crystals, data):
+    record = encode(crystals[5], TARGETS)
+    end = 8 + int.from_bytes(record[:8], "little")
+    header = json.loads(record[8:end])
+    name = data.draw(st.sampled_from(sorted(header)))
+    field = data.draw(st.sampled_from([*header[name], None]))
+    value = data.draw(
+        JSON | st.sampled_from([[-1], [-8, 0], [-(10**6)], [10**30], [2**62, 2], "F16", [[0]] * 99])
+    )
+    if field is None:
+        header[name] = value
+    else:
+        header[name][field] = value
+    text = json.dumps(header).encode()
+    try:
+        found = decode(len(text).to_bytes(8, "little") + text + record[end:], TARGETS)
+    except BadCrystal:
+        return
+    assert len(found) == len(crystals[5])
+    assert isinstance(found.id, str)
+
+
+def test_decode_of_a_header_that_nests_without_end_is_bad_crystal():
+    text = b"[" * 100_000
+    with pytest.raises(BadCrystal, match="not a crystal record"):
+        decode(len(text).to_bytes(8, "little") + text, TARGETS)
+
+
 @given(st.binary(max_size=300))
 def test_decode_of_garbage_is_always_bad_crystal(data):
     with pytest.raises(BadCrystal):
