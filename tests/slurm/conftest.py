@@ -14,7 +14,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch import status, submit
 from launch.events import EventLog
@@ -172,6 +171,8 @@ def curve(run: Path) -> list[tuple[str, int, dict[str, float]]]:
 
 def board(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Losses by name as TensorBoard shows them: (step, value) in the order of the files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     losses = {}
     for stage in sorted((run / "tensorboard").iterdir()):
         shown = EventAccumulator(str(stage)).Reload()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from launch import status
 from launch.events import EventLog
-from launch.runs import read_run
+from launch.runs import SILENT_S, read_run
 from launch.submission import ROOT, Submission, code_files, new_attempt
 from tests.unit.test_submit import FINETUNE, ask
+from trainer import logger
+from trainer.distributed import World
 
 
 def submitted(tmp_path: Path, cells: dict[str, str], cluster: str = "slurm") -> Submission:
@@ -127,6 +130,96 @@ def test_running_value_is_of_the_newest_stage(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     state = read_run(tmp_path)
     assert (state.step, state.value) == ("joint 2", "loss 5")
+
+
+def log_a_run(run: Path, monkeypatch) -> None:
+    """As two ranks of a training log it, in their second start, after one on four ranks."""
+    monkeypatch.setattr(logger, "BEAT_S", 0.0)
+    for rank in (3, 2, 1, 0):
+        log = logger.Logger(run, "vae", 0, 50, World(rank, 4))
+        log.event("start", step=0, host=f"old{rank}", ranks=4, device="cuda:0")
+        log.event("quarantine", step=1, item=rank % 2, reason="no edges")
+        log.close()
+    for rank in (0, 1):
+        log = logger.Logger(run, "vae", 10, 50, World(rank, 2))
+        log.event("resume", step=10, host=f"new{rank}", ranks=2, device="cpu")
+        log.event("quarantine", step=11, item=rank, reason="no edges")
+        speed = {"speed/steps_per_s": 4.0, "speed/data_wait": 0.031, "memory/peak_gb": 1.234}
+        log.scalars(20, {"train/loss": 2.0, "optim/skipped": 3.0, **speed})
+        log.scalars(20, {"val/loss": 1.5})
+        log.beat(21)
+        log.close()
+
+
+def test_a_run_shows_how_far_how_fast_and_where(tmp_path, monkeypatch):
+    log_a_run(tmp_path / "run", monkeypatch)
+    state = read_run(tmp_path / "run")
+    assert (state.step, state.value) == ("vae 21/50", "val loss 1.5")
+    assert (state.seconds, state.wait, state.memory) == ("0.25", "3%", "1.23")
+    assert (state.skipped, state.quarantined) == ("3", "2")  # each crystal once
+    assert (state.nodes, state.devices) == ("new0,new1", "2 cpu")
+    assert 0 <= state.silent < SILENT_S
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "heartbeat.json", "events/rank-0000.jsonl"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"stage": 1}', '{"event": []}', "\x00\xff{"])
+def test_a_damaged_file_hides_neither_its_run_nor_others(tmp_path, monkeypatch, name, content):
+    for run in ("a", "b"):
+        log_a_run(tmp_path / run, monkeypatch)
+        (tmp_path / run / "run.json").write_text('{"identity": {}, "finished": []}')
+    (tmp_path / "a" / name).write_text(content)
+    rows = status.statuses(tmp_path)
+    assert [r.cell for r in rows] == ["a", "b"]
+    assert rows[1].run.step == "vae 21/50"
+    assert status.table(rows).splitlines()[1].startswith("a ")
+
+
+def test_the_table_leaves_out_what_says_nothing(tmp_path, monkeypatch):
+    rows = [status.CellStatus("a", "pending"), status.CellStatus("b", "pending")]
+    assert status.table(rows).split("\n") == [
+        "cell  state",
+        "a     pending",
+        "b     pending",
+        "2 pending",
+    ]
+    log_a_run(tmp_path, monkeypatch)
+    rows[0].run = read_run(tmp_path)
+    head, first = status.table(rows).split("\n")[:2]
+    assert head.split("  ")[-1] == "on" and first.endswith("2 cpu")
+    assert "retries" not in head and "quarantined" in head
+
+
+def test_a_running_cell_that_makes_no_step_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(status, "slurm_states", lambda ids: {"1": ("RUNNING", "node1")})
+    submitted(tmp_path, {"a": "1"})
+    log_a_run(tmp_path / "runs/a", monkeypatch)
+    assert not status.statuses(tmp_path / "runs")[0].reason
+    beat = tmp_path / "runs/a/heartbeat.json"
+    beat.write_text(json.dumps({**json.loads(beat.read_text()), "time": time.time() - 3600}))
+    assert status.statuses(tmp_path / "runs")[0].reason == "no step for 60 minutes"
+
+
+def test_a_crash_names_the_rank_that_knows(tmp_path, monkeypatch):
+    monkeypatch.setattr(status, "slurm_states", lambda ids: {"1": ("FAILED", "")})
+    submission = submitted(tmp_path, {"a": "1"})
+    log = EventLog(submission.folder, "a")
+    log.note("start", job="1", turn=0, node="node[1-2]", progress="")
+    log.note("crashed", job="1", turn=0, rank=3, node="node2", code=-9, progress="")
+    (submission.folder / "logs").mkdir()
+    for rank in (0, 3):
+        (submission.folder / f"logs/1_{rank}_log.out").write_text(f"error: of rank {rank}\nbye\n")
+    row = status.statuses(tmp_path / "runs")[0]
+    assert row.reason == "rank 3 on node2: killed by signal 9: error: of rank 3"
+
+
+def test_a_turn_that_nobody_summed_up_ended_as_its_processes_say(tmp_path, monkeypatch):
+    """The batch script was killed before it could."""
+    monkeypatch.setattr(status, "slurm_states", lambda ids: {})
+    submission = submitted(tmp_path, {"a": "1"})
+    EventLog(submission.folder, "a").note("start", job="1", turn=0, node="n", progress="")
+    assert status.statuses(tmp_path / "runs")[0].state == "lost"
+    EventLog(submission.folder, "a", 0).note("stopped", job="1", turn=0, rank=0, node="n", code=75)
+    assert status.statuses(tmp_path / "runs")[0].state == "stopped"
 
 
 def test_what_has_finished_or_still_runs_is_not_submitted_again(tmp_path, monkeypatch, capsys):
