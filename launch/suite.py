@@ -20,7 +20,7 @@ A suite is a YAML file (configs/suites/, schema `SuiteConfig`):
 
 In a suite `data` and `init_from` name one of its data sets and runs. A run with `per: [encoder]`
 is made once for each value of that factor, with those of the value's settings that the run's job
-has.
+has. `include: [FILE]` starts from other files, given relative to this one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from launch import sweep
 from launch.jobs import JOBS, Cell, check
 from launch.submission import replace_text
 from models.registry import configure, nearest
-from trainer.config import merge_sources
+from trainer.config import merge_sources, read_yaml
 
 SUITE = "suite.json"
 SCHEMA = 1
@@ -76,6 +76,8 @@ class SuiteConfig:
 
     title: str = ""
     """What is compared."""
+    include: list[str] = field(default_factory=list)
+    """Suite files to start from, relative to the one that includes them."""
     output: str = ""
     """Directory of all runs."""
     baseline: str = ""
@@ -115,7 +117,8 @@ class Suite:
     """
 
     def __init__(self, files: Sequence[str], overrides: Sequence[str]) -> None:
-        self.config: SuiteConfig = configure(SuiteConfig, merge_sources(files, overrides))
+        included = [f for file in files for f in _with_included(file)]
+        self.config: SuiteConfig = configure(SuiteConfig, merge_sources(included, overrides))
         if not self.config.output:
             raise ValueError("setting 'output' is required: give output=DIR for the suite's runs")
         self.output = Path(self.config.output)
@@ -133,7 +136,8 @@ class Suite:
         self.cells = [c for c in self._start.values() if c.name in needed] + kept
         if not kept:
             raise ValueError("the suite has no cell left")
-        for cell in self.cells:
+        alike = {_checked(cell): cell for cell in reversed(self.cells)}
+        for cell in reversed(alike.values()):
             try:
                 check(JOBS[cell.job], cell.config)
             except ValueError as error:
@@ -195,21 +199,21 @@ class Suite:
         run = self._runs[key]
         per = {factor: chosen[factor] for factor in run.per}
         name = ",".join([key, *(sweep.names([per]) if per else [])])
-        if name not in self._start:
-            valid = {f.name for f in fields(JOBS[run.job].schema())} - {"init_from"}
-            theirs = self._settings(per).items()
-            shared = {k: v for k, v in theirs if k.split(".")[0] in valid and k != "data"}
-            base = {**merge_sources(run.config), "data": run.data}
-            settings = {**shared, **run.settings}
-            values = {
-                factor: value
-                for factor, names in self._factors.items()
-                for value, given in names.items()
-                if given.get("init_from") == key
-            }
-            self._start[name] = self._cell(name, run.job, base, settings, chosen, {**values, **per})
-            self._start[name] = self._start.pop(name)  # after what it starts from itself
-        return self._start[name]
+        if name in self._start:
+            return self._start[name]
+        valid = {f.name for f in fields(JOBS[run.job].schema())} - {"init_from"}
+        theirs = self._settings(per).items()
+        shared = {k: v for k, v in theirs if k.split(".")[0] in valid and k != "data"}
+        base = {**merge_sources(run.config), "data": run.data}
+        values = {
+            factor: value
+            for factor, names in self._factors.items()
+            for value, given in names.items()
+            if given.get("init_from") == key
+        }
+        cell = self._cell(name, run.job, base, {**shared, **run.settings}, chosen, values | per)
+        self._start[name] = cell  # after what it starts from itself
+        return cell
 
     def _settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -264,6 +268,21 @@ class Suite:
         if name not in names:
             raise ValueError(f"{what}: unknown name {name!r}: {nearest(name, names)}")
         return name
+
+
+def _checked(cell: Cell) -> str:
+    """What the check of a cell's config depends on."""
+    set_here = ("data", "init_from", "run_dir")
+    config = {k: v for k, v in cell.config.items() if k not in set_here}
+    seed = {"seed": type(config.get("seed")).__name__}
+    return json.dumps([cell.job, bool(cell.after), config | seed], sort_keys=True)
+
+
+def _with_included(file: str) -> list[str]:
+    """The files that a suite's file includes, then itself."""
+    names = read_yaml(file).get("include") or []
+    included = [str(Path(file).parent / name) for name in names]
+    return [f for path in included for f in _with_included(path)] + [file]
 
 
 def _values(factor: str, values: Any) -> dict[Any, dict[str, Any]]:

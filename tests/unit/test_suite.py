@@ -218,12 +218,15 @@ def test_what_waits_for_a_failed_run_is_left_out_and_the_rest_is_run(
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda p: p.stem)
 def test_the_suites_here_are_sound_but_for_their_data(path, tmp_path):
-    text = yaml.safe_load(path.read_text())
-    assert all(source.get("source") for source in text["data"].values())
-    with pytest.raises(ValueError, match="data sets are missing"):
-        Suite([str(path)], [f"output={tmp_path}", f"data_dir={tmp_path}"])
-    for name in text["data"]:
+    settings = [f"output={tmp_path}", f"data_dir={tmp_path}"]
+    with pytest.raises(ValueError, match="data sets are missing") as error:
+        Suite([str(path)], settings)
+    missing = re.findall(r"^  (\S+) is not at \S+ — .+", str(error.value), re.MULTILINE)
+    for name in missing:
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text("{}")
-    cells = Suite([str(path)], [f"output={tmp_path}", f"data_dir={tmp_path}"]).cells
-    assert len({c.values.get("seed") for c in cells if c.job == "finetune"}) >= 3
+    suite = Suite([str(path)], settings)
+    assert suite.config.title and suite.config.baseline
+    assert set(suite.config.data) == set(missing), "a data set that no cell needs"
+    replicates = {c.values.get("seed", c.values.get("fold")) for c in suite.cells if c.after}
+    assert len(replicates) >= 3
