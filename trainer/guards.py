@@ -19,7 +19,7 @@ from torch import Tensor
 
 from datapipe.schema import CrystalBatch
 from trainer.distributed import World
-from trainer.engine import PRECISIONS, Engine, EngineConfig
+from trainer.engine import PRECISIONS, Engine, EngineConfig, set_recompute
 from trainer.files import load_tensors, save_tensors
 from trainer.logger import Logger
 from trainer.meter import peak_bytes, total_over_ranks, weighted_loss
@@ -275,6 +275,7 @@ def try_batch(stage: Stage, batch: CrystalBatch, config: EngineConfig, world: Wo
     """
     device, dtype = world.device, PRECISIONS[config.precision]
     stage.to(device).train()
+    set_recompute(stage, config.recompute)
     before = [b.clone() for b in stage.buffers()]
     size = f"{batch.num_crystals} crystals, {batch.num_atoms} atoms, {batch.num_edges} edges"
     if device.type == "cuda":

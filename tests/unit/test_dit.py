@@ -174,6 +174,37 @@ def test_by_size_brings_equal_crystals_together_and_keeps_tokens_in_order():
     assert torch.equal(batch[tokens], crystals[new.batch])
 
 
+def kept_bytes(model, *arguments):
+    """Bytes that the backward pass of a forward pass keeps, parameters aside; the output."""
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(*arguments)
+    return sum(kept.values()), out
+
+
+def test_recomputation_changes_memory_and_nothing_else():
+    model = awake(DiTConfig(width=32, layers=6, heads=4))
+    arguments = inputs(SHAPE * 4)
+    results = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        kept, out = kept_bytes(model, *arguments)
+        out.square().sum().backward()
+        results.append((kept, out, [p.grad for p in model.parameters()]))
+    (plain, out, grads), (less, again, same) = results
+    assert torch.equal(out, again)
+    assert all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
+    assert less < plain / 4
+
+
 def test_crystals_do_not_influence_one_another():
     model = awake()
     x, t, batch, ptr = inputs(SHAPE)
