@@ -148,6 +148,7 @@ class RunDirectory:
             for path in self.checkpoints.iterdir():
                 half = TAG.match(path.name) and not (path / "COMPLETE").is_file()
                 if half or path.name.endswith(".tmp"):
+                    log.warning("checkpoint not complete, removed: %s", path)
                     remove_tree(path)
 
     def _rewind(self, run: dict[str, Any], tag: str) -> None:
@@ -262,8 +263,10 @@ class RunDirectory:
         """A checkpoint from its directory. Raises ValueError naming a damaged file."""
         match = TAG.match(path.name)
         assert match is not None
-        text = (path / "COMPLETE").read_text(encoding="utf-8")
-        for name, digest in (read_json(path / "COMPLETE") if text else {}).items():
+        hashes = read_json(path / "COMPLETE") if (path / "COMPLETE").stat().st_size else {}
+        if not isinstance(hashes, dict):
+            raise ValueError(f"{path / 'COMPLETE'} is damaged: it must hold the files' hashes")
+        for name, digest in hashes.items():
             if not (path / name).is_file() or sha256(path / name) != digest:
                 raise ValueError(f"{path / name} is damaged: its content is not what was written")
 

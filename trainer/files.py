@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ def read_json(path: Path) -> Any:
     """JSON from a file; ValueError names the file if it is broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
@@ -55,7 +56,9 @@ def save_tensors(
         whole = {k: v.contiguous() for k, v in tensors.items()}
         save_file(whole, temporary, dict(metadata) if metadata else None)
     except SafetensorError as error:  # what it makes of a full disk
-        raise OSError(errno.EIO, f"cannot write: {error}", str(path)) from None
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from None
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)

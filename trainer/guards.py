@@ -6,7 +6,6 @@ import faulthandler
 import json
 import os
 import statistics
-import sys
 import threading
 import time
 from collections import deque
@@ -25,6 +24,7 @@ from trainer.logger import Logger
 from trainer.meter import peak_bytes, total_over_ranks, weighted_loss
 from trainer.stage import Stage
 
+STDERR = 2
 MAX_DUMPS = 20
 """Batches that a rank keeps in one start of a run."""
 
@@ -170,9 +170,12 @@ class StepGuard:
         for i, batch in enumerate(suspects):
             if self._dumps < MAX_DUMPS:
                 stem = f"{self.engine.stage.name}-{number:08d}-rank-{rank:04d}-{i}"
-                dump_batch(self.directory / f"{stem}.safetensors", batch)
-                kept.append(f"{stem}.safetensors")
                 self._dumps += 1
+                try:
+                    dump_batch(self.directory / f"{stem}.safetensors", batch)
+                    kept.append(f"{stem}.safetensors")
+                except OSError as error:
+                    self.logger.say(f"warning: the batch is not kept: {error}", every_rank=True)
         self.logger.event("skip", step=number, cause=what, crystals=ids, batches=kept)
         if ids or rank == 0:
             shown = ", ".join(ids[:8]) + (" …" if len(ids) > 8 else "")
@@ -219,6 +222,9 @@ class SpikeMonitor:
 class Watchdog:
     """Ends a process that hangs, after writing what all its threads were doing.
 
+    A thread watches. Where it cannot run, since the one that hangs holds the interpreter's lock,
+    the stacks go to the standard error a little later.
+
     Args:
         seconds: time between two calls of `feed`; 0 switches it off. The first time is ten times
             as long: kernels are compiled, caches filled.
@@ -226,14 +232,19 @@ class Watchdog:
     """
 
     EXIT = 1
+    GRACE_S = 10.0
+    """Seconds without the watching thread."""
 
     def __init__(self, seconds: float, path: Path) -> None:
         self.seconds, self.path = seconds, path
         self._deadline = float("inf")
+        self._pause = min(60.0, seconds / 4)
         self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if seconds:
             self.feed(10)
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._arm()
+            self._thread.start()
 
     def feed(self, times: float = 1) -> None:
         """Tells that work goes on; the next call is due within `times` times the seconds."""
@@ -242,26 +253,35 @@ class Watchdog:
 
     def close(self) -> None:
         """Stops watching."""
-        self._deadline = float("inf")
         self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(60.0, max(0.0, self._deadline - time.monotonic()))):
+        while not self._closed.wait(self._pause):
+            self._arm()
             if time.monotonic() > self._deadline:
                 self._end()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _arm(self) -> None:
+        """Sets the alarm that needs no interpreter."""
+        later = self._pause + self.seconds + self.GRACE_S
+        faulthandler.dump_traceback_later(later, exit=True, file=STDERR)
 
     def _end(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "w", encoding="utf-8") as file:
-            file.write(f"no progress for {self.seconds:g} s or more\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
-        print(
-            f"error: no progress for {self.seconds:g} s (trainer.step_timeout_s); "
-            f"what all threads were doing is in {self.path}",
-            file=sys.stderr,
-            flush=True,
-        )
+        where = f"what all threads were doing is in {self.path}"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "w", encoding="utf-8") as file:
+                file.write(f"no progress for {self.seconds:g} s or more\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            where = f"what all threads were doing is above ({error})"
+            faulthandler.dump_traceback(STDERR, all_threads=True)
+        text = f"error: no progress for {self.seconds:g} s (trainer.step_timeout_s); {where}\n"
+        os.write(STDERR, text.encode())
         os._exit(self.EXIT)
 
 

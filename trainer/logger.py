@@ -8,7 +8,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ BEAT_S = 5.0
 class Logger:
     """Logs one stage of a run. Ranks other than 0 log events only.
 
+    What cannot be written (a full disk) is a warning, once: a log is not worth a run.
+
     TensorBoard sees a curve per stage in RUN/tensorboard/<stage>; a resumed stage purges what the
     killed process logged after its last checkpoint, so the curve stays one.
     """
@@ -34,6 +37,7 @@ class Logger:
         self.board_path = run / "tensorboard" / stage
         self._beaten = -BEAT_S
         self._lock = threading.Lock()  # the thread that writes checkpoints has events too
+        self._troubled = False
         self.bar = tqdm(
             total=total,
             initial=start,
@@ -49,36 +53,63 @@ class Logger:
             events / f"rank-{world.rank:04d}.jsonl", "a", encoding="utf-8"
         )
         if self.enabled:
-            from torch.utils.tensorboard import SummaryWriter
-
             _drop_lines(run / "metrics.jsonl", stage, start)
             self._lines = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
             again = self.board_path.is_dir()
-            self._board = SummaryWriter(
-                str(self.board_path), purge_step=start + 1 if again else None
-            )
+            self._board = self._new_board(start + 1 if again else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Records named scalars (`train/loss`, `val/mae`, …) at an optimiser step."""
         if not self.enabled:
             return
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        line = {"stage": self.stage, "step": step, **values}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
+        with self._not_worth_a_run():
+            self._lines.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+            self._lines.flush()
+
+        def add(board: Any) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        self._to_board(add)
 
     def figure(self, step: int, name: str, figure: Any) -> None:
         """Records a matplotlib figure."""
         if self.enabled:
-            self._board.add_figure(name, figure, step, close=False)
+            self._to_board(lambda board: board.add_figure(name, figure, step, close=False))
+
+    def _new_board(self, purge_step: int | None = None) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.board_path), purge_step=purge_step)
+
+    def _to_board(self, add: Callable[[Any], None]) -> None:
+        """TensorBoard's writer fails for good with the first write that fails: then, a new one."""
+        with self._not_worth_a_run():
+            if self._board is None:
+                self._board = self._new_board()
+            try:
+                add(self._board)
+            except OSError:
+                broken, self._board = self._board, None
+                with suppress(OSError):
+                    broken.close()
+                raise
+
+    @contextmanager
+    def _not_worth_a_run(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._troubled:
+                self._troubled = True
+                self.say(f"warning: logs are not complete: {error}", every_rank=True)
 
     def event(self, kind: str, **values: Any) -> None:
         """Appends a line to this rank's RUN/events/rank-<rank>.jsonl: `time` in seconds since
         1970, `event`, `stage`, `rank` and the values (JSON)."""
         line = {"time": round(time.time(), 3), "event": kind, "stage": self.stage}
         line |= {"rank": self.world.rank, **values}
-        with self._lock:
+        with self._lock, self._not_worth_a_run():
             self._events.write(json.dumps(line) + "\n")
             self._events.flush()
 
@@ -92,18 +123,21 @@ class Logger:
         beat = {"time": round(time.time(), 3), "status": status, "stage": self.stage}
         beat |= {"step": step, "total": self.total, "rank": self.world.rank}
         beat |= {"ranks": self.world.size, "host": socket.gethostname(), "pid": os.getpid()}
-        write_json(self.run / "heartbeat.json", beat, durable=False)
+        with self._not_worth_a_run():
+            write_json(self.run / "heartbeat.json", beat, durable=False)
 
     def advance(self, **shown: str) -> None:
         """One optimiser step further on the progress bar."""
-        self.bar.update(1)
-        if shown:
-            self.bar.set_postfix(shown, refresh=False)
+        with suppress(OSError):
+            self.bar.update(1)
+            if shown:
+                self.bar.set_postfix(shown, refresh=False)
 
     def say(self, text: str, every_rank: bool = False) -> None:
         """A line for people, above the progress bar; from rank 0 unless asked of every rank."""
         if self.enabled or every_rank:
-            tqdm.write(text)
+            with suppress(OSError):
+                tqdm.write(text)
 
     def warn(self, text: str, **values: Any) -> None:
         """A warning that all ranks have: a line for people and an event."""
@@ -113,10 +147,13 @@ class Logger:
     def close(self) -> None:
         """Flushes everything."""
         self.bar.close()
-        self._events.close()
+        with self._not_worth_a_run():
+            self._events.close()
         if self.enabled:
-            self._lines.close()
-            self._board.close()
+            with self._not_worth_a_run():
+                self._lines.close()
+            if self._board is not None:
+                self._to_board(lambda board: board.close())
 
 
 def _drop_lines(path: Path, stage: str, start: int) -> None:
@@ -124,24 +161,24 @@ def _drop_lines(path: Path, stage: str, start: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:  # cut off by a kill
-            continue
+    for text, line in _whole_lines(path):
         if line["stage"] != stage or line["step"] <= start:
             kept.append(text + "\n")
     write_text(path, "".join(kept))
 
 
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a JSONL file as text and value, without those that a kill has cut off."""
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            yield text, json.loads(text)
+
+
 def read_metrics(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
     """The curves of a stage from RUN/metrics.jsonl: name → [(step, value), …]."""
     curves: dict[str, list[tuple[int, float]]] = {}
-    with open(run / "metrics.jsonl", encoding="utf-8") as lines:
-        for text in lines:
-            line = json.loads(text)
-            if line.pop("stage") != stage:
-                continue
+    for _, line in _whole_lines(run / "metrics.jsonl"):
+        if line.pop("stage") == stage:
             step = line.pop("step")
             for name, value in line.items():
                 curves.setdefault(name, []).append((step, value))

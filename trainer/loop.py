@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -60,7 +60,7 @@ class TrainerConfig(EngineConfig):
     """Updates left out in a row, as loss or gradient are not finite, before the run stops."""
     spike_factor: float = 5.0
     """Warns of a loss so many times the running median; 0 never does."""
-    step_timeout_s: float = 0.0
+    step_timeout_s: float = 1800.0
     """Ends a process that makes no progress for so long, with all stacks in RUN/stacks; 0 never."""
     try_largest: bool | None = None
     """Whether a batch of the largest crystals is tried before step 1; by default on GPUs."""
@@ -144,8 +144,9 @@ def fit(
         session = _Session(
             engine, config, trainer, train, validation, run, logger, monitor, stop, step
         )
-        session.begin(checkpoint, total)
-        session.train(step, total)
+        with closing(session.watchdog):
+            session.begin(checkpoint, total)
+            session.train(step, total)
     except Exception as error:
         logger.event("error", message=str(error))
         if isinstance(error, RuntimeError) and lost_rank(error):
@@ -387,7 +388,6 @@ class _Session:
 
     def end(self, step: int) -> None:
         """The stage gets the weights that are handed on."""
-        self.watchdog.close()
         self.saver.wait()
         if self.monitor is not None and self.best.weights:
             load_into(self.engine.stage, self.best.weights, "best weights")

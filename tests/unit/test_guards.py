@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datapipe.graph import build
 from datapipe.shards import Dataset, DatasetWriter
@@ -19,7 +21,7 @@ from datapipe.stream import LoaderConfig, Stream
 from models.encoders import build_encoder
 from trainer import jobs
 from trainer.average import WeightAverage
-from trainer.checkpoint import RunDirectory
+from trainer.checkpoint import BackgroundWriter, RunDirectory
 from trainer.distributed import World
 from trainer.files import load_tensors, save_tensors
 from trainer.guards import SpikeMonitor, Watchdog, dump_batch, load_batch, try_batch
@@ -206,10 +208,15 @@ def test_a_spike_is_a_warning_in_the_events(train):
     assert f"at step {STEPS}" in warning["message"]
 
 
-def test_a_hang_ends_with_all_stacks(tmp_path):
+@pytest.mark.parametrize("lock", [False, True], ids=["waiting", "holding the lock"])
+def test_a_hang_ends_with_all_stacks(tmp_path, lock):
+    """Also where the thread that hangs lets no other run."""
+    hang = "ctypes.PyDLL(None).pause()" if lock else "threading.Event().wait()"
     code = (
-        "import sys, threading; from pathlib import Path; from trainer.guards import Watchdog\n"
-        "def stuck_here(): threading.Event().wait()\n"
+        "import ctypes, sys, threading; from pathlib import Path\n"
+        "from trainer.guards import Watchdog\n"
+        f"def stuck_here(): {hang}\n"
+        f"Watchdog.GRACE_S = {0 if lock else 60}\n"
         "dog = Watchdog(0.1, Path(sys.argv[1])); dog.feed(); stuck_here()"
     )
     path = tmp_path / "stacks" / "rank.txt"
@@ -217,13 +224,54 @@ def test_a_hang_ends_with_all_stacks(tmp_path):
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == Watchdog.EXIT
-    assert str(path) in done.stderr
-    assert "stuck_here" in path.read_text()
+    assert "stuck_here" in (done.stderr if lock else path.read_text())
+    assert lock or str(path) in done.stderr
 
 
 def test_a_fed_or_absent_watchdog_stays_quiet(train):
     run, _ = train(step_timeout_s=100)
     assert not (run.path / "stacks").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_is_not_worth_a_run(train, capsys, monkeypatch):
+    """For three steps no byte can be written: the run goes on as it would have, and its curves end
+    where they should."""
+    start = BackgroundWriter.start
+
+    def at_once(self, job):
+        start(self, job)
+        self._thread.join()
+
+    monkeypatch.setattr(BackgroundWriter, "start", at_once)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def before(call):
+        if call in (2, 5):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0 if call == 2 else soft, hard))
+
+    plain, (expected, _) = train("plain")
+    try:
+        run, (engine, _) = train("full", before=before, checkpoint_every=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_equal(engine.weights(), expected.weights())
+    said = capsys.readouterr().out
+    assert "warning: logs are not complete" in said
+    assert "checkpoint not written" in said and "the newest one is vae-00000001" in said
+    assert [p.name[-1] for p in run.tags("vae")] == ["1", "5", "6"]
+    ours, theirs = (dict(read_metrics(r.path, "vae")["train/loss"]) for r in (run, plain))
+    assert {1, 5, 6} <= ours.keys() and ours.items() <= theirs.items()
+    board = EventAccumulator(str(run.path / "tensorboard" / "vae")).Reload()
+    assert {1, 5, 6} <= {point.step for point in board.Scalars("train/loss")}
+
+
+def test_lines_cut_off_by_a_kill_are_passed_over(train):
+    run, _ = train()
+    whole = read_metrics(run.path, "vae")
+    path = run.path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"stage": "va')
+    assert read_metrics(run.path, "vae") == whole
 
 
 @pytest.fixture
