@@ -55,7 +55,7 @@ def verify(config: VerifyConfig) -> Iterator[str]:
     bar = tqdm(total=len(shards), desc="verifying", unit=" shards", disable=not config.progress)
     first: dict[str, str] = {}
     elements: set[int] = set()
-    whole = True
+    whole = dataset is not None
     with bar, Workers(check, config.workers) as workers:
         for result in workers.map(shards, chunk=1):
             bar.update()
