@@ -76,8 +76,8 @@ class PrepareConfig:
     size: int = 2000
     """Number of crystals with input=prototypes."""
     split: str | None = None
-    """ratio, count, ids, file, published-123, or keep (input is a data set); None: the one whose
-    settings are given, else keep for a data set and ratio for anything else."""
+    """ratio, count, ids, file, published-123, matbench, or keep (input is a data set); None: the
+    one whose settings are given, else keep for a data set and ratio for anything else."""
     ratio: list[float] | None = None
     """Shares of train, val, test; None: [0.8, 0.1, 0.1]."""
     n_train: int | None = None
@@ -90,8 +90,10 @@ class PrepareConfig:
     """JSON file {train: [ids], val: …, test: …}, or folder of train.txt, val.txt, test.txt."""
     split_target: str | None = None
     """Label that published-123 goes by; None: the only target."""
+    fold: int | None = None
+    """Matbench's official fold to test on, 0 to 4."""
     seed: int = 123
-    """Seed of the shuffle of ratio and count, and of prototypes."""
+    """Seed of the shuffle of ratio and count, of matbench's validation part, and of prototypes."""
     filters: Filters = field(default_factory=Filters)
     """Which crystals to keep."""
     dedup: list[str] = field(default_factory=list)
@@ -298,6 +300,9 @@ def _assign(work: _Work, scan: _Scan) -> np.ndarray:
     if work.rule == "ids":
         assert config.split_ids is not None
         return splits.by_ids(scan.ids, splits.read_ids(config.split_ids))
+    if work.rule == "matbench":
+        assert config.fold is not None
+        return splits.by_fold(n, config.fold, config.seed)
     if work.rule == "published-123":
         if config.split_target is None and len(config.targets) != 1:
             raise ValueError(
@@ -363,7 +368,7 @@ def _provenance(
 ) -> dict[str, Any]:
     config = work.config
     settings = {s: getattr(config, s) for s in splits.RULES[work.rule] if s not in SPLITS}
-    if work.rule in ("ratio", "count"):
+    if work.rule in ("ratio", "count", "matbench"):
         settings["seed"] = config.seed
     if settings.get("split_ids"):
         settings["split_ids"] = {

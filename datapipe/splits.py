@@ -19,6 +19,8 @@ from datapipe.manifest import SPLITS
 
 NONE = -1
 PUBLISHED_SEED = 123
+MATBENCH_SEED = 18012019
+FOLDS = 5
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "ratio": ("ratio",),
@@ -26,6 +28,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "ids": ("split_ids",),
     "file": SPLITS,
     "published-123": ("split_target", "n_train", "n_val", "n_test"),
+    "matbench": ("fold",),
     "keep": (),
 }
 """Rules and the settings each goes by; "keep" takes the splits of a data set as they are."""
@@ -51,7 +54,7 @@ def choose_rule(settings: Mapping[str, Any], asked: str | None, default: str) ->
         raise ValueError(f"split={rule} goes by {uses}, not by {others}")
     if rule == "keep" and default != "keep":
         raise ValueError("split=keep needs a prepared data set as input, which has splits")
-    if rule in ("count", "ids", "file") and not given:
+    if rule in ("count", "ids", "file", "matbench") and not given:
         raise ValueError(f"split={rule} needs {', '.join(RULES[rule])}")
     return rule
 
@@ -122,6 +125,26 @@ def published(
     used = order[:n_train] + order[middle:]
     codes = np.full(len(labelled), NONE, dtype=np.int8)
     codes[present] = _codes(n, used, n_train, n_val, n_test)
+    return codes
+
+
+def by_fold(n: int, fold: int, seed: int) -> np.ndarray:
+    """Matbench's official folds of a regression task: five, of records shuffled by numpy's
+    `RandomState(18012019)` as scikit-learn's KFold does; one is test. Matbench leaves validation
+    to its users: here a tenth of the other four, drawn with `seed`.
+
+    Raises:
+        ValueError: no such fold, or fewer records than folds.
+    """
+    if not 0 <= fold < FOLDS:
+        raise ValueError(f"fold must be 0 to {FOLDS - 1}, got {fold}")
+    if n < 3 * FOLDS:
+        raise ValueError(f"{n} crystals are too few for {FOLDS} folds")
+    order = np.random.RandomState(MATBENCH_SEED).permutation(n)
+    test = np.array_split(order, FOLDS)[fold]
+    codes = np.full(n, SPLITS.index("test"), dtype=np.int8)
+    rest = np.setdiff1d(np.arange(n), test)
+    codes[rest] = by_ratio(len(rest), [0.9, 0.1], seed)
     return codes
 
 

@@ -20,7 +20,8 @@ A suite is a YAML file (configs/suites/, schema `SuiteConfig`):
 
 In a suite `data` and `init_from` name one of its data sets and runs. A run with `per: [encoder]`
 is made once for each value of that factor, with those of the value's settings that the run's job
-has. `include: [FILE]` starts from other files, given relative to this one.
+has. In a setting, `{fold}` stands for the value of a factor `fold`. `include: [FILE]` starts from
+other suite files, given relative to this one.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ class Suite:
 
     def _settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            key: value
+            key: _filled(value, chosen)
             for factor, name in chosen.items()
             for key, value in self._factors[factor][name].items()
         }
@@ -268,6 +269,14 @@ class Suite:
         if name not in names:
             raise ValueError(f"{what}: unknown name {name!r}: {nearest(name, names)}")
         return name
+
+
+def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
+    """A setting with the factors' values in the places of their names."""
+    if isinstance(value, str):
+        for factor, name in chosen.items():
+            value = value.replace(f"{{{factor}}}", str(name))
+    return value
 
 
 def _checked(cell: Cell) -> str:

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datapipe.splits import NONE, by_count, by_ids, by_ratio, choose_rule, published, read_ids
+from datapipe.splits import (
+    NONE,
+    by_count,
+    by_fold,
+    by_ids,
+    by_ratio,
+    choose_rule,
+    published,
+    read_ids,
+)
 
 
 def counts(codes: np.ndarray) -> list[int]:
@@ -152,3 +161,23 @@ def test_rule_follows_from_what_is_given(settings, asked, default, rule):
 def test_settings_that_do_not_fit(settings, asked, words):
     with pytest.raises(ValueError, match=words):
         choose_rule(settings, asked, "ratio")
+
+
+@given(n=st.integers(15, 300))
+def test_matbench_folds_are_those_of_kfold(n):
+    """KFold(5, shuffle=True, random_state=18012019), written out."""
+    order = np.arange(n)
+    np.random.RandomState(18012019).shuffle(order)
+    sizes = [n // 5 + (fold < n % 5) for fold in range(5)]
+    start = 0
+    for fold, size in enumerate(sizes):
+        codes = by_fold(n, fold, seed=0)
+        assert set(np.flatnonzero(codes == 2)) == set(order[start : start + size])
+        assert counts(codes)[1] == max(1, round(0.1 * (n - size))) and counts(codes)[3] == 0
+        start += size
+
+
+@pytest.mark.parametrize(("n", "fold", "words"), [(100, 5, "0 to 4"), (9, 0, "too few")])
+def test_bad_folds(n, fold, words):
+    with pytest.raises(ValueError, match=words):
+        by_fold(n, fold, 0)
