@@ -213,31 +213,27 @@ def _node(env: JobEnvironment) -> str:
 def _still_wanted(env: JobEnvironment) -> bool:
     """Whether Slurm's job is one to be continued: it runs, or only its time is up. One that ends
     otherwise was cancelled, or is being requeued by Slurm itself."""
-    text = _ask("squeue", "--noheader", "--jobs", env.job_id, "--format", "%T %e")
-    state, _, end = text.strip().partition(" ")
-    return state == "RUNNING" or time.time() > _seconds(end) - 5
+    text = _ask("squeue", "--noheader", "--jobs", env.job_id, "--format", "%T %r")
+    state, _, reason = text.strip().partition(" ")
+    return state == "RUNNING" or reason == "TimeLimit"
 
 
 def _end_of_job(env: JobEnvironment) -> dict[str, str]:
     """SLURM_JOB_END_TIME, which Slurm sets itself from version 23 on."""
     if env.name() != "slurm" or "SLURM_JOB_END_TIME" in os.environ:
         return {}
-    end = _seconds(_ask("squeue", "--noheader", "--jobs", env.job_id, "--format", "%e").strip())
-    return {"SLURM_JOB_END_TIME": str(int(end))} if end < float("inf") else {}
-
-
-def _seconds(text: str) -> float:
-    """A time that Slurm prints, in seconds since 1970; infinite if there is none."""
+    text = _ask("squeue", "--noheader", "--jobs", env.job_id, "--format", "%e").strip()
     with contextlib.suppress(ValueError):
-        return datetime.fromisoformat(text).timestamp()
-    return float("inf")
+        return {"SLURM_JOB_END_TIME": str(int(datetime.fromisoformat(text).timestamp()))}
+    return {}
 
 
 def _ask(*command: str) -> str:
     """Output of a Slurm command, with its complaints in the job's log; asked again for some minutes
     if it fails, as a controller may be restarting. Empty if it fails to the last."""
+    environ = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
     for pause in (5, 10, 20, 40, 80, 0):
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True)
         if done.returncode == 0:
             return done.stdout
         time.sleep(pause)

@@ -94,9 +94,16 @@ def test_a_process_is_killed(desk, finetuned, whom):
 
 
 def test_time_runs_out(desk, finetuned):
+    """The limit is set when the run is under way, and taken back for its second turn: how long a
+    machine takes to start is no matter."""
     output = "runs/limited"
-    desk.submit(*FINETUNE, f"run_dir={output}", "time=1", "slurm.signal=USR2@5")
+    desk.submit(*FINETUNE, f"run_dir={output}", "time=60", "slurm.signal=USR2@5")
     desk.wait_for_step(output, 3)
+    job = desk.job(output)
     with desk.frozen(output) as pids:
-        wait_for(lambda: state(pids[0]) != "T", "Slurm warns of the time limit")
+        desk.cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+40")
+        desk.wait_until(lambda: state(pids[0]) != "T", "Slurm warns of the limit", output)
+    desk.wait_until(lambda: "requeue" in desk.events(output), "the job asks for more", output)
+    desk.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     assert_unbroken(desk, output, finetuned)
+    assert desk.events(output) == ["start", "stopped", "requeue", "start", "finished"]

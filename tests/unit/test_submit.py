@@ -268,9 +268,8 @@ def test_script_leaves_out_what_was_not_asked():
 def test_nothing_that_users_write_is_run_by_the_script(tmp_path):
     """The script is run by a real shell in which srun only shows its arguments."""
     folder = tmp_path / HOSTILE.replace("/", "")
-    config = ask(
-        "job=pretrain", f"name={HOSTILE}", f"account={HOSTILE}", f"slurm.comment={HOSTILE}"
-    ).config
+    settings = ("name", "mem", "partition", "account", "constraint", "qos", "slurm.comment")
+    config = ask("job=pretrain", *(f"{key}={HOSTILE}" for key in settings)).config
     text = script(slurm_executor(config, "run", folder, folder / "code-1"), 1)
     (folder / "code-1/launch").mkdir(parents=True)
     (folder / "code-1/launch/task.py").write_text("import sys; print(*sys.argv[1:], sep='\\n')")

@@ -177,12 +177,17 @@ def test_events_survive_a_cut_line(tmp_path):
 @pytest.mark.parametrize(
     ("state", "codes", "noted", "exit_code"),
     [
-        ("RUNNING", {}, ["start", "crashed", "requeue"], 1),  # srun could start nothing
-        ("RUNNING", {0: 75}, ["start", "stopped", "requeue"], 75),
-        ("RUNNING", {0: 1, 1: 1}, ["start", "crashed", "requeue"], 1),
-        ("RUNNING", {0: 1, 1: 2}, ["start", "failed"], 2),
-        ("RUNNING", {0: 0, 1: 0}, ["start", "finished"], 0),
-        ("COMPLETING", {0: 75}, ["start", "stopped"], 75),  # scancel, or Slurm requeues it itself
+        ("RUNNING None", {}, ["start", "crashed", "requeue"], 1),  # srun could start nothing
+        ("RUNNING None", {0: 75}, ["start", "stopped", "requeue"], 75),
+        ("RUNNING None", {0: 1, 1: 1}, ["start", "crashed", "requeue"], 1),
+        ("RUNNING None", {0: 1, 1: 2}, ["start", "failed"], 2),
+        ("RUNNING None", {0: 0, 1: 0}, ["start", "finished"], 0),
+        (
+            "COMPLETING None",
+            {0: 75},
+            ["start", "stopped"],
+            75,
+        ),  # scancel, or Slurm requeues it itself
         ("TIMEOUT", {0: 75}, ["start", "stopped", "requeue"], 75),
         ("cancelled", {0: 75}, ["start", "stopped"], 75),  # by `cancel`, while Slurm lets it run
         ("cancelled", {}, ["start", "stopped"], 75),
@@ -200,11 +205,10 @@ def test_batch_script_asks_for_another_turn(tmp_path, state, codes, noted, exit_
         EventLog(folder, "a", rank).note(
             outcome_of(code), job="7", turn=2, rank=rank, node="n", code=code
         )
-    end = "2001-01-01T00:00:00" if state == "TIMEOUT" else "2999-01-01T00:00:00"
-    shown = {"TIMEOUT": "COMPLETING", "cancelled": "RUNNING"}.get(state, state)
+    shown = {"TIMEOUT": "COMPLETING TimeLimit", "cancelled": "RUNNING None"}.get(state, state)
     for name, line in {
         "srun": "exit 1",
-        "squeue": f"echo {shown} {end}",
+        "squeue": f"echo {shown}",
         "scontrol": f'echo "$@" >> "{tmp_path}/asked"',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
