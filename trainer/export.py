@@ -302,6 +302,8 @@ def read_model(root: Path) -> Exported:
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
             raise ValueError(f"{root / name} is damaged: {key!r} is missing or of the wrong kind")
+    if not STAGE_NAME.fullmatch(config["stage"]):
+        raise ValueError(f"{root / name} is damaged: {config['stage']!r} is no name of a stage")
     if "${" in repr([config["encoder"], config["settings"]]):
         raise ValueError(f"{root / name} refers to values elsewhere (${{…}}): write them out")
     exported = Exported(

@@ -131,7 +131,7 @@ def at_most(numbers: int, source: str) -> Iterator[None]:
     Raises:
         ValueError: the module is larger, or cannot be built; `source` names what describes it.
     """
-    limit, held = 2 * numbers + (1 << 20), 0
+    limit, held = 2 * numbers + (1 << 16), 0
 
     def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
         nonlocal held
