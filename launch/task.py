@@ -81,10 +81,12 @@ class Task:
         if not any(e["turn"] == turn for e in log.starts(env.job_id)):  # rank 0 never began
             self._note_start(env, here)
         end = verdict(ends_of_turn(self.folder, self.cell, env.job_id, turn), code)
-        if cancelled(self.folder) and end["event"] == "crashed":
+        open_end = end["event"] in ("stopped", "crashed")
+        wanted = open_end and not cancelled(self.folder) and _still_wanted(env)
+        if open_end and not wanted:  # what ended it made it crash, perhaps
             end["event"] = "stopped"
         log.note(**{**end, **here, "progress": progress(self.output)})
-        if end["event"] == "stopped" or (end["event"] == "crashed" and self._may_restart(log)):
+        if wanted and (end["event"] == "stopped" or self._may_restart(log)):
             self._requeue(env, log)
         return end["event"]
 
@@ -101,10 +103,8 @@ class Task:
         return log.crashes(progress(self.output)) <= self.max_crashes
 
     def _requeue(self, env: JobEnvironment, log: EventLog) -> None:
-        """Asks the scheduler for another turn, unless the job was ended on purpose."""
+        """Asks the scheduler for another turn, unless the job had all it may have."""
         left = self.max_requeues - len(log.starts(env.job_id))
-        if cancelled(self.folder) or (env.name() == "slurm" and not _still_wanted(env)):
-            return
         if left < 0:
             log.note("gave up", job=env.job_id, after=self.max_requeues)
             return
@@ -211,8 +211,10 @@ def _node(env: JobEnvironment) -> str:
 
 
 def _still_wanted(env: JobEnvironment) -> bool:
-    """Whether Slurm's job is one to be continued: it runs, or only its time is up. One that ends
-    otherwise was cancelled, or is being requeued by Slurm itself."""
+    """Whether a job is one to be continued: on Slurm, it runs, or only its time is up. One that
+    ends otherwise was cancelled, or is being requeued by Slurm itself."""
+    if env.name() != "slurm":
+        return True
     text = _ask("squeue", "--noheader", "--jobs", env.job_id, "--format", "%T %r")
     state, _, reason = text.strip().partition(" ")
     return state == "RUNNING" or reason == "TimeLimit"

@@ -187,7 +187,8 @@ def test_events_survive_a_cut_line(tmp_path):
             {0: 75},
             ["start", "stopped"],
             75,
-        ),  # scancel, or Slurm requeues it itself
+        ),  # or Slurm requeues it itself
+        ("COMPLETING None", {0: 1}, ["start", "stopped"], 75),  # scancel, before it could listen
         ("TIMEOUT", {0: 75}, ["start", "stopped", "requeue"], 75),
         ("cancelled", {0: 75}, ["start", "stopped"], 75),  # by `cancel`, while Slurm lets it run
         ("cancelled", {}, ["start", "stopped"], 75),
