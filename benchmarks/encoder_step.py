@@ -4,9 +4,9 @@
     … encoders=[pddformer] batch_size=64 threads=2 repeats=5
 
 Paper-size encoders, fp32, forward and backward of one batch in training mode. The plain
-definition is that of the tests (tests/reference_encoders.py): concatenations over edges, full
-graphs, no quotient. The three run in alternation; times are medians of wall time. The last line is
-the table as JSON.
+definition is that of the tests (tests/reference_*.py): concatenations over edges, full graphs, no
+quotient. The three run in alternation; times are medians of wall time. An encoder that has no
+quotient has no such row. The last line is the table as JSON.
 """
 
 from __future__ import annotations
@@ -16,23 +16,29 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from datapipe.crystal import Crystal
 from datapipe.graph import build
 from datapipe.schema import CrystalBatch
 from datapipe.shards import Dataset
-from models.encoders import ENCODERS, build_encoder
+from models.encoders import ENCODERS, Encoder, build_encoder
 from models.registry import configure
+from tests import reference_angles, reference_backbones
 from tests.reference_encoders import reference
 from trainer.config import parse, required, run
+
+PLAIN = {**reference_backbones.PLAIN, **reference_angles.PLAIN}
+Run = Callable[[CrystalBatch], Tensor]
 
 
 @dataclass(kw_only=True)
@@ -51,23 +57,35 @@ class BenchmarkConfig:
     """Steps of each kind after one to warm up."""
 
 
-def step(model: nn.Module, batch: CrystalBatch) -> float:
-    """Seconds of one forward and backward."""
+def step(model: nn.Module, run: Run, batch: CrystalBatch) -> float:
+    """Seconds of one forward and backward of what uses the model's parameters."""
     model.zero_grad(set_to_none=True)
     began = time.perf_counter()
-    model(batch).square().mean().backward()
+    run(batch).square().mean().backward()
     return time.perf_counter() - began
 
 
-def measure(name: str, crystals: list[Crystal], repeats: int) -> list[dict]:
-    """Rows for one encoder: plain, full and quotient."""
-    torch.manual_seed(0)
-    encoder = build_encoder({"name": name}).train()
+def definition(encoder: Encoder) -> tuple[nn.Module, Run]:
+    """The plain definition of an encoder, and the module whose parameters it uses."""
+    name = encoder.section["name"]
+    if name in PLAIN:
+        return encoder, partial(PLAIN[name], encoder)
     settings = {k: v for k, v in encoder.section.items() if k != "name"}
     plain = reference(encoder, name, configure(ENCODERS[name].Config, settings)).train()
+    return plain, plain
+
+
+def measure(name: str, crystals: list[Crystal], repeats: int) -> list[dict]:
+    """Rows for one encoder: plain, full and, where it has one, quotient."""
+    torch.manual_seed(0)
+    encoder = build_encoder({"name": name}).train()
     full = build(crystals, encoder.graph, quotient=False)
-    quotient = build(crystals, encoder.graph)
-    kinds = {"plain": (plain, full), "full": (encoder, full), "quotient": (encoder, quotient)}
+    kinds: dict[str, tuple[nn.Module, Run, CrystalBatch]] = {
+        "plain": (*definition(encoder), full),
+        "full": (encoder, encoder, full),
+    }
+    if encoder.graph.depth is not None:
+        kinds["quotient"] = encoder, encoder, build(crystals, encoder.graph)
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for repeat, kind in itertools.product(range(repeats + 1), kinds):
         taken = step(*kinds[kind])
@@ -75,7 +93,7 @@ def measure(name: str, crystals: list[Crystal], repeats: int) -> list[dict]:
             seconds[kind].append(taken)
     base = statistics.median(seconds["plain"])
     rows = []
-    for kind, (_, batch) in kinds.items():
+    for kind, (*_, batch) in kinds.items():
         median = statistics.median(seconds[kind])
         rows.append(
             {
