@@ -21,6 +21,7 @@ from trainer.checkpoint import RunDirectory
 from trainer.config import parse, required, run, to_yaml
 from trainer.export import describe_data, describe_stage, export_stage, lineage, open_model
 from trainer.loop import fit
+from trainer.memory import memory_text
 from trainer.settings import pretrain_schema
 from trainer.signals import StopRequest
 from trainer.stage import STAGES
@@ -69,6 +70,8 @@ def main() -> None:
         if world.main:
             print(jobs.plan_text(stage, train, section, world, config.trainer.accumulation))
         if config.dry_run:
+            if world.main:
+                print(memory_text(stage, train.largest(), config.trainer, world), flush=True)
             continue
         if world.main:
             describe_stage(directory.path / name, stage, data, start=start)

@@ -218,7 +218,7 @@ class Edges:
         return self._blocks[size]
 
     def _cuts(self, size: int) -> list[int]:
-        if self.ptr.device.type != "cpu":
+        if self.ptr.device.type != "cpu" or type(self.ptr) is not Tensor:  # subclasses: no values
             return [0, self.num_nodes]
         cuts, ptr = [0], self.ptr.numpy()
         while cuts[-1] < self.num_nodes:

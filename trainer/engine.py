@@ -7,6 +7,7 @@ checkpoint written by one engine, ZeRO stage or number of ranks continues on any
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -349,17 +350,20 @@ def set_recompute(stage: nn.Module, recompute: bool) -> None:
     """Tells the stage's modules that can recompute whether to."""
     for module in stage.modules():
         if hasattr(module, "recompute"):
-            module.recompute = recompute
+            module.recompute = recompute  # type: ignore[assignment]
+
+
+def uses_deepspeed(config: EngineConfig, world: World) -> bool:
+    """Whether DeepSpeed runs the steps."""
+    launched = world.size > 1 or "LOCAL_RANK" in os.environ
+    return config.engine == "deepspeed" or (config.engine == "auto" and launched)
 
 
 def build_engine(
     stage: Stage, groups: list[dict], grad_clip: float, config: EngineConfig, world: World
 ) -> Engine:
     """The engine the config asks for, with `stage` on this rank's device."""
-    import os
-
     set_recompute(stage, config.recompute)
-    launched = world.size > 1 or "LOCAL_RANK" in os.environ
-    if config.engine == "deepspeed" or (config.engine == "auto" and launched):
+    if uses_deepspeed(config, world):
         return DeepSpeedEngine(stage, groups, grad_clip, config, world)
     return TorchEngine(stage, groups, grad_clip, config, world)
