@@ -51,9 +51,10 @@ class Registry(Generic[T]):
                 raise ValueError(f"unknown {self.kind} {name!r}: {nearest(str(name), self)}")
             try:
                 item = offered[name].load()
-            except (ImportError, AttributeError) as error:
+            except Exception as error:  # it is not our code
                 raise ValueError(
-                    f"plug-in {self.kind} {name!r} ({offered[name].value}) does not load: {error}"
+                    f"plug-in {self.kind} {name!r} ({offered[name].value}) does not load: "
+                    f"{type(error).__name__}: {error}"
                 ) from error
             self._items.setdefault(name, item)  # it may have registered itself meanwhile
         return self._items[name]

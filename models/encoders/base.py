@@ -47,13 +47,15 @@ def build_encoder(section: Mapping[str, Any]) -> Encoder:
     from the debug flavour.
 
     Raises:
-        ValueError: no name, an unknown name or an unknown key.
+        ValueError: no name, an unknown name, a plug-in that is no encoder, or an unknown key.
     """
     values = dict(section)
     if "name" not in values:
         raise ValueError(f"config section 'encoder' needs a name: one of {', '.join(ENCODERS)}")
     name = values.pop("name")
     cls = ENCODERS[name]
+    if not (isinstance(cls, type) and issubclass(cls, Encoder)):
+        raise ValueError(f"encoder {name!r} is {cls!r}, which is no subclass of Encoder")
     if values.pop("tiny", False):
         values = {**cls.tiny, **values}
     config: Any = configure(cls.Config, values, "encoder")

@@ -1,0 +1,50 @@
+"""A package with encoders, as another project would install it: the one of docs/encoders.md."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from models.encoders import ENCODERS
+
+PAGE = (Path(__file__).parents[1] / "docs" / "encoders.md").read_text()
+
+
+def block(language: str) -> str:
+    """The page's first block of code in a language."""
+    found = re.search(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    assert found, f"docs/encoders.md has no block of {language}"
+    return found[1]
+
+
+@contextmanager
+def installed(
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    modules: Mapping[str, str] | None = None,
+    **more: str,
+) -> Iterator[None]:
+    """The page's package in an empty directory where Python finds it, with `modules` (name →
+    source) beside its own and `more` entry points (name → module:Class)."""
+    name, target = re.findall(r'^(\w+) = "(.*)"$', block("toml"), re.MULTILINE)[0]
+    group = re.findall(r'^\[project\.entry-points\."(.*)"\]$', block("toml"), re.MULTILINE)[0]
+    own = target.split(":")[0]
+    sources = {own: block("python"), **(modules or {})}
+    for module, source in sources.items():
+        (root / f"{module}.py").write_text(source)
+    info = root / f"{own}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {own}\nVersion: 1.0\n")
+    points = {name: target, **more}
+    lines = [f"[{group}]", *(f"{key} = {value}" for key, value in points.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(root)
+    monkeypatch.setattr(ENCODERS, "_items", dict(ENCODERS._items))
+    yield
+    for module in sources:
+        sys.modules.pop(module, None)
