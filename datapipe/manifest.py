@@ -87,7 +87,7 @@ class Manifest:
             raise ValueError(f"{root} is not a data set: it has no complete {MANIFEST}") from None
         except OSError as error:
             raise ValueError(f"{root}: {error}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{join_path(root, MANIFEST)} is not JSON: {error}") from None
         found = values.get("schema_version") if isinstance(values, dict) else None
         if found != SCHEMA_VERSION:

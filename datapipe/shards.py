@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import safetensors.numpy as safetensors
+from safetensors import SafetensorError
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from datapipe.bytes import DEFAULT, Access, join_path, open_file
 from datapipe.cache import open_shard
 from datapipe.crystal import BadCrystal, Crystal
+from datapipe.entries import PlainEntries
 from datapipe.manifest import SPLITS, Manifest
 from datapipe.record import COLUMNS, INDEX, Tensors, decode, decode_all, encode
 from datapipe.writer import DatasetWriter
@@ -74,8 +76,11 @@ class Dataset:
         except OSError as error:
             raise ValueError(f"{root}: {error}") from None
         check(data)
-        index = safetensors.load(data)
-        if set(index) != set(COLUMNS) or len(index["atoms"]) != sum(manifest.splits.values()):
+        try:
+            index = safetensors.load(data)
+        except SafetensorError as error:
+            raise ValueError(f"{url} is damaged: {error}") from None
+        if not _fits(index, manifest):
             raise ValueError(f"{url} does not belong to the manifest beside it")
         return cls(os.fspath(root), manifest, index, access)
 
@@ -152,7 +157,7 @@ class Dataset:
             ) from None
         with stream:
             stream.seek(int(self._offset[items[0]]))
-            source = [{"url": shard.name, "stream": stream}]
+            source = [{"url": shard.name, "stream": PlainEntries(stream)}]
             files = tar_file_expander(source, handler=_stop)
             todo = iter(items)
             item = next(todo)
@@ -175,6 +180,16 @@ class Dataset:
             return decode_all(data, self.names)
         except BadCrystal as error:
             return BadCrystal(f"{self.where(item)}: {error}"), {}
+
+
+def _fits(index: Mapping[str, np.ndarray], manifest: Manifest) -> bool:
+    count = sum(manifest.splits.values())
+    shapes = dict.fromkeys(COLUMNS, (count,)) | {"targets": (count, len(manifest.targets))}
+    return (
+        {name: array.shape for name, array in index.items()} == shapes
+        and all(index[name].dtype == np.dtype(code) for name, code in COLUMNS.items())
+        and not (index["offset"] < 0).any()
+    )
 
 
 def _stop(error: Exception) -> bool:

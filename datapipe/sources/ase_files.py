@@ -76,5 +76,5 @@ def read_ase_db(path: Path, options: Options) -> Iterator[Raw]:
             yield Raw(
                 id, where, ("arrays", (row.numbers, row.positions, row.cell, row.pbc)), labels
             )
-    except sqlite3.DatabaseError as error:
-        raise ValueError(f"not an ASE database: {error}") from None
+    except (sqlite3.DatabaseError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not an ASE database: {type(error).__name__}: {error}") from None

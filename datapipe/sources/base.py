@@ -26,7 +26,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
+
+from datapipe.crystal import BadCrystal
 
 Payload = tuple[str, Any]
 """(kind, data): what `datapipe.sources.parse` makes a crystal of. Data is plain and picklable."""
@@ -174,9 +176,15 @@ _OPENERS: Mapping[str, Callable[..., Any]] = {
     ".xz": lzma.open,
 }
 
+MAX_FILE = 1 << 26
+"""Bytes of the longest structure file or table in a folder or archive."""
+MAX_RATIO = 200
+"""How many times its size a compressed file may unpack to, beyond `MAX_FILE`: text comes to 20."""
+
 READ_ERRORS = (
     OSError,
     EOFError,
+    RecursionError,
     UnicodeDecodeError,
     csv.Error,
     lzma.LZMAError,
@@ -187,15 +195,51 @@ READ_ERRORS = (
 """What a damaged file raises."""
 
 
+class Unpacked(io.RawIOBase):
+    """The bytes that a compressed file holds; raises ValueError where they become too many."""
+
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
+        self._path, self._stream = path, stream
+        self._left = MAX_FILE + MAX_RATIO * path.stat().st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError(
+                f"{self._path.name} unpacks to more than {MAX_RATIO} times its size: no crystals "
+                "do; unpack it yourself if you trust it"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
 def open_text(path: Path) -> TextIO:
     """A text file, compressed (`.gz`, `.bz2`, `.xz`, the only file of its kind in a `.zip`) or
     not."""
     suffix = path.suffix.lower()
     if suffix == ".zip" and (name := _zipped_text(path)):
         archive = zipfile.ZipFile(path)
-        return io.TextIOWrapper(archive.open(name), encoding="utf-8-sig", newline="")
-    opener = _OPENERS.get(suffix, open)
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+        packed: BinaryIO = archive.open(name)  # type: ignore[assignment]
+    elif suffix in _OPENERS:
+        packed = _OPENERS[suffix](path, "rb")
+    else:
+        return open(path, encoding="utf-8-sig", newline="")
+    unpacked = io.BufferedReader(Unpacked(path, packed), 1 << 18)
+    return io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline="")
+
+
+def check_size(name: str, size: int) -> None:
+    """Raises BadCrystal for a file in a folder or archive that no structure fills."""
+    if size > MAX_FILE:
+        raise BadCrystal(f"{name} has {size} bytes, more than any structure", "too large")
 
 
 def _zipped_text(path: Path) -> str | None:

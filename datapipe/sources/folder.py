@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datapipe.sources.base import MAYBE, NO, SOURCES, Look, Options, Payload, Raw
+from datapipe.crystal import BadCrystal
+from datapipe.sources.base import MAYBE, NO, SOURCES, Look, Options, Payload, Raw, check_size
 
 _SUFFIXES = (".cif", ".vasp", ".poscar", ".contcar")
 _PLAIN = ("POSCAR", "CONTCAR")
@@ -47,7 +48,7 @@ def read_folder(path: Path, options: Options) -> Iterator[Raw]:
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = sorted(n for n in archive.namelist() if not n.startswith("__MACOSX"))
-            read = lambda n: archive.read(n).decode("utf-8-sig")  # noqa: E731
+            read = lambda n: _zipped(archive, n)  # noqa: E731
             yield from _list(path, names, lambda n: ("member", (str(path), n)), read, options)
     elif tarfile.is_tarfile(path):
         yield from _read_tar(path, options)
@@ -99,7 +100,7 @@ def _read_tar(path: Path, options: Options) -> Iterator[Raw]:
     with tarfile.open(path) as tar:
         for member in tar:
             if member.isfile() and _is_table(member.name):
-                text = tar.extractfile(member).read().decode("utf-8-sig")  # type: ignore[union-attr]
+                text = _content(tar, member).decode("utf-8-sig")
                 table = Properties.parse(text, member.name, options)
                 break
     labels: dict[str, Mapping[str, Any]] = {}
@@ -118,11 +119,13 @@ def _read_tar(path: Path, options: Options) -> Iterator[Raw]:
             if table and key is None:
                 yield _unlisted(path, name, table.name)
                 continue
-            text = tar.extractfile(member).read().decode("utf-8", errors="replace")  # type: ignore[union-attr]
+            try:
+                text = _content(tar, member).decode("utf-8", errors="replace")
+                payload: Payload = ("text", text)
+            except BadCrystal as error:
+                payload = ("bad", (str(error), error.reason))
             found.add(key)
-            yield Raw(
-                _id(key or name), f"{path.name}/{name}", ("text", text), labels.get(key or "", {})
-            )
+            yield Raw(_id(key or name), f"{path.name}/{name}", payload, labels.get(key or "", {}))
     for key in labels:
         if key not in found:
             absent = (
@@ -135,6 +138,17 @@ def _read_tar(path: Path, options: Options) -> Iterator[Raw]:
         yield Raw(_id(key), path.name, ("bad", twice), labels[key])
     if not found and not labels:
         raise ValueError(f"{path} holds no structure files ({', '.join(_SUFFIXES)}, POSCAR…)")
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """What a regular member holds; its size may be a sparse file's. Nothing is written anywhere."""
+    check_size(member.name, member.size)
+    return tar.extractfile(member).read()  # type: ignore[union-attr]
+
+
+def _zipped(archive: zipfile.ZipFile, name: str) -> str:
+    check_size(name, archive.getinfo(name).file_size)
+    return archive.read(name).decode("utf-8-sig")
 
 
 def _unlisted(path: Path, name: str, table: str) -> Raw:

@@ -17,7 +17,7 @@ import numpy as np
 from ase.data import atomic_numbers
 
 from datapipe.crystal import BadCrystal, Crystal
-from datapipe.sources.base import Payload
+from datapipe.sources.base import Payload, check_size
 from datapipe.sources.cif import read_cif
 
 _NUMBERS = {**atomic_numbers, "D": 1, "T": 1}
@@ -98,16 +98,17 @@ def _poscar(text: str) -> Crystal:
 
 
 def _file(path: str) -> Crystal:
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        raise BadCrystal("the file does not exist", "missing file") from None
-    return _named(path, text)
+    file = Path(path)
+    if not file.is_file():  # nor does a pipe hold one
+        raise BadCrystal("the file does not exist", "missing file")
+    check_size(file.name, file.stat().st_size)
+    return _named(path, file.read_text(encoding="utf-8", errors="replace"))
 
 
 def _member(place: tuple[str, str]) -> Crystal:
-    archive, name = place
-    return _named(name, _open_zip(archive).read(name).decode("utf-8", errors="replace"))
+    archive, name = _open_zip(place[0]), place[1]
+    check_size(name, archive.getinfo(name).file_size)
+    return _named(name, archive.read(name).decode("utf-8", errors="replace"))
 
 
 @lru_cache(maxsize=2)
@@ -165,7 +166,11 @@ def _literal(value: Any) -> Any:
     try:
         return json.loads(value)
     except ValueError:
-        return ast.literal_eval(value)
+        pass
+    try:
+        return ast.literal_eval(value)  # makes values, runs nothing
+    except MemoryError:  # of the parser's stack
+        raise ValueError("the text is nested too deeply") from None
 
 
 def _json(text: str) -> Crystal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datapipe.sources.base import NO, SOURCES, SURE, Look, Options, Raw, open_text
@@ -45,6 +45,8 @@ def read_supercon3d(path: Path, options: Options) -> Iterator[Raw]:
             record: dict[str, Any] = dict(zip(names, row, strict=False))
             name = record.pop("file")
             record["log_tc"] = _log(record.get("tc"))
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{table.name} row {number} names a file elsewhere: {name!r}")
             places = (table.parent / "cif" / name, table.parent / name)
             place = next((p for p in places if p.exists()), places[0])
             id = name.removesuffix(".cif")
