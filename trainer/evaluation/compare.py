@@ -186,7 +186,6 @@ def compare_arms(arm: Arm, baseline: Arm, resamples: int, confidence: float) -> 
              if s not in b.results]  # fmt: skip
     comparison = Comparison(arm, baseline, seeds, [r.cell.name for r in alone], NAN, None, None)
     if not seeds:
-        comparison.notes.append("no replicate in common")
         return comparison
     ours, theirs = ([a.results[s].scores["mae"] for s in seeds] for a in (arm, baseline))
     comparison.improvement = improvement(float(np.mean(ours)), float(np.mean(theirs)))

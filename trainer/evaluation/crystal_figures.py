@@ -17,10 +17,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from datapipe.schema import MAX_Z
 from trainer.evaluation.compare import Arm
 from trainer.evaluation.crystals import BUCKETS, SYSTEMS, Facts, arm_errors
-from trainer.evaluation.figures import STYLE, Look, headline, new_figure, quantity, save
+from trainer.evaluation.figures import STYLE, Look, headline, mae_label, new_figure, save
 from trainer.evaluation.formats import places
 from trainer.evaluation.statistics import improvement
-from trainer.plots import WIDTH, _place, _pretty
+from trainer.plots import WIDTH, _place
 
 _WHISKERS = "bars: means over seeds, with their standard deviation"
 FEWEST = 5
@@ -42,7 +42,7 @@ def by_atoms(line: Sequence[Arm], facts: Facts, title: str, look: Look, path: Pa
         left, right = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[0, 1])
         counts = figure.add_subplot(grid[1, 1], sharex=right)
         _grouped(left, line, facts, wide, look)
-        left.set_ylabel(_mae(line[0]))
+        left.set_ylabel(mae_label(line[0]))
         left.set_xlabel("atoms per cell")
         x = np.arange(len(fine))
         for arm in line:
@@ -56,7 +56,7 @@ def by_atoms(line: Sequence[Arm], facts: Facts, title: str, look: Look, path: Pa
                 )  # fmt: skip
         right.tick_params(axis="x", labelbottom=False, length=0)
         right.set_ylim(bottom=0)
-        right.set_ylabel(_mae(line[0]))
+        right.set_ylabel(mae_label(line[0]))
         if len(line) > 1:
             right.legend(loc="best", fontsize="small")
         counts.bar(x, [int(inside.sum()) for _, inside in fine], color="#bbbbbb", width=0.8)
@@ -91,7 +91,7 @@ def by_space_group(line: Sequence[Arm], facts: Facts, title: str, look: Look, pa
         ):
             _grouped(axes, line, facts, bins, look)
             axes.set_xlabel(name)
-            axes.set_ylabel(_mae(line[0]))
+            axes.set_ylabel(mae_label(line[0]))
         panels[1].tick_params(axis="x", labelsize="small")
         if len(line) > 1:
             handles, labels = panels[0].get_legend_handles_labels()
@@ -118,8 +118,7 @@ def by_element(line: Sequence[Arm], facts: Facts, title: str, look: Look, path: 
         low, high = min(values), max(values)
         norm = LogNorm(low, high if high > low else 2 * low) if low > 0 else None
         digits = places(values, 2)
-        unit = _pretty(best.first.unit)
-        label = f"MAE ({unit})" if unit else "MAE"
+        label = mae_label(best)
         _periodic(figure, panels[0], mae, norm, "YlGnBu", label,
                   lambda v: f"{v:.{digits}f}")  # fmt: skip
         panels[0].set_title(f"{look.name(best)}: MAE of crystals with the element", loc="left",
@@ -202,8 +201,8 @@ def _fine(atoms: np.ndarray, fewest: int = 20) -> list[Bin]:
         start = low if start is None else start
         inside = (atoms >= start) & (atoms < after)
         if inside.sum() >= fewest or (after == _EDGES[-1] and inside.any()):
-            last = int(atoms[inside].max()) if after == _EDGES[-1] else after - 1
-            bins.append((str(start) if last <= start else f"{start}–{last}", inside))
+            first, last = int(atoms[inside].min()), int(atoms[inside].max())
+            bins.append((str(first) if first == last else f"{first}–{last}", inside))
             start = None
     return bins
 
@@ -222,7 +221,3 @@ def _symbol(number: int) -> str:
 
 def _mean(arm: Arm, facts: Facts, inside: np.ndarray) -> float:
     return float(np.nanmean(arm_errors(arm, facts)[:, inside]))
-
-
-def _mae(arm: Arm) -> str:
-    return f"MAE of {quantity(arm)}"

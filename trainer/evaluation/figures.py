@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from trainer.evaluation.compare import Arm
+from trainer.evaluation.formats import places
 from trainer.evaluation.statistics import improvement
 from trainer.evaluation.suite import Suite
 from trainer.plots import _STYLE, DPI, WIDTH, _density, _label, _pretty
@@ -97,9 +98,9 @@ def headline(figure: Figure, title: str, note: str = "") -> None:
     figure.suptitle(text, x=0.01, ha="left", fontsize="medium" if note else "large")
 
 
-def quantity(arm: Arm) -> str:
-    """The predicted quantity with its unit."""
-    return _label(arm.first.target, arm.first.unit)
+def mae_label(arm: Arm) -> str:
+    """For the axis of errors."""
+    return _label("MAE", arm.first.unit)
 
 
 def parity(line: Sequence[Arm], title: str, look: Look, path: Path) -> None:
@@ -135,8 +136,8 @@ def parity(line: Sequence[Arm], title: str, look: Look, path: Path) -> None:
             axes.set(xlim=limits, ylim=limits, aspect="equal")
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.yaxis.set_major_locator(MaxNLocator(5))
-            axes.set_xlabel(f"{quantity(arm)}, label")
-            axes.set_ylabel(f"{quantity(arm)}, predicted")
+            axes.set_xlabel(_label("label", arm.first.unit))
+            axes.set_ylabel(_label("prediction", arm.first.unit))
             axes.label_outer()
             score = f"MAE {p.error.mean():.3g} {_pretty(arm.first.unit)}".rstrip()
             axes.set_title(f"{look.name(arm)}\n{score}", loc="left")
@@ -168,14 +169,14 @@ def label_curves(curves: dict[str, list[Arm]], look: Look, path: Path, confidenc
                 handles.setdefault(look.name(line[0]), _curve(axes, line, look, confidence))
             _log_ticks(axes, [a.first.labels for a in arms], [a.scores("mae") for a in arms])
             axes.set_title(name, loc="left")
-            axes.set_ylabel(f"MAE ({_pretty(arms[0].first.unit)})" if arms[0].first.unit else "MAE")
+            axes.set_ylabel(mae_label(arms[0]))
             axes.set_xlabel("training labels")
         _legend(figure, handles)
-        few = min(len(a.results) for arms in curves.values() for a in arms) < BAND_FROM
-        band = f"bands: {100 * confidence:g} % confidence interval" + (
-            f" (of {BAND_FROM} seeds and more)" if few else ""
-        )
-        headline(figure, "Error over training labels", f"dots: seeds; {band}")
+        seeds = [len(a.results) for arms in curves.values() for a in arms]
+        band = f"dots: seeds; bands: {100 * confidence:g} % confidence interval"
+        band += f" (of {BAND_FROM} seeds and more)" if min(seeds) < BAND_FROM else ""
+        note = band if max(seeds) > 1 else "one seed each"
+        headline(figure, "Error over training labels", note)
         save(figure, path)
 
 
@@ -214,9 +215,10 @@ def bars(
             floor = base.summary() if base else None
             tops = [_bar(axes, i, arm, look, confidence) for i, arm in enumerate(line)]
             right = max(tops)
+            digits = places([arm.mean(lambda r: r.scores["mae"]) for arm in line])
             for i, arm in enumerate(line):
-                mean = arm.summary().mean  # type: ignore[union-attr]
-                text = f"{mean:.3g}"
+                mean = arm.mean(lambda r: r.scores["mae"])
+                text = f"{mean:.{digits}f}"
                 if floor and arm is not base:
                     text += f"  ({-improvement(mean, floor.mean):+.1f} %)".replace("-", "−")
                 axes.text(right * 1.04, i, text, va="center", fontsize="small")
@@ -229,8 +231,7 @@ def bars(
             axes.grid(axis="y", visible=False)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.set_title(name, loc="left")
-            unit = _pretty(line[0].first.unit)
-            axes.set_xlabel(f"MAE ({unit})" if unit else "MAE")
+            axes.set_xlabel(mae_label(line[0]))
         whisker = f"{100 * confidence:g} % confidence interval, of 2 seeds standard deviation"
         headline(figure, title, f"dots: seeds; whiskers: {whisker}")
         save(figure, path)

@@ -52,10 +52,18 @@ class Row:
     std: dict[str, float]
     pretraining: str = NONE
 
+    @property
+    def title(self) -> str:
+        """As the papers write it: `CrysLDNet (PDDFormer)`, or the encoder alone."""
+        if self.pretraining == NONE:
+            return self.encoder
+        return f"{self.pretraining} ({self.encoder})"
+
     def is_of(self, encoder: str, pretraining: str) -> bool:
-        """Whether it is the model with this encoder and pretraining."""
-        same = plain(self.encoder) in (plain(encoder), ANY)
-        return same and plain(self.pretraining) == plain(pretraining)
+        """Whether it is the model with this encoder, and this pretraining or title."""
+        if plain(self.encoder) not in (plain(encoder), ANY):
+            return False
+        return plain(pretraining) in (plain(self.pretraining), plain(self.title))
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class PublishedTable:
     properties: list[Property]
     rows: list[Row]
     note: str = ""
+    also: tuple[str, ...] = ()
+    """Other names."""
 
 
 @dataclass(frozen=True)
@@ -81,29 +91,37 @@ class Published:
     """`key`, `source`, `pretraining`, `stage`, `peak_gb`, `minutes`."""
 
     def select(self, paper: str) -> Published:
-        """The tables whose key is `paper` or begins with `paper-`; none of them for an empty one.
+        """The tables of that key or name, or whose key begins with it; none for an empty one.
 
         Raises:
             ValueError: no such table; lists those there are.
         """
-        keys = [t.key for t in self.tables] + [x["key"] for x in (*self.improvements, *self.costs)]
+        keys = [k for t in self.tables for k in (t.key, *t.also)]
+        keys += [x["key"] for x in (*self.improvements, *self.costs)]
         if paper and not any(_chosen(k, paper) for k in keys):
             raise ValueError(
                 f"no published table {paper!r}: known are {', '.join(dict.fromkeys(keys))}"
             )
+        tables = [t for t in self.tables if _chosen(t.key, paper) or paper in t.also]
+        chosen = {t.key for t in tables}
+
+        def theirs(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return [
+                x for x in notes
+                if _chosen(x["key"], paper) or any(_chosen(x["key"], key) for key in chosen)
+            ]  # fmt: skip
+
         return replace(
             self,
-            tables=[t for t in self.tables if _chosen(t.key, paper)],
-            improvements=[x for x in self.improvements if _chosen(x["key"], paper)],
-            costs=[x for x in self.costs if _chosen(x["key"], paper)],
+            tables=tables,
+            improvements=theirs(self.improvements),
+            costs=theirs(self.costs),
         )
 
-    def quantity(self, target: str) -> str:
-        """What a target of this name is; the name itself where it is not known."""
-        for quantity, names in self.quantities.items():
-            if plain(target) in map(plain, [quantity, *names]):
-                return quantity
-        return target
+    def means(self, target: str, unit: str, of: Property) -> bool:
+        """Whether a target of this name and unit is the property's quantity, of whatever data."""
+        names = map(plain, [of.quantity, *self.quantities[of.quantity]])
+        return plain(target) in names and plain(unit) in ("", plain(of.unit))
 
     def property_of(self, arm: Arm, properties: Sequence[Property]) -> Property | None:
         """The published task that an arm is of: data set, quantity, unit and size agree."""
@@ -114,8 +132,7 @@ class Published:
         for p in properties:
             if (
                 data.startswith(p.names)
-                and self.quantity(ours.target) == p.quantity
-                and plain(ours.unit) == plain(p.unit)
+                and self.means(ours.target, ours.unit, p)
                 and abs(ours.labels - p.train) <= SAME_SIZE * p.train
             ):
                 return p
@@ -174,14 +191,18 @@ def published() -> Published:
                 shown(r.get("pretraining", NONE)))
             for r in t["rows"]
         ]  # fmt: skip
-        tables.append(PublishedTable(t["key"], t["source"], columns, rows, t.get("note", "")))
+        tables.append(
+            PublishedTable(
+                t["key"], t["source"], columns, rows, t.get("note", ""), tuple(t.get("also", ()))
+            )
+        )
     return Published(tables, record["quantities"], record["improvements"], record["costs"])
 
 
 def _by(columns: Sequence[Property], values: Sequence[float | None] | None) -> dict[str, float]:
-    given = [None] * len(columns) if values is None else values
-    if len(given) < len(columns) and values is not None:
-        given = [*given, *[None] * (len(columns) - len(given))]
+    """Values by property; `std` may stop early."""
+    given = list(values or [])
+    given += [None] * (len(columns) - len(given))
     return {p.key: float(x) for p, x in zip(columns, given, strict=True) if x is not None}
 
 

@@ -194,8 +194,9 @@ def _draw(
         known = facts.get(line[0].first.fingerprint)
         if known is None:
             continue
-        name = path(_slug("atoms", title), f"Error by number of atoms: {title}")
-        crystal_figures.by_atoms(line, known, title, look, name)
+        if len(set(known.atoms.tolist())) > 1:
+            name = path(_slug("atoms", title), f"Error by number of atoms: {title}")
+            crystal_figures.by_atoms(line, known, title, look, name)
         name = path(_slug("elements", title), f"Error by element: {title}")
         crystal_figures.by_element(line, known, title, look, name)
         if config.space_groups:

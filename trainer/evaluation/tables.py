@@ -17,6 +17,7 @@ from trainer.evaluation.formats import (
     places,
 )
 from trainer.evaluation.published import (
+    ANY,
     ENCODER,
     OWN,
     PRETRAINING,
@@ -219,8 +220,14 @@ def published_table(
     task_factors = varying(ours, model)
     tasks = list(dict.fromkeys(a.key(task_factors) for a in ours))
     by_place = {(*model_of(a, suite.compared), a.key(task_factors)): a for a in ours}
-    quantities = {known.quantity(a.first.target) for a in ours}
-    columns = [p for p in table.properties if p.quantity in quantities] or table.properties
+    exact = {known.property_of(a, table.properties) for a in ours}
+    sets = {p.data for p in exact if p} if None not in exact else set()
+    columns = [
+        p
+        for p in table.properties
+        if any(known.means(a.first.target, a.first.unit, p) for a in ours)
+        and (not sets or p.data in sets)
+    ] or table.properties
     rows = [r for r in table.rows if any(p.key in r.mae for p in columns)]
     models = list(dict.fromkeys(model_of(a, suite.compared) for a in ours))
     lines = [(m, [r for r in rows if r.is_of(*m)]) for m in models]
@@ -237,13 +244,13 @@ def published_table(
         body.append([*entries, *(_printed(found, p.key) for p in columns)])
     for row in rows:
         if id(row) not in mine:
-            name = "its own" if row.encoder == OWN else row.encoder
+            name = {OWN: "its own", ANY: "not said"}.get(row.encoder, row.encoder)
             body.append([name, row.pretraining, *[NOTHING] * len(tasks),
                          *(_printed([row], p.key) for p in columns)])  # fmt: skip
     head = [ENCODER, PRETRAINING, *(f"ours: {heads[t]}" for t in tasks),
             *(f"{p.title} ({p.unit})" if p.unit else p.title for p in columns)]  # fmt: skip
     notes = [table.note] if table.note else []
-    if any(known.property_of(a, columns) is None for a in ours):
+    if None in exact:
         notes.append(
             "Ours are on other data, or on another number of labels, than the published numbers: "
             "compare the order of the rows, not the values."
