@@ -6,6 +6,7 @@ and the logs.
     OUTPUT.submit/code-<n>/             the repository at the nth submission
     OUTPUT.submit/logs/                 output of the jobs, and submitit's own files
     OUTPUT.submit/events/<cell>.jsonl   turns of a cell: started, stopped, requeued, …
+    OUTPUT.submit/events/<cell>/        the same of each of its processes
     OUTPUT.submit/cancelled             there if it was cancelled: no job asks for another turn
 """
 
