@@ -1,0 +1,150 @@
+"""Speed of preparing data on one core: crystals per second from CIF text and from JSON.
+
+    python benchmarks/prepare.py data=DIR            a data set made by launch/prepare.py
+    … crystals=1000 repeats=5
+
+Crystals of the data set are written as the files they might have come from, a CSV with a `cif`
+column and JSON in the JARVIS layout, and prepared again with one process. `parse` is from a record
+of the file to a checked crystal, `all` from the file to finished shards: two passes over the
+records, parsing, checks, writing. `pymatgen` is `Structure.from_str` on the same CIF text. They run
+in alternation; times are CPU time, the best of the repeats. The last line is the table as JSON.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from ase.data import chemical_symbols
+from pymatgen.core import Structure
+from pymatgen.io.cif import CifWriter
+
+from datapipe.crystal import Crystal
+from datapipe.filters import Filters
+from datapipe.prepare import PrepareConfig, prepare
+from datapipe.shards import Dataset
+from datapipe.sources import Options, Reading, read_raw, resolve
+from trainer.config import parse, required, run
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig:
+    """Settings of the benchmark."""
+
+    data: str = ""
+    """Data set directory."""
+    crystals: int = 500
+    """Crystals to write and read, spread evenly over the data set."""
+    repeats: int = 3
+    """Runs of each measurement; the fastest counts."""
+
+
+def main() -> None:
+    config = parse(BenchmarkConfig, __doc__)
+    required(config, "data", "crystals", "repeats")
+    warnings.simplefilter("ignore")
+    crystals = read(config)
+    with tempfile.TemporaryDirectory(prefix="crysforge-") as folder:
+        cifs = [str(CifWriter(crystal.to_pymatgen())) for crystal in crystals]
+        files = {
+            "CIF text in CSV": write_csv(f"{folder}/crystals.csv", crystals, cifs),
+            "JSON": write_json(f"{folder}/crystals.json", crystals),
+        }
+        rows = [measure(name, path, cifs, config.repeats) for name, path in files.items()]
+    atoms = np.mean([len(c) for c in crystals])
+    print(f"{len(crystals)} crystals of {Path(config.data).name}, {atoms:.1f} atoms on average\n")
+    print(markdown(rows))
+    print(json.dumps({"data": config.data, "crystals": len(crystals), "rows": rows}))
+
+
+def read(config: BenchmarkConfig) -> list[Crystal]:
+    """Crystals spread evenly over the data set."""
+    dataset = Dataset.open(config.data)
+    items = np.unique(np.linspace(0, len(dataset) - 1, config.crystals).astype(np.int64))
+    return [c for _, c in dataset.read(items) if isinstance(c, Crystal)]
+
+
+def write_csv(path: str, crystals: list[Crystal], cifs: list[str]) -> str:
+    """A CSV with the columns material_id, y and cif."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["material_id", "y", "cif"])
+        table.writerows(zip((c.id for c in crystals), range(len(cifs)), cifs, strict=True))
+    return path
+
+
+def write_json(path: str, crystals: list[Crystal]) -> str:
+    """A list of {jid, y, atoms} as JARVIS writes it."""
+    records = [
+        {
+            "jid": c.id,
+            "y": number,
+            "atoms": {
+                "lattice_mat": c.lattice.tolist(),
+                "coords": c.frac_coords.tolist(),
+                "elements": [chemical_symbols[z] for z in c.numbers],
+                "cartesian": False,
+            },
+        }
+        for number, c in enumerate(crystals)
+    ]
+    Path(path).write_text(json.dumps(records), encoding="utf-8")
+    return path
+
+
+def measure(name: str, path: str, cifs: list[str], repeats: int) -> dict[str, Any]:
+    """A row of the table."""
+    raws = list(read_raw(path, resolve(path), Options()))
+    parse_one = Reading(("y",), Filters())
+
+    def whole() -> None:
+        with tempfile.TemporaryDirectory(prefix="crysforge-") as folder:
+            prepare(
+                PrepareConfig(
+                    input=path, output=f"{folder}/d", targets=["y"], workers=1, progress=False
+                )
+            )
+
+    works: dict[str, Callable[[], Any]] = {
+        "all": whole,
+        "parse": lambda: [parse_one(raw) for raw in raws],
+    }
+    if "CIF" in name:
+        works["pymatgen"] = lambda: [Structure.from_str(text, fmt="cif") for text in cifs]
+    best = dict.fromkeys(works, float("inf"))
+    for _ in range(repeats):
+        for kind, work in works.items():
+            began = time.process_time()
+            work()
+            best[kind] = min(best[kind], time.process_time() - began)
+    rates = {kind: len(raws) / seconds for kind, seconds in best.items()}
+    ratio = rates["parse"] / rates["pymatgen"] if "pymatgen" in rates else None
+    return {
+        "source": name,
+        "all, crystals/s": round(rates["all"]),
+        "parse, crystals/s": round(rates["parse"]),
+        "pymatgen, crystals/s": round(rates["pymatgen"]) if ratio else None,
+        "parse : pymatgen": round(ratio, 1) if ratio else None,
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [["" if v is None else str(v) for v in row.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    run(main)
