@@ -5,6 +5,7 @@
     … init_from=none               from scratch
     … init_from=RUN init_stage=vae from the first pretraining stage
     … label_fraction=0.2 seed=1    from a fifth of the labels
+    … init_from=RUN2 init_head=true finetune.epochs=0     RUN2 on other data, as it is (zero-shot)
 
 A killed run continues with the same command; exit code 75 means that it asks for that.
 """
@@ -17,23 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
+
 from datapipe.shards import Dataset
 from trainer import distributed, jobs, reports
 from trainer.checkpoint import RunDirectory
 from trainer.config import parse, required, run, to_yaml
-from trainer.export import (
-    Scaler,
-    describe_data,
-    describe_stage,
-    export_stage,
-    lineage,
-    standardisation,
-)
+from trainer.export import describe_data, describe_stage, export_stage, lineage
 from trainer.files import write_json
-from trainer.loop import fit
+from trainer.loop import Result, fit
 from trainer.settings import FinetuneJob
 from trainer.signals import StopRequest
-from trainer.stages.finetune import FinetuneStage
 
 
 def main() -> None:
@@ -42,25 +37,13 @@ def main() -> None:
     stop = StopRequest(config.trainer.walltime_minutes, config.trainer.walltime_margin_minutes)
     config.trainer.engine = "torch"
     dataset = Dataset.open(config.data)
-    jobs.check_splits(dataset, config.data, "train", "val")
-    items = {"train": jobs.labelled_items(dataset, config)}
+    learns = config.finetune.epochs > 0
+    jobs.check_splits(dataset, config.data, *(("train", "val") if learns else ("test",)))
+    items = {"train": jobs.labelled_items(dataset, config) if learns else np.empty(0, np.int64)}
     items |= {s: jobs.with_label(dataset, s, config.targets) for s in ("val", "test")}
     world = distributed.init()
-
-    encoder = jobs.starting_encoder(config)
-    labels = {n: dataset.targets_of(n) for n in config.targets}
-    mean, std = standardisation(
-        [
-            list(row)
-            for row in zip(*(labels[n][items["train"]] for n in config.targets), strict=True)
-        ]
-    )
-    units = [dataset.manifest.targets[n].unit or "" for n in config.targets]
-    scaler = Scaler(config.targets, units, mean, std)
-    jobs.seed_everything(config.seed, "finetune")
-    stage = FinetuneStage(config.finetune, encoder, config.targets, mean, std)
-
-    train, validation = (
+    stage, scaler = jobs.finetune_stage(config, dataset, items["train"])
+    streams = [
         jobs.make_stream(
             dataset,
             split,
@@ -72,8 +55,13 @@ def main() -> None:
             select=items[split],
         )
         for split, epochs in (("train", config.finetune.epochs), ("val", None))
-    )
-    print(jobs.plan_text(stage, train, config.finetune, world, config.trainer.accumulation))
+        if learns
+    ]
+    if learns:
+        accumulation = config.trainer.accumulation
+        print(jobs.plan_text(stage, streams[0], config.finetune, world, accumulation))
+    else:
+        print(f"finetune: {config.init_from} on {len(items['test'])} test crystals, as it is")
     if config.dry_run:
         return
 
@@ -81,7 +69,7 @@ def main() -> None:
     identity = jobs.identity(
         config,
         dataset,
-        encoder,
+        stage.encoder,
         {
             "targets": config.targets,
             "labels": len(items["train"]),
@@ -95,22 +83,27 @@ def main() -> None:
     data = describe_data(dataset.manifest, labels=len(items["train"]))
     start = lineage(config.init_from, config.init_stage)
     describe_stage(directory.path / "finetune", stage, data, scaler, start)
-    monitor = f"mae/{config.target}" if config.target else "mse"
     began = time.monotonic()
-    engine, result = fit(
-        stage,
-        config.finetune,
-        config.trainer,
-        train,
-        validation,
-        directory,
-        world,
-        monitor=monitor,
-        lr_scales=stage.lr_scales,
-        stop=stop,
-    )
-    export_stage(directory.path / "finetune", stage, engine.weights(), data, scaler, start)
-    metrics = reports.finetuned(engine, dataset, config, items, directory.path)
+    stage, result = stage.to(world.device), Result()
+    if learns:
+        train, validation = streams
+        monitor = f"mae/{config.target}" if config.target else "mse"
+        _, result = fit(
+            stage,
+            config.finetune,
+            config.trainer,
+            train,
+            validation,
+            directory,
+            world,
+            monitor=monitor,
+            lr_scales=stage.lr_scales,
+            patience=config.finetune.patience,
+            stop=stop,
+        )
+    weights = {name: tensor.cpu() for name, tensor in stage.state_dict().items()}
+    export_stage(directory.path / "finetune", stage, weights, data, scaler, start)
+    metrics = reports.finetuned(stage, world, dataset, config, items, directory.path)
     metrics |= {"best_step": result.best_step, "steps": result.steps}
     metrics |= {"seconds": round(time.monotonic() - began, 1)}
     write_json(directory.path / "metrics.json", metrics)

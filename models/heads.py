@@ -11,13 +11,18 @@ from models.ops import mean_readout
 
 class ReadoutHead(nn.Module):
     """Properties of whole crystals: mean over atoms, then two linear layers; 66,049 parameters
-    from 256 channels to one property."""
+    from 256 channels to one property.
 
-    def __init__(self, dim: int, out: int = 1) -> None:
+    Args:
+        hidden: False leaves the last layer alone.
+    """
+
+    def __init__(self, dim: int, out: int = 1, hidden: bool = True) -> None:
         super().__init__()
-        self.hidden = nn.Linear(dim, dim)
+        self.hidden = nn.Linear(dim, dim) if hidden else None
         self.out = nn.Linear(dim, out)
 
     def forward(self, nodes: Tensor, batch: CrystalBatch) -> Tensor:
         """Latents of the batch's nodes, [N, dim] (`Encoder.nodes`), to [B, out]."""
-        return self.out(F.silu(self.hidden(mean_readout(nodes, batch))))
+        mean = mean_readout(nodes, batch)
+        return self.out(mean if self.hidden is None else F.silu(self.hidden(mean)))

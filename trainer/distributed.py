@@ -120,7 +120,20 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed since another rank or the network is gone."""
-    known = isinstance(error, dist.DistError)
-    return known or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed"))
+def lost_process(error: Exception, rank: int) -> OSError | None:
+    """What to tell a user where an error means that another process of the job is gone."""
+    text = str(error)
+    reason = text.splitlines()[0][:200] if text else ""
+    known = any(word in text for word in ("gloo", "NCCL", "Connection closed"))
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and known):
+        return ConnectionError(
+            f"rank {rank} lost the other ranks, whose output may tell why; the same command "
+            f"continues from the newest checkpoint ({reason})"
+        )
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        return ChildProcessError(
+            f"rank {rank} lost a loader worker, perhaps to a lack of memory (lower loader.workers "
+            f"or loader.prefetch then); the same command continues from the newest checkpoint "
+            f"({reason})"
+        )
+    return None

@@ -18,9 +18,11 @@ from models.encoders import Encoder, build_encoder
 from trainer.checkpoint import RunDirectory
 from trainer.distributed import World
 from trainer.engine import EngineConfig
-from trainer.export import open_model, take_encoder
+from trainer.export import Scaler, open_model, standardisation, take_encoder
+from trainer.files import load_into
 from trainer.settings import FinetuneJob, JobConfig
 from trainer.stage import Stage, StageConfig
+from trainer.stages import FinetuneStage
 
 
 def seed_everything(seed: int, purpose: str) -> None:
@@ -122,6 +124,35 @@ def labelled_items(dataset: Dataset, config: FinetuneJob) -> np.ndarray:
         count = max(1, round(config.label_fraction * count))
     order = np.random.default_rng(config.seed).permutation(len(items))
     return np.sort(items[order[:count]])
+
+
+def finetune_stage(
+    config: FinetuneJob, dataset: Dataset, train: np.ndarray
+) -> tuple[FinetuneStage, Scaler]:
+    """What a finetuning trains, and how its labels are standardised: by those of the training
+    crystals, or, with its head, as in the run it starts from.
+
+    Raises:
+        ValueError: `init_head`, but that run has no readout, or one for other targets or settings.
+    """
+    encoder = starting_encoder(config)
+    units = [dataset.manifest.targets[name].unit or "" for name in config.targets]
+    known = open_model(config.init_from, config.init_stage) if config.init_head else None
+    if known is None:
+        labels = np.stack([dataset.targets_of(name)[train] for name in config.targets], axis=1)
+        mean, std = standardisation(labels.tolist())
+    elif known.scaler is None or len(known.scaler.targets) != len(config.targets):
+        raise ValueError(
+            f"init_head=true, but {config.init_from} was not finetuned on as many targets as are "
+            f"asked for here ({', '.join(config.targets)})"
+        )
+    else:
+        mean, std = known.scaler.mean, known.scaler.std
+    seed_everything(config.seed, "finetune")
+    stage = FinetuneStage(config.finetune, encoder, config.targets, mean, std)
+    if known is not None:
+        load_into(stage.readout, known.weights("readout."), str(known.file))
+    return stage, Scaler(config.targets, units, mean, std)
 
 
 def with_label(dataset: Dataset, split: str, targets: list[str]) -> np.ndarray:

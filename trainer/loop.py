@@ -17,7 +17,7 @@ from datapipe.schema import CrystalBatch
 from datapipe.stream import Stream
 from trainer.average import WeightAverage
 from trainer.checkpoint import Checkpoint, RunDirectory
-from trainer.distributed import World, lost_rank
+from trainer.distributed import World, lost_process
 from trainer.engine import Engine, EngineConfig, build_engine
 from trainer.files import code_version, load_into
 from trainer.guards import SpikeMonitor, StepGuard, Watchdog, try_batch
@@ -96,6 +96,8 @@ class Result:
     """Averages of the kept weights on the validation split."""
     best_step: int = 0
     """Step of the kept weights."""
+    stale: int = 0
+    """Validations since then."""
 
 
 def fit(
@@ -109,6 +111,7 @@ def fit(
     *,
     monitor: str | None = None,
     lr_scales: Mapping[str, float] | None = None,
+    patience: int = 0,
     stop: StopRequest | None = None,
 ) -> tuple[Engine, Result]:
     """Trains a stage to its end, continuing from the run's newest checkpoint of it.
@@ -116,11 +119,11 @@ def fit(
     Args:
         monitor: validation average to minimise; the weights of its minimum are kept and are in
             `engine.stage` at the end. Without it the last weights are (or their average).
+        patience: validations in a row without a new minimum that end the training; 0: none do.
         stop: asked after every step whether to save and leave.
 
     Raises:
         ValueError: too many updates left out in a row.
-        ConnectionError: another rank is gone.
         Requeue: a rank was asked to stop; the run is saved.
     """
     torch.use_deterministic_algorithms(trainer.deterministic)
@@ -142,19 +145,13 @@ def fit(
         groups = param_groups(stage, config.weight_decay, lr_scales)
         engine = build_engine(stage, groups, config.grad_clip, trainer, world)
         session = _Session(
-            engine, config, trainer, train, validation, run, logger, monitor, stop, step
+            engine, config, trainer, train, validation, run, logger, monitor, patience, stop, step
         )
         with closing(session.watchdog):
             session.begin(checkpoint, total)
             session.train(step, total)
     except Exception as error:
-        logger.event("error", message=str(error))
-        if isinstance(error, RuntimeError) and lost_rank(error):
-            reason = str(error).splitlines()[0][:200]
-            raise ConnectionError(
-                f"rank {world.rank} lost the other ranks, whose output may tell why; the same "
-                f"command continues from the newest checkpoint ({reason})"
-            ) from error
+        logger.event("error", message=str(lost_process(error, world.rank) or error))
         raise
     finally:
         logger.close()
@@ -182,12 +179,14 @@ class _Session:
         run: RunDirectory,
         logger: Logger,
         monitor: str | None,
+        patience: int,
         stop: StopRequest | None,
         step: int,
     ) -> None:
         self.engine, self.config, self.trainer = engine, config, trainer
         self.stream, self.validation = train, validation
-        self.run, self.logger, self.monitor, self.stop = run, logger, monitor, stop
+        self.run, self.logger, self.stop = run, logger, stop
+        self.monitor, self.patience = monitor, patience
         self.best, self.result = _Best(), Result()
         self.meter, self.window = Meter(), Window(first=True)
         self.losses: list[Tensor] = []
@@ -238,7 +237,7 @@ class _Session:
         self.engine.stage.train()
         if world.any(self.stop is not None and bool(self.stop.reason)):
             self.leave(step, total)
-        while step < total:
+        while step < total and not self.exhausted:
             before, step = self.epochs, step + 1
             lr = self.train_step(batches, step, total)
             last = step == total
@@ -250,6 +249,12 @@ class _Session:
                 self.log(step, lr)
             if validate_due:
                 self.validate(step)
+            if self.exhausted and not last:
+                self.logger.say(
+                    f"{self.engine.stage.name}: ends after step {step} of {total}, nothing better "
+                    f"since step {self.result.best_step}"
+                )
+                last = save_due = True
             if last:
                 self.result.steps = step
             if save_due or stop:
@@ -301,6 +306,11 @@ class _Session:
         return lr
 
     @property
+    def exhausted(self) -> bool:
+        """Whether so many validations brought nothing better that the training ends."""
+        return 0 < self.patience <= self.result.stale
+
+    @property
     def epochs(self) -> float:
         """Passes over the data so far."""
         return self.stream.position / self.stream.epoch_size
@@ -350,6 +360,7 @@ class _Session:
                     "prepare the data with labelled validation crystals"
                 )
             better = self.monitor is None or means[self.monitor] < self.best.value
+            self.result.stale = 0 if better else self.result.stale + 1
             if better:
                 self.result.validation, self.result.best_step = means, step
             if better and self.monitor is not None:

@@ -18,7 +18,7 @@ from datapipe.shards import Dataset
 from datapipe.sources import Failure
 from trainer import jobs, plots
 from trainer.baselines import baselines
-from trainer.engine import Engine
+from trainer.distributed import World
 from trainer.logger import read_metrics
 from trainer.predictor import Predictor
 from trainer.settings import FinetuneJob
@@ -55,7 +55,8 @@ def errors(label: np.ndarray, prediction: np.ndarray) -> dict[str, float]:
 
 
 def finetuned(
-    engine: Engine,
+    stage: FinetuneStage,
+    world: World,
     dataset: Dataset,
     config: FinetuneJob,
     items: Mapping[str, np.ndarray],
@@ -64,8 +65,6 @@ def finetuned(
     """Predicts validation and test split, writes CSVs and figures into the run directory, and
     returns the numbers for metrics.json: per target and split, beside composition-only
     baselines."""
-    stage = engine.stage
-    assert isinstance(stage, FinetuneStage)
     units = {n: dataset.manifest.targets[n].unit or "" for n in config.targets}
     out: dict[str, Any] = {
         "targets": config.targets,
@@ -84,11 +83,11 @@ def finetuned(
             split,
             stage,
             config,
-            engine.world,
+            world,
             batch_size=config.finetune.batch_size,
             select=items[split],
         )
-        ids, label, prediction = predictions(stage, iter(stream), engine.world.device)
+        ids, label, prediction = predictions(stage, iter(stream), world.device)
         write_predictions(path / f"predictions_{split}.csv", config.targets, ids, label, prediction)
         by_target = {
             name: errors(label[:, i], prediction[:, i]) for i, name in enumerate(config.targets)
@@ -103,9 +102,11 @@ def finetuned(
                 units[name],
                 path / f"parity_{split}{suffix}.png",
             )
-    if len(items["test"]):
+    if len(items["train"]) and len(items["test"]):
         out["baselines"] = {n: _baselines(dataset, n, items) for n in config.targets}
-    plots.learning_curves(read_metrics(path, "finetune"), path / "learning_curves.png")
+    if len(items["train"]):
+        history = read_metrics(path, "finetune")
+        plots.learning_curves(history, path / "learning_curves.png", units)
     return out
 
 

@@ -76,6 +76,9 @@ class FinetuneJob(JobConfig):
     """Share of the labelled training crystals to use, drawn with the seed."""
     label_count: int | None = None
     """Number of labelled training crystals to use, instead of a fraction."""
+    init_head: bool = False
+    """Starts from the readout of `init_from` too, and from its labels' mean and spread: it was
+    finetuned on the same property elsewhere. With `finetune.epochs=0` it is only evaluated."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     def __post_init__(self) -> None:
@@ -84,6 +87,10 @@ class FinetuneJob(JobConfig):
             raise ValueError(f"label_fraction must be in (0, 1], got {self.label_fraction}")
         if self.target and self.targets:
             raise ValueError("give target=NAME or targets=[…], not both")
+        if self.init_head and not self.init_from:
+            raise ValueError("init_head=true needs init_from=RUN, the finetuning to start from")
+        if self.finetune.epochs == 0 and not self.init_head:
+            raise ValueError("finetune.epochs=0 evaluates a finetuned model: give init_head=true")
         if self.target:
             self.targets = [self.target]
 

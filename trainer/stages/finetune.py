@@ -15,7 +15,7 @@ from models.property_diffusion import DiffusionReadout
 from models.registry import nearest
 from trainer.stage import Stage, StageConfig, Term
 
-HEADS = ("regression", "diffusion")
+HEADS = ("regression", "linear", "diffusion")
 
 
 @dataclass(kw_only=True)
@@ -23,6 +23,7 @@ class FinetuneConfig(StageConfig):
     """Settings of finetuning; the defaults are the paper's (Section H.1)."""
 
     epochs: float = 1000
+    """Passes over the training crystals; 0 with `init_head` only evaluates."""
     batch_size: int = 32
     lr: float = 1e-3
     grad_clip: float = 0.0
@@ -31,12 +32,17 @@ class FinetuneConfig(StageConfig):
     encoder_lr_scale: float = 1.0
     """Factor on the encoder's learning rate."""
     head: str = "regression"
-    """`regression`, or `diffusion`: the label is denoised from the crystal (CrysDiff; for one
-    target, and predictions take some hundred passes of a small head)."""
+    """`regression`; `linear`, one layer after the mean over atoms: with `freeze_encoder` the linear
+    probe; `diffusion`: the label is denoised from the crystal (CrysDiff; for one target, and
+    predictions take some hundred passes of a small head)."""
+    patience: int = 0
+    """Ends the training after so many validations in a row that brought nothing better; 0 never."""
 
     def __post_init__(self) -> None:
         if self.head not in HEADS:
             raise ValueError(f"unknown finetune.head {self.head!r}: {nearest(self.head, HEADS)}")
+        if self.patience < 0:
+            raise ValueError(f"finetune.patience must not be negative, got {self.patience}")
         if not self.encoder_lr_scale > 0:
             raise ValueError(
                 f"encoder_lr_scale must be positive, got {self.encoder_lr_scale}; "
@@ -84,7 +90,7 @@ class FinetuneStage(Stage):
         self.encoder = encoder.requires_grad_(not config.freeze_encoder)
         self.readout = _head(config.head, encoder.dim, targets)
         self.targets = tuple(targets)
-        self.weights = {"mse": 1.0} if config.head == "regression" else {"noise": 1.0}
+        self.weights = {"noise": 1.0} if config.head == "diffusion" else {"mse": 1.0}
         self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32))
         self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32))
 
@@ -136,8 +142,8 @@ class FinetuneStage(Stage):
 
 
 def _head(name: str, dim: int, targets: Sequence[str]) -> nn.Module:
-    if name == "regression":
-        return ReadoutHead(dim, len(targets))
+    if name != "diffusion":
+        return ReadoutHead(dim, len(targets), hidden=name == "regression")
     if len(targets) > 1:
         raise ValueError(f"finetune.head=diffusion predicts one target, got {', '.join(targets)}")
     return DiffusionReadout(dim)
