@@ -126,17 +126,27 @@ def required(config: Any, *names: str) -> None:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Runs a launch script: a user's error is one line on stderr and exit code 2; a connection that
-    was lost, which the same command may find again, is one with exit code 1.
+    """Runs a launch script: a user's error is one line on stderr and exit code 2; a connection or
+    process that was lost, which the same command may find again, is one with exit code 1.
 
     `CRYSFORGE_TRACEBACK=1` shows the traceback as well.
     """
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as found:
+        error = _lost(found) if isinstance(found, RuntimeError) else found
+        if error is None:
+            raise
         if os.environ.get("CRYSFORGE_TRACEBACK"):
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1 if isinstance(error, ConnectionError | TimeoutError) else 2) from None
+        again = isinstance(error, ConnectionError | ChildProcessError | TimeoutError)
+        raise SystemExit(1 if again else 2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _lost(error: RuntimeError) -> OSError | None:
+    from trainer.distributed import lost_process, place
+
+    return lost_process(error, place(os.environ)[0])

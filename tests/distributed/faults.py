@@ -2,30 +2,37 @@
 
 A server process imports torch and DeepSpeed once and forks every rank of every run, so that a run
 costs what it computes. A fault is armed in the forked rank alone, by wrapping a function of the
-product: `{"at": "trainer.engine:TorchEngine.step", "call": 3, "do": "kill"}` acts when the third
+product: `{"at": "trainer.engine:TorchEngine.step", "call": 3, "do": "SIGKILL"}` acts when the third
 call begins (`"when": "after"`: ends). The product knows nothing of it.
+
+What `do` may be: the name of a signal; `group` and a signal, for the rank and its loader workers;
+`workers` and a signal, for the workers alone; `hang`; `hang with the lock`, which lets no other
+thread of the process run either; `remove` and a path, which is moved away; `disk full`, while the
+function runs no byte can be written to any file; `nan`, in what a stage returns.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import dataclasses
-import errno
 import functools
 import importlib
 import json
+import multiprocessing
 import os
+import re
+import resource
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +40,30 @@ from tests.distributed.ranks import ROOT, free_port, rank_environ
 from trainer.signals import REQUEUE
 
 KILLED = -signal.SIGKILL
+REACHED = "fault: "
+"""What a rank prints when its fault acts."""
+NOTE = "took: "
+"""What a rank prints of each training batch."""
+
+
+class Ended(NamedTuple):
+    """What came of one start of a job."""
+
+    codes: list[int]
+    """Exit codes of the ranks; negative: the signal that ended it."""
+    output: str
+    """What they printed."""
+    taken: list[Taken]
+    """The training batches that they took, each rank's in order."""
+
+
+class Taken(NamedTuple):
+    """One rank's part of a training step."""
+
+    rank: int
+    position: int
+    """Of the stream, behind the step."""
+    ids: list[str]
 
 
 class Server:
@@ -58,18 +89,15 @@ class Server:
         *args: str,
         ranks: int | None = None,
         faults: dict[int, dict[str, Any]] | None = None,
-        ids: Path | None = None,
         timeout: float = 240,
-    ) -> tuple[list[int], str]:
-        """Exit codes of the ranks (negative: the signal that ended it) and what they printed.
-
-        When a rank fails, the others are killed after a while, as launchers do.
+    ) -> Ended:
+        """Starts a job and waits for its end. When a rank fails, the others are killed after a
+        while, as launchers do.
 
         Args:
             script: of launch/.
             ranks: None sets no launcher's variables.
             faults: rank → what befalls it.
-            ids: directory for the crystals of every training step that a rank takes.
         """
         port = free_port()
         order = {
@@ -80,14 +108,15 @@ class Server:
                 for r in range(ranks)
             ],
             "faults": {str(k): v for k, v in (faults or {}).items()},
-            "ids": str(ids) if ids else None,
             "timeout": timeout,
         }  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
-        return answer["codes"], answer["output"]
+        noted = re.compile(rf"\n{NOTE}(.*)\n")
+        taken = [Taken(*json.loads(text)) for text in noted.findall(answer["output"])]
+        return Ended(answer["codes"], noted.sub("", answer["output"]), taken)
 
 
 def serve() -> None:
@@ -96,24 +125,31 @@ def serve() -> None:
     os.dup2(2, 1)
     for module in ("deepspeed", "torch.utils.tensorboard", "launch.pretrain", "launch.finetune"):
         importlib.import_module(module)
-    folder = Path(tempfile.mkdtemp())  # not a context: its end would come in every child too
     for line in sys.stdin:
         order = json.loads(line)
-        files = [folder / f"rank-{r}" for r in range(len(order["environs"]))]
-        children = [_fork(order, rank, file) for rank, file in enumerate(files)]
-        codes = _wait(children, order["timeout"])
-        output = "".join(file.read_text(errors="replace") for file in files)
+        children = [_fork(order, rank) for rank in range(len(order["environs"]))]
+        codes, output = _wait(children, order["timeout"])
         answers.write(json.dumps({"codes": codes, "output": output}) + "\n")
         answers.flush()
-    shutil.rmtree(folder)
 
 
-def _wait(children: list[int], timeout: float, grace: float = 15) -> list[int]:
-    """Exit codes; kills what is left some seconds after the first failure, or at the timeout."""
+def _wait(
+    children: list[tuple[int, int]], timeout: float, grace: float = 15
+) -> tuple[list[int], str]:
+    """Exit codes and output; kills what is left some seconds after the first failure, or at the
+    timeout, and what ranks leave behind.
+
+    Args:
+        children: process and the pipe it prints to, of every rank.
+    """
     codes: dict[int, int] = {}
+    printed: dict[int, bytes] = {child: b"" for child, _ in children}
     end = time.monotonic() + timeout
     while len(codes) < len(children):
-        for child in children:
+        for child, pipe in children:
+            with contextlib.suppress(BlockingIOError):
+                while block := os.read(pipe, 1 << 16):
+                    printed[child] += block
             if child not in codes:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
@@ -123,26 +159,37 @@ def _wait(children: list[int], timeout: float, grace: float = 15) -> list[int]:
                 elif time.monotonic() > end:
                     os.killpg(child, signal.SIGKILL)
         time.sleep(0.01)
-    return [codes[child] for child in children]
+    for child, pipe in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        with contextlib.suppress(BlockingIOError):
+            while block := os.read(pipe, 1 << 16):
+                printed[child] += block
+        os.close(pipe)
+    output = "".join(text.decode(errors="replace") for text in printed.values())
+    return [codes[child] for child, _ in children], output
 
 
-def _fork(order: dict[str, Any], rank: int, output: Path) -> int:
+def _fork(order: dict[str, Any], rank: int) -> tuple[int, int]:
+    """The process of a rank, and the pipe it prints to."""
     sys.stdout.flush()
+    reading, writing = os.pipe()
     child = os.fork()
     if child:
-        return child
+        os.close(writing)
+        os.set_blocking(reading, False)
+        return child, reading
     code = 1
     try:
         os.setsid()  # with its loader workers
-        with open(output, "wb") as file, open(os.devnull, "rb") as nothing:
+        with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
         os.environ.update(order["environs"][rank])
         if fault := order["faults"].get(str(rank)):
             _arm(**fault)
-        if order["ids"]:
-            _note_ids(Path(order["ids"]), rank)
+        _note_batches(rank)
         sys.argv = [f"launch/{order['script']}.py", *order["args"]]
         runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
         code = 0
@@ -158,18 +205,33 @@ def _fork(order: dict[str, Any], rank: int, output: Path) -> int:
         os._exit(code)
 
 
-def _arm(at: str, do: str, call: int = 1, when: str = "before", calls: int = 1) -> None:
-    """Wraps a function so that something happens at its `call`th call and the `calls` - 1 after."""
-    owner, names = importlib.import_module(at.partition(":")[0]), at.partition(":")[2].split(".")
+def _owner(at: str) -> tuple[Any, str]:
+    """What holds a function, and its name there."""
+    module, _, path = at.partition(":")
+    owner, names = importlib.import_module(module), path.split(".")
     for name in names[:-1]:
         owner = getattr(owner, name)
-    original, count = getattr(owner, names[-1]), 0
+    return owner, names[-1]
+
+
+def _arm(
+    at: str, do: str, call: int = 1, when: str = "before", calls: int = 1, within: str = ""
+) -> None:
+    """Wraps a function so that something happens at its `call`th call and the `calls` - 1 after;
+    `within` another function, only the calls below that one count."""
+    owner, name = _owner(at)
+    original, count, inside = getattr(owner, name), 0, not within
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
-        count += 1
-        now = call <= count < call + calls
+        count += inside
+        now = inside and call <= count < call + calls
+        if now:
+            print(f"{REACHED}{do}", flush=True)
+        if now and do == "disk full":
+            with _no_space():
+                return original(*args, **kwargs)
         if now and when == "before":
             _act(do)
         result = original(*args, **kwargs)
@@ -179,22 +241,53 @@ def _arm(at: str, do: str, call: int = 1, when: str = "before", calls: int = 1) 
             _act(do)
         return result
 
-    setattr(owner, names[-1], wrapped)
+    setattr(owner, name, wrapped)
+    if within:
+        outer, outer_name = _owner(within)
+        around = getattr(outer, outer_name)
+
+        @functools.wraps(around)
+        def entered(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            inside = True
+            try:
+                return around(*args, **kwargs)
+            finally:
+                inside = False
+
+        setattr(outer, outer_name, entered)
+
+
+@contextlib.contextmanager
+def _no_space() -> Iterator[None]:
+    """Every write to a file fails in the kernel: none may grow beyond nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _act(do: str) -> None:
+    words = do.split(" ", 1)
     if do.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, do))
-    elif do.startswith("group "):  # as Slurm and launchers do: loader workers too
-        os.killpg(0, getattr(signal, do.removeprefix("group ")))
-    elif do == "disk full":
-        raise OSError(errno.ENOSPC, "No space left on device")
+    elif words[0] == "group":  # as Slurm and launchers do
+        os.killpg(0, getattr(signal, words[1]))
+    elif words[0] == "workers":
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid or 0, getattr(signal, words[1]))
     elif do == "hang":
         threading.Event().wait()
+    elif do == "hang with the lock":
+        ctypes.PyDLL(None).pause()
+    elif words[0] == "remove":
+        os.replace(words[1], words[1] + ".away")
 
 
-def _note_ids(folder: Path, rank: int) -> None:
-    """Appends (position, ids) of every training batch that this process takes."""
+def _note_batches(rank: int) -> None:
+    """Prints what training batches this process takes."""
     from datapipe.stream import Stream
 
     original = Stream._joined
@@ -202,8 +295,8 @@ def _note_ids(folder: Path, rank: int) -> None:
     def joined(self: Any, group: Any) -> Any:
         batch = original(self, group)
         if self.train:
-            with open(folder / f"{time.time_ns():020d}-{os.getpid()}-{rank}.json", "w") as file:
-                json.dump({"position": self.position, "ids": batch.ids * (not batch.filler)}, file)
+            note = json.dumps([rank, self.position, batch.ids * (not batch.filler)])
+            os.write(1, f"\n{NOTE}{note}\n".encode())
         return batch
 
     Stream._joined = joined  # type: ignore[method-assign]
