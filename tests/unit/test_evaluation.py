@@ -104,8 +104,8 @@ def test_identical_arms_have_no_difference(tmp_path):
 def test_only_crystals_in_common_are_compared(tmp_path):
     root = arms_and_seeds(tmp_path, {"none": 0.2}, seeds=(0,))
     finetuned(root / "a", 0.1, count=30, fingerprint="other")
-    suite(root, {"none-0": {"pretraining": "none", "seed": 0}, "a": {"pretraining": "a", "seed": 0}},
-          ["pretraining", "seed"])  # fmt: skip
+    cells = {name: {"pretraining": name[:4].rstrip("-"), "seed": 0} for name in ("none-0", "a")}
+    suite(root, cells, ["pretraining", "seed"])
     _, (found,) = compared(root)
     assert found.bootstrap.n == 30
     assert found.notes == ["the runs' data sets differ", "30 crystals in common"]
@@ -218,7 +218,7 @@ def test_the_report_is_whole_linked_and_the_same_again(tmp_path):
         fingerprint=fingerprint,
     )  # fmt: skip
     config = EvaluateConfig(resamples=100)
-    found = [evaluate(find(root), config).path for _ in range(2)][0]
+    found = evaluate(find(root), config).path
     before = {p.relative_to(found): p.read_bytes() for p in found.rglob("*") if p.is_file()}
     text = (found / "report.md").read_text()
     links = re.findall(r"\]\(([^)]+)\)", text)
@@ -294,7 +294,7 @@ def test_two_cells_with_the_same_values_are_refused(tmp_path):
 
 def test_nothing_finished_and_folders_of_others(tmp_path):
     root = suite(tmp_path, {"a": {"pretraining": "none", "seed": 0}}, ["pretraining", "seed"])
-    with pytest.raises(ValueError, match="nothing to evaluate in .*a: not started"):
+    with pytest.raises(ValueError, match=r"nothing to evaluate in .*a: not started"):
         write(root)
     (root / "report").mkdir()
     (root / "report" / "thesis.md").write_text("mine")
@@ -325,5 +325,8 @@ def test_the_command_prints_the_table_and_the_path(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "A suite: test MAE in eV by pretraining" in done.stdout
     assert done.stdout.rstrip().endswith(str(root / "report" / "report.md"))
-    bad = subprocess.run([*command, f"suite={tmp_path / 'x'}"], capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr.startswith("error: ") and "suite.json" in bad.stderr
+
+
+def test_a_folder_without_runs_is_no_suite(tmp_path):
+    with pytest.raises(ValueError, match=r"is no suite: it has neither suite\.json nor runs"):
+        find(tmp_path)

@@ -86,10 +86,9 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes PATH.png and PATH.svg; the same figure gives the same bytes."""
-    figure.savefig(path.with_suffix(".png"), format="png", facecolor="white")
-    figure.savefig(
-        path.with_suffix(".svg"), format="svg", facecolor="white", metadata={"Date": None}
-    )
+    png, svg = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg"))
+    figure.savefig(png, format="png", facecolor="white")
+    figure.savefig(svg, format="svg", facecolor="white", metadata={"Date": None})
 
 
 def headline(figure: Figure, title: str, note: str = "") -> None:
