@@ -43,6 +43,8 @@ class Config:
     """Starts no more trials after so many minutes."""
     fault: str = ""
     """Only kinds whose name contains this."""
+    folder: str = ""
+    """Keeps the data and the undisturbed runs for later calls, as long as the code is the same."""
     results: str = str(ROOT / "docs" / "reliability.jsonl")
     """One line per trial; grows."""
     page: str | None = str(ROOT / "docs" / "reliability.md")
@@ -93,9 +95,12 @@ def main() -> None:
     todo = [s for s in range(config.first, config.trials) if s not in seeds]
     todo = [s for s in todo if KINDS[s % len(KINDS)] in kinds]
     if todo:
-        with tempfile.TemporaryDirectory() as data, Server() as server:
-            folder = Path(tempfile.mkdtemp(prefix="reliability-"))
-            bench = Bench(server, write_data(Path(data) / "prototypes"), folder)
+        folder = Path(config.folder or tempfile.mkdtemp(prefix="reliability-"))
+        data = folder / "prototypes"
+        if not data.is_dir():
+            write_data(data)
+        with Server() as server:
+            bench = Bench(server, data, folder)
             for seed in todo:
                 if time.monotonic() > end:
                     break

@@ -7,6 +7,7 @@ that nobody disturbed. Every process is real, and so are kills, signals and proc
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 import shutil
@@ -302,12 +303,11 @@ class Bench:
     Args:
         server: starts the jobs.
         data: a small data set; what happens to it is undone.
-        folder: an empty one.
+        folder: where runs are; undisturbed ones that are there are taken.
     """
 
     def __init__(self, server: Server, data: Path, folder: Path) -> None:
         self.server, self.data, self.folder = server, data, folder
-        self._whole: dict[tuple, Path] = {}
 
     def start(self, job: Job, run: Path, blow: Blow | None = None, *args: str) -> Ended:
         """One start of a job that saves, with or without a fault."""
@@ -320,17 +320,20 @@ class Bench:
     def whole(self, job: Job) -> Path:
         """A run that nobody disturbs and that saves nothing on the way, made once."""
         key = (job.script, *job.args, job.ranks)
-        if key not in self._whole:
-            run = self.folder / f"whole-{len(self._whole)}"
+        digest = hashlib.sha256(repr(key).encode()).hexdigest()[:8]
+        run = self.folder / f"whole-{digest}"
+        if not (run / "whole").is_file():
+            shutil.rmtree(run, ignore_errors=True)
             ended = self.start(job, run, None, "trainer.checkpoint_every=0")
             assert not any(ended.codes), ended.output[-3000:]
-            self._whole[key] = run
-        return self._whole[key]
+            (run / "whole").touch()
+        return run
 
     def trial(self, kind: Kind, job: Job, seed: int) -> dict[str, Any]:
         """Does one, and says as JSON what was done and what came of it."""
         dice, run = random.Random(seed), self.folder / f"run-{seed}"
         reference = self.whole(job)
+        shutil.rmtree(run, ignore_errors=True)
         blows: list[str] = []
         starts: list[Ended] = []
         try:
