@@ -84,6 +84,44 @@ def parity_plot(
         _save(figure, path)
 
 
+def calibration_plot(
+    error: np.ndarray,
+    uncertainty: np.ndarray,
+    fit: Mapping[str, Any],
+    name: str,
+    unit: str,
+    path: str | Path,
+) -> None:
+    """Left: shares of errors within intervals that are to hold so many, and what a right
+    uncertainty would give. Right: root mean square error over the uncertainty, in ten groups of
+    equally many crystals.
+
+    Args:
+        error, uncertainty: [n] in physical units. fit: from `ensemble.calibration`.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(0.5 * WIDTH)
+        left, right = figure.subplots(1, 2)
+        left.plot([0, 1], [0, 1], color="#444444", linewidth=1.2, linestyle="--")
+        expected, observed = [0, *fit["expected"], 1], [0, *fit["observed"], 1]
+        left.plot(expected, observed, color=TRAIN, marker="o", markersize=4)
+        left.fill_between(expected, expected, observed, color=TRAIN, alpha=0.15, linewidth=0)
+        left.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        left.set(xlabel="share expected in the interval", ylabel="share observed")
+        left.set_title(f"miscalibration area {fit['area']:.3f}", loc="left")
+        order = np.argsort(uncertainty)
+        groups = [g for g in np.array_split(order, min(10, len(order))) if len(g)]
+        sigma = np.array([np.sqrt((uncertainty[g] ** 2).mean()) for g in groups])
+        rmse = np.array([np.sqrt((error[g] ** 2).mean()) for g in groups])
+        high = 1.08 * max(sigma.max(), rmse.max())
+        right.plot([0, high], [0, high], color="#444444", linewidth=1.2, linestyle="--")
+        right.plot(sigma, rmse, color=VAL, marker="o", markersize=5)
+        right.set(xlim=(0, high), ylim=(0, high), aspect="equal")
+        right.set(xlabel=f"uncertainty of {_label(name, unit)}", ylabel="root mean square error")
+        right.set_title(f"rank correlation {fit['rank_correlation']:.2f}", loc="left")
+        _save(figure, path)
+
+
 def learning_curves(
     history: Mapping[str, Sequence[tuple[int, float]]],
     path: str | Path,

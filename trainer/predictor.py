@@ -13,7 +13,9 @@ from datapipe.crystal import BadCrystal, Crystal
 from datapipe.graph import build
 from datapipe.schema import CrystalBatch
 from models.encoders import Encoder
+from trainer.ensemble import ENSEMBLE, Ensemble
 from trainer.export import Exported, open_model
+from trainer.reports import suffixes
 from trainer.stages.finetune import FinetuneStage
 
 
@@ -23,6 +25,7 @@ class Predictor:
     Attributes:
         targets: names of the predicted properties; empty for a pretrained encoder.
         units: their units.
+        columns: names of the numbers in a row of `iterate`.
     """
 
     def __init__(self, exported: Exported, device: str | torch.device = "cpu") -> None:
@@ -38,6 +41,7 @@ class Predictor:
             self.encoder: Encoder = stage.encoder
         else:
             self.encoder = exported.build_encoder().to(self.device)
+        self.columns = [f"prediction{suffix}" for suffix in suffixes(self.targets)]
 
     def predict(self, structures: Any, max_atoms: int = 4096) -> np.ndarray:
         """Properties in physical units.
@@ -99,16 +103,22 @@ class Predictor:
         return build(group, self.encoder.graph).to(self.device)
 
 
-def load(path: str | Path, stage: str = "", device: str | torch.device = "cpu") -> Predictor:
-    """The model in a run directory: a finetuned one predicts and embeds, a pretrained one embeds.
+def load(
+    path: str | Path, stage: str = "", device: str | torch.device = "cpu"
+) -> Predictor | Ensemble:
+    """The model in a run directory: a finetuned one predicts and embeds, a pretrained one embeds,
+    an ensemble predicts and says how sure it is.
 
     Args:
-        path: run directory, or that of an exported model. stage: of a pretraining run; default its
-            last. device: where to run.
+        path: run directory, or that of an exported model or an ensemble.
+        stage: of a pretraining run; default its last.
+        device: where to run.
 
     Raises:
         ValueError: no finished model there, or files that are not what a model has.
     """
+    if (Path(path) / ENSEMBLE).is_file():
+        return Ensemble(path, device)
     return Predictor(open_model(path, stage), device)
 
 

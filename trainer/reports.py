@@ -7,7 +7,7 @@ import csv
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
@@ -20,9 +20,12 @@ from trainer import jobs, plots
 from trainer.baselines import baselines
 from trainer.distributed import World
 from trainer.logger import read_metrics
-from trainer.predictor import Predictor
 from trainer.settings import FinetuneJob
 from trainer.stages import FinetuneStage
+
+if TYPE_CHECKING:
+    from trainer.ensemble import Ensemble
+    from trainer.predictor import Predictor
 
 
 def predictions(
@@ -131,27 +134,32 @@ def write_predictions(
     label: np.ndarray,
     prediction: np.ndarray,
 ) -> None:
-    """A CSV `id,target,prediction` (several targets: `id,target_<name>,prediction_<name>,…`), in
-    one step; labels that are missing stay empty."""
-    names = [f"{kind}{suffix}" for suffix in suffixes(targets) for kind in ("target", "prediction")]
+    """A CSV `id,target,prediction` (several targets: `id,target_<name>,prediction_<name>,…`);
+    labels that are missing stay empty."""
+    columns: dict[str, np.ndarray] = {}
+    for i, suffix in enumerate(suffixes(targets)):
+        columns |= {f"target{suffix}": label[:, i], f"prediction{suffix}": prediction[:, i]}
+    write_table(path, ids, columns)
+
+
+def write_table(path: Path, ids: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
+    """A CSV of numbers for each crystal, in one step; NaN stays empty."""
     with _replacing(path) as file:
         writer = csv.writer(file)
-        writer.writerow(["id", *names])
-        for id, known, guess in zip(ids, label, prediction, strict=True):
-            writer.writerow(
-                [id, *(_cell(x) for pair in zip(known, guess, strict=True) for x in pair)]
-            )
+        writer.writerow(["id", *columns])
+        for id, *values in zip(ids, *columns.values(), strict=True):
+            writer.writerow([id, *map(_cell, values)])
 
 
 def predict_to_csv(
-    model: Predictor, crystals: Iterable[Crystal | Failure], output: Path, max_atoms: int
+    model: Predictor | Ensemble, crystals: Iterable[Crystal | Failure], output: Path, max_atoms: int
 ) -> tuple[int, int]:
     """Writes predictions as they come, and beside them the crystals that could not be used;
     returns how many of each. The files appear when all are written."""
     counts = {"written": 0, "dropped": 0}
     with _replacing(output) as file, _replacing(dropped_path(output)) as bad:
         writer, drops = csv.writer(file), csv.writer(bad)
-        writer.writerow(["id", *(f"prediction{s}" for s in suffixes(model.targets))])
+        writer.writerow(["id", *model.columns])
         drops.writerow(["id", "where", "reason", "message"])
 
         def usable() -> Iterator[Crystal]:
