@@ -18,9 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers import full_precision
 from models.spherical import spherical_harmonics
 
 Features = list[Tensor]
+
+_BLOCK = 256
+"""Edges whose products are made at once on CPU: 3 MB at the published size."""
 
 
 def flatten(x: Features) -> Tensor:
@@ -161,23 +165,11 @@ class Couplings(nn.Module):
     def forward(self, harmonics: Tensor) -> list[Tensor]:
         """[E, rows, 2a + 1] for each a, from harmonics [E, degrees²] whose squares add up to 1 in
         each degree."""
-        return [
-            (harmonics @ rows.to(harmonics)).unflatten(1, (-1, 2 * a + 1))
-            for a, rows in enumerate(self.buffers())
-        ]
-
-
-def products(x: Features, matrices: Sequence[Tensor], outputs: int) -> list[Features]:
-    """All products of the degrees 0 … outputs - 1: for each degree a of x [E, 2a + 1, C_a] a list
-    with a tensor [E, 2c + 1, b · C_a] for each c."""
-    out = []
-    for a, (part, matrix) in enumerate(zip(x, matrices, strict=True)):
-        counts = [len(partners(a, c, len(x))) for c in range(outputs)]
-        sizes = [(2 * c + 1) * count for c, count in enumerate(counts)]
-        rows = (matrix[:, : sum(sizes)] @ part).split(sizes, dim=1)
-        shapes = ((len(part), 2 * c + 1, n * part.shape[2]) for c, n in enumerate(counts))
-        out.append([z.reshape(shape) for z, shape in zip(rows, shapes, strict=True)])
-    return out
+        with torch.autocast(harmonics.device.type, enabled=False):  # geometry in full precision
+            return [
+                (harmonics @ rows.to(harmonics)).unflatten(1, (-1, 2 * a + 1))
+                for a, rows in enumerate(self.buffers())
+            ]
 
 
 def partners(a: int, c: int, degrees: int) -> list[int]:
@@ -221,22 +213,102 @@ class SeparableProduct(nn.Module):
     def forward(self, x: Features, matrices: Sequence[Tensor], weight: Tensor) -> Features:
         """Features of edges from features and `Couplings` of edges and weights [E, numel], or
         [numel] for all edges."""
-        every = products(x, matrices, self.outputs)
-        weights = weight.split([sum(sizes) for sizes in self.sizes], dim=-1)
+        layers = [cast(nn.Linear, layer) for layer in self.linear.layers]
+        linear = [layer.weight for layer in layers]
+        if weight.ndim == 1:
+            each = weight.split([sum(sizes) for sizes in self.sizes])
+            linear = [matrix * w for matrix, w in zip(linear, each, strict=True)]
+        kind = weight.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x[0].dtype
+        with torch.autocast(kind, enabled=False):
+            tensors = (t.to(dtype) for t in (*x, *matrices, *linear))
+            weights = weight.to(dtype) if weight.ndim == 2 else None
+            out = _SeparableProduct.apply(self.sizes, weights, *tensors)
         return [
-            self._linear(c, [of_degree[c] for of_degree in every], w) for c, w in enumerate(weights)
+            part if layer.bias is None else part + layer.bias
+            for part, layer in zip(out, layers, strict=True)
         ]
 
-    def _linear(self, c: int, parts: Features, weight: Tensor) -> Tensor:
-        """Degree c of the result: one linear layer over the products of all degrees, not joined."""
-        layer, sizes = cast(nn.Linear, self.linear.layers[c]), self.sizes[c]
-        matrix = layer.weight
-        if weight.ndim == 1:
-            matrix = matrix * weight
-        else:
-            factors = weight.split(sizes, dim=1)
-            parts = [p * f[:, None] for p, f in zip(parts, factors, strict=True)]
-        out = F.linear(parts[0], matrix[:, : sizes[0]], layer.bias)
-        for part, block in zip(parts[1:], matrix.split(sizes, dim=1)[1:], strict=True):
-            out = out + F.linear(part, block)
-        return out
+
+class _SeparableProduct(torch.autograd.Function):
+    """Products, times weights if there are any, times the transposed matrices of the linear layers.
+
+    The products are by far the largest tensors of all. So they are made block by block of edges,
+    which on CPU then stay in the cache, and made again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, sizes, weight, *tensors):
+        ctx.save_for_backward(weight, *tensors)
+        ctx.sizes = sizes
+        x, matrices, linear = _three_parts(tensors, len(sizes[0]))
+        out = [x[0].new_zeros(len(x[0]), 2 * c + 1, len(m)) for c, m in enumerate(linear)]
+        for edges in _blocks(x[0]):
+            weights = _split_weights(weight, sizes, edges)
+            for a in range(len(x)):
+                rows = _products(x[a][edges], matrices[a][edges], [s[a] for s in sizes])
+                for c, z in enumerate(rows):
+                    block = linear[c].split(sizes[c], dim=1)[a]
+                    p = z if weight is None else z * weights[c][a][:, None]
+                    out[c][edges] += p @ block.t()
+        return tuple(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        weight, *tensors = ctx.saved_tensors
+        sizes = ctx.sizes
+        x, matrices, linear = _three_parts(tensors, len(sizes[0]))
+        dx = [torch.empty_like(t) for t in x]
+        dlinear = [torch.zeros_like(full_precision(t)) for t in linear]
+        dweight = None if weight is None else torch.empty_like(weight)
+        for edges in _blocks(x[0]):
+            weights = _split_weights(weight, sizes, edges)
+            dweights = _split_weights(dweight, sizes, edges)
+            for a in range(len(x)):
+                part, matrix = x[a][edges], matrices[a][edges]
+                drows = []
+                for c, z in enumerate(_products(part, matrix, [s[a] for s in sizes])):
+                    w = None if weight is None else weights[c][a][:, None]
+                    p, grad = z if w is None else z * w, grads[c][edges]
+                    block = linear[c].split(sizes[c], dim=1)[a]
+                    dblock = dlinear[c].split(sizes[c], dim=1)[a]
+                    dblock += grad.flatten(0, 1).t() @ p.flatten(0, 1)
+                    dp = grad @ block
+                    if w is not None:
+                        dweights[c][a].copy_((dp * z).sum(1))
+                        dp = dp.mul_(w)
+                    drows.append(dp.reshape(len(dp), -1, part.shape[2]))
+                together = torch.cat(drows, dim=1)
+                dx[a][edges] = matrix[:, : together.shape[1]].transpose(1, 2) @ together
+        return None, dweight, *dx, *([None] * len(x)), *dlinear
+
+
+def _three_parts(tensors: Sequence[Tensor], degrees: int):
+    """Features and `Couplings`, of each degree, and matrices of the linear layers."""
+    return tensors[:degrees], tensors[degrees : 2 * degrees], tensors[2 * degrees :]
+
+
+def _products(part: Tensor, matrix: Tensor, channels: Sequence[int]) -> Features:
+    """A degree's products [E, 2c + 1, channels[c]] for each c, from features [E, 2a + 1, C] and the
+    rows of `Couplings` for it."""
+    counts = [(2 * c + 1) * n // part.shape[2] for c, n in enumerate(channels)]
+    rows = (matrix[:, : sum(counts)] @ part).split(counts, dim=1)
+    return [
+        z.reshape(len(z), 2 * c + 1, n) for c, (z, n) in enumerate(zip(rows, channels, strict=True))
+    ]
+
+
+def _split_weights(weight: Tensor | None, sizes: list[list[int]], edges: slice) -> list[Features]:
+    """The weights of an edge's paths for each c and a."""
+    if weight is None:
+        return []
+    each = weight[edges].split([sum(s) for s in sizes], dim=1)
+    return [list(w.split(s, dim=1)) for w, s in zip(each, sizes, strict=True)]
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    """Runs of edges; on GPUs one of all."""
+    size = _BLOCK if x.device.type == "cpu" else max(len(x), 1)
+    return [slice(i, min(i + size, len(x))) for i in range(0, len(x), size)]

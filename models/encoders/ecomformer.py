@@ -160,7 +160,7 @@ class EquivariantUpdate(nn.Module):
         """[E, S + 8T] → [E, S + 2T]: scalar products with the harmonics of the same degree."""
         t = self.tensors
         parts = [
-            (part.unflatten(1, (-1, h.shape[1])) @ h[:, :, None]).squeeze(2)
+            (part.unflatten(1, (-1, h.shape[1])) * h[:, None]).sum(2)
             for part, h in zip(
                 y.split([self.scalars, 3 * t, 5 * t], 1), harmonics.split([1, 3, 5], 1), strict=True
             )
@@ -205,5 +205,5 @@ def _slots(group: RowSum, width: int) -> Incidence:
     slot[group.index] = owner * width + each[:e] - group.ptr[owner]
     return Incidence(
         RowSum(group.index, torch.cat([starts.flatten(), group.ptr[-1:]])),
-        RowSum(slot, each[: e + 1]),
+        RowSum(slot, each[: e + 1], each=1),
     )

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
+from models import irreps
 from models.irreps import (
     Couplings,
     IrrepLinear,
@@ -117,6 +119,24 @@ def test_products_with_harmonics_are_equivariant(outputs, shared):
 
     other = run(turned(x, turn), r @ torch.from_numpy(turn).T)
     same(other, turned(run(x, r), turn))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("outputs", [(2, 2, 1), (2,)], ids=str)
+def test_gradients_of_products_with_harmonics(outputs, shared, monkeypatch):
+    monkeypatch.setattr(irreps, "_BLOCK", 2)
+    torch.manual_seed(0)
+    layer = SeparableProduct((2, 1, 1), outputs).double()
+    matrices = Couplings(3)(spherical_harmonics(F.normalize(torch.randn(5, 3).double(), dim=1), 3))
+    weight = torch.randn(*(() if shared else (5,)), layer.numel).double()
+    inputs = [*features(5, channels=(2, 1, 1)), weight, *layer.parameters()]
+    names = [name for name, _ in layer.named_parameters()]
+
+    def run(a, b, c, weight, *parameters):
+        args = [a, b, c], matrices, weight
+        return tuple(functional_call(layer, dict(zip(names, parameters, strict=True)), args))
+
+    assert torch.autograd.gradcheck(run, [t.detach().requires_grad_() for t in inputs])
 
 
 def test_products_of_unit_features_have_unit_components():
