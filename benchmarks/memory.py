@@ -1,0 +1,154 @@
+"""Peak memory of a training step: the memory model against what a process takes.
+
+    python benchmarks/memory.py data=DIR                   a data set made by launch/prepare.py
+    … stages=[vae,joint] precisions=[fp32] batch_size=256 atoms=21 threads=2
+
+One batch of the crystals whose number of atoms is nearest to `atoms`, of which stage 1 masks some;
+paper-size models on quotient graphs. A child process builds the engine, takes one step and reports
+its peak on the GPU, or how much its peak lies above what it had before; without `measure` the model
+alone speaks.
+`published` is the released code's peak on a GPU at this batch size. The model counts a step in the
+form it has on a GPU without the Triton kernels; on a CPU the messages' buffers are smaller. The
+last line is the table as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from datapipe.crystal import Crystal
+from datapipe.graph import build
+from datapipe.schema import CrystalBatch
+from datapipe.shards import Dataset
+from datapipe.transforms import Sample
+from models.encoders import build_encoder
+from trainer import stages  # noqa: F401 - registers them
+from trainer.config import parse, required, run
+from trainer.distributed import World
+from trainer.engine import EngineConfig, build_engine
+from trainer.memory import plan_memory
+from trainer.meter import total_over_ranks, weighted_loss
+from trainer.optim import param_groups
+from trainer.stage import STAGES, Stage
+
+PUBLISHED_MB = {"vae": 5986, "joint": 8482}
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig:
+    """Settings of the benchmark."""
+
+    data: str = ""
+    """Data set directory."""
+    stages: list[str] = field(default_factory=lambda: ["vae", "joint"])
+    """Stages, with DiT-B."""
+    encoder: str = "pddformer"
+    """Registered encoder."""
+    precisions: list[str] = field(default_factory=lambda: ["fp32", "bf16"])
+    """Precisions."""
+    recompute: list[bool] = field(default_factory=lambda: [False, True])
+    """Recomputation in the denoiser; counts in the joint stage alone."""
+    measure: bool = True
+    """Whether the steps are run; bf16 takes long on CPUs without instructions for it."""
+    measure_bf16: bool = False
+    """Whether those in bf16 are run on CPUs too."""
+    quotient: bool = True
+    """Quotient or full graphs."""
+    batch_size: int = 256
+    """Crystals."""
+    atoms: int = 21
+    """Atoms of a crystal."""
+    threads: int = 2
+    """CPU threads."""
+
+
+def make(name: str, config: BenchmarkConfig) -> tuple[Stage, CrystalBatch]:
+    """A stage and a batch for it."""
+    torch.manual_seed(0)
+    stage = STAGES[name](STAGES[name].Config(), build_encoder({"name": config.encoder}))
+    dataset = Dataset.open(config.data)
+    nearest = np.argsort(np.abs(np.asarray(dataset.atoms) - config.atoms), kind="stable")
+    chosen = np.sort(nearest[: config.batch_size])
+    samples = [Sample.clean(c, key) for key, c in dataset.read(chosen) if isinstance(c, Crystal)]
+    transform = stage.transform()
+    if transform is not None:
+        samples = [transform(s, np.random.default_rng(s.key)) for s in samples]
+    return stage, build(samples, stage.encoder.graph, quotient=config.quotient)
+
+
+def resident() -> int:
+    """Bytes of memory this process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def child(name: str, config: BenchmarkConfig, settings: EngineConfig, queue) -> None:
+    """Takes one step and reports its peak above what the process had before."""
+    torch.set_num_threads(config.threads)
+    stage, batch = make(name, config)
+    stage_bytes = sum(p.nbytes for p in stage.parameters())
+    before = resident() - stage_bytes  # the weights count
+    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    engine = build_engine(stage, param_groups(stage, 0.01), 1.0, settings, world)
+    engine.stage.train()
+    terms = engine.forward(batch.to(world.device))
+    sums = total_over_ranks(terms, (), world)
+    engine.backward(weighted_loss(terms, sums, stage.weights, world)[0])
+    engine.step(1e-4, 0.9)
+    if world.device.type == "cuda":
+        queue.put(torch.cuda.max_memory_allocated())
+    else:
+        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def main() -> None:
+    config = parse(BenchmarkConfig, __doc__)
+    required(config, "data")
+    spawn = multiprocessing.get_context("spawn")
+    on_gpu = torch.cuda.is_available()
+    rows = []
+    for name in config.stages:
+        stage, batch = make(name, config)
+        for precision in config.precisions:
+            for recompute in config.recompute if name == "joint" else [False]:
+                settings = EngineConfig(engine="torch", precision=precision, recompute=recompute)
+                plan = plan_memory(stage, batch, settings, 1, False)
+                row = {
+                    "stage": name,
+                    "precision": precision,
+                    "recompute": recompute,
+                    "atoms": batch.num_atoms,
+                    "edges": batch.num_edges,
+                    "model_MB": plan.total / 1e6,
+                    "measured_MB": None,
+                    "published_MB": PUBLISHED_MB.get(name),
+                }
+                if config.measure and (precision == "fp32" or on_gpu or config.measure_bf16):
+                    queue = spawn.Queue()
+                    process = spawn.Process(target=child, args=(name, config, settings, queue))
+                    process.start()
+                    row["measured_MB"] = queue.get() / 1e6
+                    process.join()
+                best = row["measured_MB"] or row["model_MB"]
+                row["share"] = best / row["published_MB"] if row["published_MB"] else None
+                rows.append(row)
+                print(row, file=sys.stderr, flush=True)
+    print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
+    for row in rows:
+        cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
+        print(f"| {' | '.join(cells)} |")
+    print(json.dumps({"threads": config.threads, "crystals": batch.num_crystals, "rows": rows}))
+
+
+if __name__ == "__main__":
+    run(main)
