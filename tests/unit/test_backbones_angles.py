@@ -21,6 +21,9 @@ from models.turns import Turns, reverse_edges
 from tests import reference_backbones, reference_encoders
 from tests.reference_angles import PLAIN, followers
 from tests.unit.test_encoders import TRAINING, close, crystal, crystals, doubled, tiny
+from trainer.engine import EngineConfig
+from trainer.memory import activation_bytes
+from trainer.stages.vae import VAEConfig, VAEStage
 
 
 def count(*modules: nn.Module) -> int:
@@ -190,3 +193,15 @@ def test_angles_are_seen(name):
         for matrix in (torch.eye(3), rotation, bend)
     )
     assert (bent - ours).abs().max() > 30 * (turned - ours).abs().max() + 1e-4
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN))
+def test_memory_of_a_step_is_known_from_shapes(name):
+    """Also where the number of angles is no shape of the batch."""
+    encoder = tiny(name)
+    stage = VAEStage(VAEConfig(), encoder)
+    small, large = (
+        activation_bytes(stage, build(crystals() * times, encoder.graph), EngineConfig())
+        for times in (1, 3)
+    )
+    assert 2 * small < large < 4 * small
