@@ -37,7 +37,7 @@ def by_atoms(line: Sequence[Arm], facts: Facts, title: str, look: Look, path: Pa
     wide = [b for b in wide if b[1].any()]
     fine = _fine(atoms)
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(4.6, 1.25 * WIDTH)
+        figure = new_figure(4.9, 1.25 * WIDTH)
         grid = figure.add_gridspec(2, 2, width_ratios=[1, 2], height_ratios=[3.4, 1])
         left, right = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[0, 1])
         counts = figure.add_subplot(grid[1, 1], sharex=right)
@@ -58,7 +58,8 @@ def by_atoms(line: Sequence[Arm], facts: Facts, title: str, look: Look, path: Pa
         right.set_ylim(bottom=0)
         right.set_ylabel(mae_label(line[0]))
         if len(line) > 1:
-            right.legend(loc="best", fontsize="small")
+            handles, labels = right.get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
         counts.bar(x, [int(inside.sum()) for _, inside in fine], color="#bbbbbb", width=0.8)
         counts.set_xticks(x, [name for name, _ in fine], rotation=45)
         counts.set_xlabel("atoms per cell")

@@ -223,7 +223,7 @@ def bars(
                 axes.text(right * 1.04, i, text, va="center", fontsize="small")
             if floor:
                 axes.axvline(floor.mean, color="#444444", linewidth=1, linestyle="--", zorder=3)
-            axes.set_xlim(0, right * 1.45)
+            axes.set_xlim(0, right * 1.6)
             axes.set_ylim(len(line) - 0.4, -0.6)
             axes.set_yticks(range(len(line)), [look.name(a) for a in line])
             axes.tick_params(axis="y", length=0)
