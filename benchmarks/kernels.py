@@ -6,9 +6,10 @@
 Forward and backward of each operation on the graphs of a batch, PDDFormer's for all but the
 Matformer messages. `GB` are the bytes of the least traffic: every input read once, every output
 written once, and again for the gradients; `GFLOP` those of its matrix products. The limit is the
-larger of the two times these take at the speed of a large copy and of a large matrix product on
-the same device in the same run, and `of_limit` its share of the measured time. Where there is no GPU, torch's definitions alone are timed. The
-last line is the table as JSON.
+larger of the times these take at the speed of a large copy and of a large matrix product on the
+same device in the same run, and `of_limit` its share of the measured time; where all fits in a
+cache it means little. Where there is no GPU, torch's definitions alone are timed. The last line is
+the table as JSON.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 `padded` is the definition: all crystals padded to `longest` tokens (0: the longest of the batch),
 dense attention with a key mask, one modulation row per crystal. `packed` is the product's path.
 Both share their weights and run in alternation, forward and backward, on the atom numbers of a
-batch of the data set, or of crystals of `atoms` atoms; times are medians of wall time. `encoder`
+batch of the data set, or of crystals of `atoms` atoms; times are medians, of wall time and of the
+processor's, which other work on the machine changes less and gives `cpu_ratio`. `encoder`
 adds the encoder, on quotient graphs, to the packed step: the whole stage. The last line is the
 table as JSON.
 """
@@ -127,12 +128,14 @@ def main() -> None:
     first, second = step("padded"), step("packed")
     difference = float((first - second).abs().max() / first.abs().max())
     taken: dict[str, list[float]] = {path: [] for path in paths}
+    worked: dict[str, list[float]] = {path: [] for path in paths}
     for _ in range(config.repeats):
         for path in paths:
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             step(path)
             taken[path].append(time.perf_counter() - began)
-    base = statistics.median(taken["padded"])
+            worked[path].append(time.process_time() - cpu)
+    base, cpu = (statistics.median(x["padded"]) for x in (taken, worked))
     rows = []
     for path, times in taken.items():
         median = statistics.median(times)
@@ -144,9 +147,11 @@ def main() -> None:
                 "spread_ms": 1e3 * (max(times) - min(times)),
                 "crystals_per_s": len(sizes) / median,
                 "ratio": base / median,
+                "cpu_ratio": cpu / statistics.median(worked[path]),
             }
         )
-    print("| path | tokens | ms | spread, ms | crystals/s | ratio |\n|---|---|---|---|---|---|")
+    print("| path | tokens | ms | spread, ms | crystals/s | ratio | CPU ratio |")
+    print("|---|---|---|---|---|---|---|")
     for row in rows:
         cells = [f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()]
         print(f"| {' | '.join(cells)} |")

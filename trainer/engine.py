@@ -171,9 +171,7 @@ class TorchEngine(Engine):
         self.accumulation = config.accumulation
         self.dtype = PRECISIONS[config.precision]
         self.optimizer = GuardedAdamW(groups, grad_clip, world.device)
-        self.scaler = torch.amp.GradScaler(
-            world.device.type, enabled=self.dtype == torch.float16 and world.device.type == "cuda"
-        )
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self._micro = 0
 
     def forward(self, batch: CrystalBatch) -> dict[str, Term]:

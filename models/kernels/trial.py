@@ -14,8 +14,9 @@ from models.attention import Layout
 from models.norm import BatchNorm
 from models.ops import Edges
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""Largest difference, over the largest value of the definition in fp64."""
+TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Largest difference, over the largest value of the definition in fp64. In fp32 that of matrix
+products in tf32, which a user may have allowed."""
 
 
 @dataclass

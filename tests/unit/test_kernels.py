@@ -85,7 +85,8 @@ def test_a_million_edges(name, dtype):
     for ours, plain, again in zip(*results, strict=True):
         assert torch.equal(ours, again)
         size = plain.double().abs().max()
-        assert (ours.double() - plain.double()).abs().max() < 3 * trial.TOLERANCE[dtype] * size
+        away = (ours.double() - plain.double()).abs().max()
+        assert away < {torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype] * size
 
 
 @needs_triton
