@@ -264,7 +264,7 @@ def _scan(work: _Work) -> _Scan:
         scan.labelled.append(goes_by is not None and is_labelled(raw.labels.get(goes_by)))
         wanted = {w for w in wanted if w not in raw.labels} if wanted else wanted
         if number < _LOOKED_AT:
-            fields.update(k for k, v in raw.labels.items() if _may_be_label(v))
+            fields.update(k for k, v in raw.labels.items() if k and _may_be_label(v))
     for name in sorted(wanted):
         where = ", ".join(path for _, path, _ in work.inputs)
         has = nearest(name, fields) if fields else "its records have no labels"

@@ -88,7 +88,10 @@ def configure(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise ValueError(f"unknown config key {prefix + full!r}: {nearest(key, valid)}") from None
     except OmegaConfBaseException as error:
         key = prefix + str(error.full_key or error.key)
-        raise ValueError(f"config key {key!r}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if "is not a ListConfig" in reason:
+            reason = f"give a list: {key}=[…]"
+        raise ValueError(f"config key {key!r}: {reason}") from None
 
 
 def _fields_at(cls: Any, path: list[str]) -> list[str]:

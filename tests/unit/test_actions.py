@@ -344,7 +344,7 @@ def test_actions_by_command(call, root, tmp_path):
         ((f"reshard={root}",), "setting 'output' is required"),
         ((f"reshard={root}", f"output={root}"), "already holds a data set"),
         ((f"subset={root}", "output=x", "splits=[trian]"), "splits must be some of"),
-        ((f"merge={root}", "output=x"), "merge"),
+        ((f"merge={root}", "output=x"), "config key 'merge': give a list: merge=[…]"),
         ((f"reshard={root}", "output=x", "shardsize=3"), "'shardsize': did you mean 'shard_size'"),
     ):
         code, _, err = call(*args)
