@@ -219,6 +219,8 @@ def equiformer(encoder, batch: CrystalBatch) -> Tensor:
 PLAIN = {
     "cgcnn": cgcnn,
     "ecomformer": ecomformer,
+    "equiformer": equiformer,
+    "equiformer": equiformer,
     "icomformer": icomformer,
     "potnet": potnet,
     "schnet": schnet,

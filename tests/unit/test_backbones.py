@@ -18,7 +18,9 @@ from datapipe.neighbours import signed_triple
 from datapipe.schema import GraphSpec, concat
 from models.encoders import ENCODERS, build_encoder
 from models.heads import ReadoutHead
+from tests import reference_angles
 from tests.reference_backbones import PLAIN
+from tests.reference_encoders import REFERENCES
 from tests.unit.test_encoders import TRAINING, close, crystal, crystals, doubled, tiny
 from trainer.config import from_sources
 from trainer.settings import FinetuneJob
@@ -48,6 +50,10 @@ def test_latents_and_gradients_are_those_of_the_definition(name, training):
     largest = max(float(g.abs().max()) for g in expected)
     for (key, _), a, b in zip(encoder.named_parameters(), gradients, expected, strict=True):
         close(a / largest, b / largest, 1e-10, key)
+
+
+def test_every_encoder_has_a_definition_that_it_is_held_to():
+    assert set(ENCODERS) == {*PLAIN, *reference_angles.PLAIN, *REFERENCES}
 
 
 # Parameters
