@@ -82,11 +82,13 @@ class Manifest:
         """
         try:
             with open_file(root, MANIFEST, access, _check_json) as file:
-                values = json.loads(file.read())
+                data = file.read()
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{root} is not a data set: it has no complete {MANIFEST}") from None
         except OSError as error:
             raise ValueError(f"{root}: {error}") from None
+        try:
+            values = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{join_path(root, MANIFEST)} is not JSON: {error}") from None
         found = values.get("schema_version") if isinstance(values, dict) else None
