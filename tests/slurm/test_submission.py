@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 
@@ -20,10 +21,7 @@ HOSTILE = 'it\'s "quoted" $(touch pwned) `touch pwned` ; touch pwned'
 def test_one_failed_cell_hides_no_other(desk):
     """An array of six, one of them with a target that no data has and a shell would run."""
     cells = [f"- {{target: {t}, seed: {s}}}\n" for t in ("density", "ewald_energy") for s in (0, 1)]
-    cells += [
-        "- {target: density, label_fraction: 0.5}\n",
-        f"- target: '{HOSTILE!s}'\n".replace("it's", "it''s"),
-    ]
+    cells += ["- {target: density, label_fraction: 0.5}\n", f"- target: {json.dumps(HOSTILE)}\n"]
     (desk.path / "cells.yaml").write_text("".join(cells))
     args = (*FINETUNE, "finetune.max_steps=4", "sweep=cells.yaml", "run_dir=runs/sweep")
     assert "submitted 6 cell(s)" in desk.submit(*args)
@@ -31,8 +29,8 @@ def test_one_failed_cell_hides_no_other(desk):
     (bad,) = [cell for cell in rows if "quoted" in cell]
     assert {r.state for r in rows.values() if r.cell != bad} == {"finished"}
     assert rows[bad].state == "failed"
-    assert HOSTILE in rows[bad].reason
-    assert HOSTILE in desk.submit("status=runs/sweep")
+    assert repr(HOSTILE) in rows[bad].reason
+    assert repr(HOSTILE) in desk.submit("status=runs/sweep")
     assert not list(desk.path.rglob("pwned"))
 
     desk.submit("collect=runs/sweep")
