@@ -220,7 +220,6 @@ PLAIN = {
     "cgcnn": cgcnn,
     "ecomformer": ecomformer,
     "equiformer": equiformer,
-    "equiformer": equiformer,
     "icomformer": icomformer,
     "potnet": potnet,
     "schnet": schnet,
