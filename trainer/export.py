@@ -250,7 +250,7 @@ def open_model(path: str | Path, stage: str = "") -> Exported:
         if not finished:
             raise ValueError(
                 f"{root} is a run without a finished stage: let it finish first, or export one of "
-                "its checkpoints (launch/export.py)"
+                "its checkpoints (launch/export.py tag=newest)"
             )
         if stage and stage not in finished:
             raise ValueError(

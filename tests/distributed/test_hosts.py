@@ -23,7 +23,7 @@ from tests.distributed.ranks import ROOT, free_port
 
 pytestmark = pytest.mark.distributed
 
-TIMEOUT = 20
+TIMEOUT = 30
 """Seconds that a rank waits for the other."""
 STEPS = 40
 JOB = [
