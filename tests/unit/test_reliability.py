@@ -1,0 +1,25 @@
+"""The page on reliability says what was tried: its table is that of its results, row for row."""
+
+from __future__ import annotations
+
+from tests import reliability
+from tests.distributed.trials import KINDS
+
+CONFIG = reliability.Config()
+
+
+def test_the_table_is_made_of_the_results():
+    trials = reliability.read(reliability.Path(CONFIG.results))
+    page = reliability.Path(str(CONFIG.page)).read_text(encoding="utf-8")
+    assert reliability.insert(page, reliability.table(trials)) == page
+    assert {t["fault"] for t in trials} <= {kind.name for kind in KINDS}
+
+
+def test_what_the_table_counts():
+    def trial(lost, recovered=True, exact=True):
+        return {"fault": KINDS[0].name, "lost": lost, "recovered": recovered, "exact": exact}
+
+    text = reliability.table([trial(1), trial(4), trial(2), trial(90, False, None)])
+    assert text.splitlines()[2:] == [f"| {KINDS[0].name} | 4 | 3 | 2 | 4 | 3 |"]
+    page = f"before\n{reliability.BEGIN}old\n{reliability.END}after\n"
+    assert reliability.insert(page, "new\n") == page.replace("old", "new")
