@@ -132,6 +132,23 @@ def test_rows_are_the_other_factors_and_gains_are_averaged_over_them(tmp_path):
     ]
 
 
+def test_columns_of_other_units_say_theirs(tmp_path):
+    cells = {}
+    for task, unit, scale in (("gap", "eV", 1), ("bulk", "GPa", 100)):
+        for pretraining, error in (("none", 0.2), ("dpf", 0.1)):
+            name = f"{task}-{pretraining}"
+            finetuned(tmp_path / name, error * scale, unit=unit)
+            cells[name] = {"task": task, "pretraining": pretraining, "seed": 0}
+    suite(tmp_path, cells, ["task", "pretraining", "seed"])
+    across = write(tmp_path).main
+    assert across.columns[:4] == ["task", "unit", "none", "dpf"]
+    assert [row[1] for row in across.rows] == ["eV", "GPa"]
+    down = write(tmp_path, columns="task").main
+    assert down.columns == ["pretraining", "gap (eV)", "bulk (GPa)"]
+    assert [[e.bold for e in row[1:]] for row in down.rows] == [[False, False], [True, True]]
+    assert down.rows[0][2].places < down.rows[0][1].places
+
+
 def test_several_targets_of_a_run_are_several_rows(tmp_path):
     cells = {}
     for name in ("none", "a"):

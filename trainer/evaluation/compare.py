@@ -65,6 +65,10 @@ class Arm:
         values = [x for x in map(of, self.results.values()) if np.isfinite(x)]
         return float(np.mean(values)) if values else NAN
 
+    def composition(self, kind: str) -> float:
+        """MAE of a predictor that sees the composition only, mean over the replicates."""
+        return self.mean(lambda r: r.composition.get(kind, NAN))
+
 
 @dataclass
 class Comparison:

@@ -32,6 +32,8 @@ from trainer.evaluation.suite import Suite
 FEW = 6
 """Replicates below which a test over them is called weak."""
 _MORE = ("accuracy", "f1", "roc_auc")
+_COMPOSITION = {"mean": "mean label", "ridge": "composition ridge"}
+"""Predictors that see the composition only."""
 _PERCENT = 1
 """Decimal places of percentages."""
 
@@ -57,55 +59,71 @@ def results_table(
     column = _column(suite, arms, column)
     rows = list(rows) or varying(arms, [column])
     _check_factors(arms, [*rows, column])
-    heads = list(dict.fromkeys(a.values[column] for a in arms)) if column else [""]
-    grid: dict[Key, dict[str, Arm]] = {}
-    for arm in arms:
-        line = grid.setdefault(arm.key(rows), {})
-        head = arm.values[column] if column else ""
-        if head in line:
-            more = [f for f in varying([line[head], arm]) if f not in rows]
-            raise ValueError(f"rows={rows} and columns={column!r} leave out {', '.join(more)}")
-        line[head] = arm
-    units = [_unit([*line.values()]) for line in grid.values()]
+    heads = list(dict.fromkeys(_head(a, column) for a in arms))
+    grid = _grid(arms, rows, column)
+    side_by_side = column in ("", suite.compared)  # the arms of a row are of one task
+    if side_by_side:
+        peers = [[*line.values()] for line in grid.values()]
+    else:
+        peers = [[line[h] for line in grid.values() if h in line] for h in heads]
+    means: dict[int, Number] = {}
+    for group in peers:
+        means |= _means(group, bold=side_by_side or rows == [suite.compared])
+    units = [_unit(group) for group in peers]
     several = len(set(units)) > 1
-    plain = column == suite.compared  # what is compared stands side by side
-    others = [h for h in heads if h != suite.baseline] if plain and comparisons else []
+    others = [h for h in heads if h != suite.baseline] if side_by_side and comparisons else []
     by_arm = {id(c.arm): c for c in comparisons}
-    printed = [h for h in heads if any(known.value(g[h], suite.compared) for g in grid.values()
-                                       if h in g)]  # fmt: skip
-    composition = ["mean", "ridge"] if plain or not column else []
+    printed = {id(a): found for a in arms if (found := known.value(a, suite.compared))}
+    beside = [h for h in heads if any(id(a) in printed for a in arms if _head(a, column) == h)]
+    kinds = _COMPOSITION if side_by_side else {}
     body: list[list[Entry]] = []
-    for (key, line), unit in zip(grid.items(), units, strict=True):
-        entries: list[Entry] = [*key, *([unit] if several else [])]
-        entries += _means([line.get(h) for h in heads])
+    for key, line in grid.items():
+        entries: list[Entry] = [*key]
+        if several and side_by_side:
+            entries.append(_unit([*line.values()]))
+        entries += [means[id(line[h])] if h in line else "" for h in heads]
         for head in others:
             entries += _gain(by_arm.get(id(line.get(head))), alone=len(others) == 1)
         shown = [a for a in line.values() if a.results]
         digits = places([a.mean(_mae) for a in shown])
-        for kind in composition:
-            value = shown[0].mean(lambda r, k=kind: r.composition.get(k, NAN)) if shown else NAN  # type: ignore[misc]
-            entries.append(Number(value, digits))
-        for head in printed:
-            value_of = known.value(line[head], suite.compared) if head in line else None
-            entries.append(Number(value_of[0] if value_of else NAN, digits))
+        entries += [Number(shown[0].composition(k) if shown else NAN, digits) for k in kinds]
+        for head in beside:
+            value = printed.get(id(line.get(head)), (NAN, ""))[0]
+            entries.append(Number(value, places([value])))
         body.append(entries)
-    gains = (
-        ["gain / %", "p (seeds)", "p (crystals)"]
-        if len(others) == 1
-        else [f"{h}: gain / %" for h in others]
-    )
+    titles = [h or "MAE" for h in heads]
+    if several and not side_by_side:
+        titles = [f"{h} ({u})" if u else h for h, u in zip(heads, units, strict=True)]
     columns = [
         *rows,
-        *(["unit"] if several else []),
-        *((h if column and h else "MAE") for h in heads),
-        *gains,
-        *({"mean": "mean label", "ridge": "composition ridge"}[k] for k in composition),
-        *((f"{h}, published" if column else "published") for h in printed),
-    ]
+        *(["unit"] if several and side_by_side else []),
+        *titles,
+        *(["gain / %", "p (seeds)", "p (crystals)"] if len(others) == 1
+          else [f"{h}: gain / %" for h in others]),
+        *kinds.values(),
+        *(f"{h}, published" if h else "published" for h in beside),
+    ]  # fmt: skip
     unit = f" in {units[0]}" if units and units[0] and not several else ""
     by = f" by {column}" if column else ""
     title = f"{suite.title}: {split} MAE{unit}{by}, mean ± standard deviation over seeds"
-    return Table("results", title, columns, body, len(rows) + several, _constants(arms))
+    named = len(rows) + (several and side_by_side)
+    return Table("results", title, columns, body, named, _constants(arms))
+
+
+def _grid(arms: Sequence[Arm], rows: Sequence[str], column: str) -> dict[Key, dict[str, Arm]]:
+    """The arm of each row and column."""
+    grid: dict[Key, dict[str, Arm]] = {}
+    for arm in arms:
+        line, head = grid.setdefault(arm.key(rows), {}), _head(arm, column)
+        if head in line:
+            more = [f for f in varying([line[head], arm]) if f not in rows]
+            raise ValueError(f"rows={rows} and columns={column!r} leave out {', '.join(more)}")
+        line[head] = arm
+    return grid
+
+
+def _head(arm: Arm, column: str) -> str:
+    return arm.values[column] if column else ""
 
 
 def scores_table(
@@ -135,9 +153,8 @@ def scores_table(
         entries += [_spread(arm, m, digits if m == "rmse" else 3) for m in ("rmse", "r2", *more)]
         entries += [
             Number(arm.mean(lambda r: r.scores["val_mae"]), digits),
-            *(Number(arm.mean(lambda r, k=k: r.composition.get(k, NAN)), digits)  # type: ignore[misc]
-              for k in ("mean", "ridge")),
-        ]  # fmt: skip
+            *(Number(arm.composition(k), digits) for k in _COMPOSITION),
+        ]
         if published:
             value = known.value(arm, suite.compared)
             entries.append(Number(value[0] if value else NAN, digits))
@@ -145,7 +162,7 @@ def scores_table(
         body.append([*entries, Number(arm.mean(lambda r: r.seconds) / 60, 1)])
     columns = [
         *factors, "unit", "n", "MAE", f"MAE {percent} CI", "RMSE", "R²", *more, "validation MAE",
-        "mean label", "composition ridge",
+        *_COMPOSITION.values(),
         *(["published", "p against it"] if published else []), "minutes",
     ]  # fmt: skip
     title = f"{suite.title}: scores on the {split} split"
@@ -302,23 +319,18 @@ def places_with_spread(found: Sequence[Summary]) -> int:
     return max(places(means), min(places(means, 4), places([s.std for s in found], 1)))
 
 
-def _means(arms: Sequence[Arm | None]) -> list[Entry]:
-    """A row's MAEs; the lowest is bold."""
-    found = [arm.summary() if arm else None for arm in arms]
-    means = [s.mean for s in found if s]
-    best, digits = min(means, default=NAN), places_with_spread([s for s in found if s])
-    entries: list[Entry] = []
+def _means(arms: Sequence[Arm], bold: bool) -> dict[int, Number]:
+    """MAEs of arms that are shown with the same places; the lowest may be bold."""
+    found = [arm.summary() for arm in arms]
+    known = [s for s in found if s]
+    best, digits = min((s.mean for s in known), default=NAN), places_with_spread(known)
+    numbers = {}
     for arm, s in zip(arms, found, strict=True):
-        if arm is None:
-            entries.append("")
-            continue
         suffix = f" ({len(arm.results)} of {arm.planned})" if arm.missing else ""
-        if s is None:
-            entries.append(Number(NAN, digits, suffix=suffix))
-        else:
-            bold = len(means) > 1 and s.mean == best
-            entries.append(Number(s.mean, digits, s.std, bold, suffix))
-    return entries
+        strong = bold and len(known) > 1 and s is not None and s.mean == best
+        mean, std = (s.mean, s.std) if s else (NAN, NAN)
+        numbers[id(arm)] = Number(mean, digits, std, strong, suffix)
+    return numbers
 
 
 def _gain(comparison: Comparison | None, alone: bool) -> list[Entry]:
