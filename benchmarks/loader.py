@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py data=DIR                  a data set made by launch/prepare.py
     python benchmarks/loader.py data=[DIR,DIR] crystals=4000
-    python benchmarks/loader.py data=DIR mean_atoms=21    large cells only, as in GNoME
+    python benchmarks/loader.py data=DIR mean_atoms=21    cells as large as GNoME's
     python benchmarks/loader.py sizes=[10000,1000000]     memory only, synthetic crystals
 
 Three tables. Speed: crystals per second of CPU time of one process, graphs and distance rows
@@ -63,7 +63,7 @@ class BenchmarkConfig:
     data: Any = field(default_factory=list)
     """Data set, or a list of them."""
     mean_atoms: float | None = None
-    """Leave small cells out until the mean number of atoms is this."""
+    """Leave the smallest cells out, or the largest, until the mean number of atoms is this."""
     crystals: int = 4000
     """Crystals of the training split to measure with, drawn at random."""
     batch_size: int = 64
@@ -119,12 +119,15 @@ def stored_and_baked(root: str, folder: str, config: BenchmarkConfig) -> tuple[s
     atoms = np.sort(dataset.atoms[dataset.split_items("train")])
     filters = Filters()
     if config.mean_atoms is not None:
-        means = np.cumsum(atoms[::-1])[::-1] / np.arange(len(atoms), 0, -1)
-        reach = np.flatnonzero(means >= config.mean_atoms)
-        if not len(reach):
+        small = atoms.mean() > config.mean_atoms  # which cells stay
+        order = atoms if small else atoms[::-1]
+        means = np.cumsum(order) / np.arange(1, len(order) + 1)
+        fit = np.flatnonzero((means <= config.mean_atoms) if small else means >= config.mean_atoms)
+        if not len(fit):
             raise ValueError(f"the cells of {root} have no mean of {config.mean_atoms} atoms")
-        filters = Filters(atoms=[float(atoms[reach[0]]), None])
-        atoms = atoms[reach[0] :]
+        last = float(order[fit[-1]])
+        filters = Filters(atoms=[None, last] if small else [last, None])
+        atoms = order[: fit[-1] + 1]
     part = SubsetConfig(subset=root, output=f"{folder}/stored", splits=["train"], progress=False)
     part.filters, part.count = filters, min(config.crystals, len(atoms))
     subset(part)
