@@ -229,7 +229,7 @@ KINDS = [
         said=("the same command continues",),
     ),
     Kind(
-        "the same to all ranks, twice", hit([*STEP, *VALIDATION], SIGNAL, share=0.6, calls=2),
+        "SIGTERM, SIGUSR1 or SIGUSR2 to all ranks, twice", hit([*STEP, *VALIDATION], SIGNAL, share=0.6, calls=2),
         {REQUEUE}, said=("the same command continues",),
     ),
     Kind(
