@@ -1,0 +1,51 @@
+"""Analyses the latents of a trained encoder.
+
+    python launch/analyse.py checkpoint=RUN data=DIR output=DIR2
+    … stage=vae                                    the encoder of the first pretraining stage
+    … analyses=[probes,smoothness] count=500       some of: probes, information, smoothness,
+                                                   variance, invariance, collapse, map
+
+Writes analysis.json, analysis.md, figures as PNG and files for TensorBoard's projector.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from datapipe.shards import Dataset
+from trainer.analysis.report import AnalysisConfig, analyse
+from trainer.config import parse, required, run
+from trainer.export import open_model
+
+
+@dataclass(kw_only=True)
+class AnalyseConfig(AnalysisConfig):
+    """Settings of `analyse`."""
+
+    checkpoint: str = ""
+    """Run or exported model."""
+    stage: str = ""
+    """Stage of a pretraining run; default its last."""
+    data: str = ""
+    """Prepared data set."""
+    output: str = ""
+    """Directory to write; it must not exist."""
+    device: str = "cpu"
+    """Where to run."""
+
+
+def main() -> None:
+    config = parse(AnalyseConfig, __doc__)
+    required(config, "checkpoint", "data", "output")
+    encoder = open_model(config.checkpoint, config.stage).build_encoder().to(config.device)
+    analyse(encoder, Dataset.open(config.data), config, config.output, config.checkpoint)
+    text = (Path(config.output) / "analysis.md").read_text(encoding="utf-8")
+    print(text + f"\nanalysis: {config.output}")
+
+
+if __name__ == "__main__":
+    run(main)

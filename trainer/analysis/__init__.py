@@ -1,0 +1,1 @@
+"""What a pretrained encoder knows: analyses of its latents."""
