@@ -229,8 +229,9 @@ KINDS = [
         said=("the same command continues",),
     ),
     Kind(
-        "SIGTERM, SIGUSR1 or SIGUSR2 to all ranks, twice", hit([*STEP, *VALIDATION], SIGNAL, share=0.6, calls=2),
-        {REQUEUE}, said=("the same command continues",),
+        "SIGTERM, SIGUSR1 or SIGUSR2 to all ranks, twice",
+        hit([*STEP, *VALIDATION], SIGNAL, share=0.6, calls=2), {REQUEUE},
+        said=("the same command continues",),
     ),
     Kind(
         "the walltime ends",
