@@ -158,7 +158,12 @@ class Request:
         """Writes the cells' configs, and returns what runs them."""
         tasks = []
         for cell in cells:
-            config = submission.add(cell.name, cell.output, cell.values, cell.config, cell.job)
+            settings = cell.config
+            if settings.get("resume") == "never":  # a later turn finds the run of the first
+                if Path(cell.output).exists():
+                    raise ValueError(f"resume=never, but {cell.output} is there already")
+                settings = {**settings, "resume": "auto"}
+            config = submission.add(cell.name, cell.output, cell.values, settings, cell.job)
             tasks.append(
                 Task(
                     cell=cell.name,

@@ -83,6 +83,8 @@ class SuiteConfig:
     """Directory of all runs."""
     baseline: str = ""
     """`FACTOR=VALUE` that others are compared with."""
+    replicate: str = "seed"
+    """Factor whose values are repetitions of the same."""
     paper: str = ""
     """Name of the published table to show beside (launch/evaluate.py)."""
     data_dir: str = "data"
@@ -158,6 +160,7 @@ class Suite:
             "title": self.config.title,
             "baseline": self.config.baseline,
             "factors": list(self._factors),
+            "replicate": self.config.replicate,
             "paper": self.config.paper or None,
             "cells": {**known, **cells},
         }
@@ -210,7 +213,7 @@ class Suite:
             factor: value
             for factor, names in self._factors.items()
             for value, given in names.items()
-            if given.get("init_from") == key
+            if _filled(given.get("init_from"), chosen) == key
         }
         cell = self._cell(name, run.job, base, {**shared, **run.settings}, chosen, values | per)
         self._start[name] = cell  # after what it starts from itself

@@ -36,6 +36,7 @@ def finetuned(
     fingerprint: str = "f",
     labels: int = 100,
     count: int = 40,
+    first: int = 0,
     encoder: str = "cgcnn",
     unit: str = "eV",
     binary: bool = False,
@@ -43,7 +44,7 @@ def finetuned(
 ) -> Path:
     """A finished finetuning whose errors are about `error`, drawn with the seed."""
     rng = np.random.default_rng([seed, len(targets)])
-    ids = [f"test-{i}" for i in range(count)]
+    ids = [f"test-{i}" for i in range(first, first + count)]
     label = np.random.default_rng(1).normal(0, 1, (count, len(targets)))
     label = (label > 0).astype(float) if binary else label
     prediction = label + error * rng.choice([-1, 1], label.shape) * rng.uniform(

@@ -108,7 +108,10 @@ def test_only_crystals_in_common_are_compared(tmp_path):
     suite(root, cells, ["pretraining", "seed"])
     _, (found,) = compared(root)
     assert found.bootstrap.n == 30
-    assert found.notes == ["the runs' data sets differ", "30 crystals in common"]
+    assert found.notes == [
+        "seed 0: the runs' data sets differ",
+        "seed 0: 30 crystals in common",
+    ]
 
 
 def test_rows_are_the_other_factors_and_gains_are_averaged_over_them(tmp_path):
@@ -189,6 +192,23 @@ def test_area_under_the_curve_counts_pairs():
 
 
 # --- suites without suite.json -------------------------------------------------------------------
+
+
+def test_folds_are_replicates_that_share_no_crystal(tmp_path):
+    cells = {}
+    for pretraining, spread in (("none", 0.2), ("ours", 0.1)):
+        for fold in range(3):
+            name = f"{pretraining}-{fold}"
+            finetuned(
+                tmp_path / name, spread, count=30, first=30 * fold, fingerprint=f"fold {fold}"
+            )
+            cells[name] = {"pretraining": pretraining, "fold": fold}
+    suite(tmp_path, cells, ["pretraining", "fold"])
+    record = json.loads((tmp_path / "suite.json").read_text())
+    (tmp_path / "suite.json").write_text(json.dumps({**record, "replicate": "fold"}))
+    _, (found,) = compared(tmp_path)
+    assert found.seeds == ["0", "1", "2"] and not found.notes
+    assert found.bootstrap.n == 90 and found.improvement > 20
 
 
 def test_factors_of_plain_runs_are_the_settings_that_differ(tmp_path):

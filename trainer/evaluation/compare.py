@@ -194,17 +194,22 @@ def compare_arms(arm: Arm, baseline: Arm, resamples: int, confidence: float) -> 
     ours, theirs = ([a.results[s].scores["mae"] for s in seeds] for a in (arm, baseline))
     comparison.improvement = improvement(float(np.mean(ours)), float(np.mean(theirs)))
     comparison.test = paired_test(ours, theirs, confidence)
-    runs = [a.results[s] for a in (arm, baseline) for s in seeds]
-    if len({r.fingerprint for r in runs}) > 1:
-        comparison.notes.append("the runs' data sets differ")
-    ids = sorted(set.intersection(*(set(r.predictions.error_of) for r in runs)))
-    if len(ids) < max(len(r.predictions.ids) for r in runs):
-        comparison.notes.append(f"{len(ids)} crystals in common")
-    if ids:
-        errors = np.array([[r.predictions.error_of[i] for i in ids] for r in runs])
-        ours, theirs = errors[: len(seeds)].mean(0), errors[len(seeds) :].mean(0)
+    pairs: dict[str, list[tuple[float, float]]] = {}  # of each crystal, in replicates that have it
+    for seed in seeds:
+        runs = [a.results[seed] for a in (arm, baseline)]
+        known, other = (r.predictions.error_of for r in runs)
+        if runs[0].fingerprint != runs[1].fingerprint:
+            comparison.notes.append(f"seed {seed}: the runs' data sets differ")
+        if known.keys() != other.keys():
+            common = len(known.keys() & other.keys())
+            comparison.notes.append(f"seed {seed}: {common} crystals in common")
+        for id in known.keys() & other.keys():
+            pairs.setdefault(id, []).append((known[id], other[id]))
+    if pairs:
+        errors = np.array([np.mean(pairs[id], axis=0) for id in sorted(pairs)])
+        key = f"{arm.first.target}/{min(pairs)}"
         comparison.bootstrap = paired_bootstrap(
-            ours, theirs, f"{arm.first.target}/{ids[0]}", resamples, confidence
+            errors[:, 0], errors[:, 1], key, resamples, confidence
         )
     return comparison
 

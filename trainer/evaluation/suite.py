@@ -78,11 +78,13 @@ class Suite:
         try:
             if record["schema"] != SCHEMA:
                 raise ValueError(f"it has schema {record['schema']!r}, this version reads {SCHEMA}")
+            alike = record.get("replicate") or SEED
             cells = [
-                Cell(name, root / c["run"], c["job"], dict(c["values"]))
+                Cell(name, root / c["run"], c["job"], _replicated(c["values"], alike))
                 for name, c in record["cells"].items()
             ]
-            suite = cls(root, record["title"], list(record["factors"]), cells)
+            factors = list(_replicated(dict.fromkeys(record["factors"]), alike))
+            suite = cls(root, record["title"], factors, cells)
             suite.compare_with(record["baseline"] or "")
             suite.paper = record.get("paper") or ""
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -167,6 +169,11 @@ class Suite:
                 f"no cell has {baseline}; values of {self.compared}: "
                 f"{', '.join(dict.fromkeys(known))}"
             )
+
+
+def _replicated(values: Mapping[str, Any], replicate: str) -> dict[str, Any]:
+    """Values by factor, in which the replicate is called seed."""
+    return {SEED if key == replicate else key: value for key, value in values.items()}
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
