@@ -101,7 +101,7 @@ def main() -> None:
             patience=config.finetune.patience,
             stop=stop,
         )
-    weights = {name: tensor.cpu() for name, tensor in stage.state_dict().items()}
+    weights = {k: v.detach().cpu().clone() for k, v in stage.state_dict().items()}
     export_stage(directory.path / "finetune", stage, weights, data, scaler, start)
     metrics = reports.finetuned(stage, world, dataset, config, items, directory.path)
     metrics |= {"best_step": result.best_step, "steps": result.steps}
