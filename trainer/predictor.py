@@ -90,10 +90,11 @@ class Predictor:
     ) -> Iterator[tuple[Crystal, np.ndarray]]:
         """Crystals with their predictions [T], batch by batch, in order; holds one batch."""
         assert self.stage is not None
-        with torch.no_grad():
-            for group in _groups(crystals, max_atoms):
-                batch = self._pack(group)
-                yield from zip(group, self.stage.predict(batch).double().cpu().numpy(), strict=True)
+        for group in _groups(crystals, max_atoms):
+            batch = self._pack(group)
+            with torch.no_grad():  # not around the yield: that would reach into the caller
+                values = self.stage.predict(batch).double().cpu().numpy()
+            yield from zip(group, values, strict=True)
 
     def _batches(self, crystals: Iterable[Crystal], max_atoms: int) -> Iterator[CrystalBatch]:
         for group in _groups(crystals, max_atoms):

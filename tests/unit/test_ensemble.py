@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from datapipe.shards import Dataset
 from tests.unit.test_launch import FINETUNE, call, data  # noqa: F401
@@ -67,6 +68,16 @@ def test_it_predicts_the_mean_and_what_its_report_says(ensemble, members, data, 
         assert float(reported[crystal.id]["target"]) == pytest.approx(crystal.targets["density"])
     for (_, row), value, sigma in zip(model.iterate(crystals, 30), mean, uncertainty, strict=True):
         np.testing.assert_allclose(row, [value, sigma], rtol=1e-4)
+
+
+def test_gradients_stay_on_for_the_caller(ensemble, data):  # noqa: F811
+    dataset = Dataset.open(data)
+    crystals = [c for _, c in dataset.read(dataset.split_items("test"))]
+    rows = load(ensemble).iterate(crystals, 30)
+    next(rows)
+    assert torch.is_grad_enabled()
+    list(rows)
+    assert torch.is_grad_enabled()
 
 
 def test_predict_writes_the_uncertainty_too(ensemble, data, call, tmp_path):  # noqa: F811
