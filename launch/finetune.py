@@ -25,7 +25,7 @@ from trainer import distributed, jobs, reports
 from trainer.checkpoint import RunDirectory
 from trainer.config import parse, required, run, to_yaml
 from trainer.export import describe_data, describe_stage, export_stage, lineage
-from trainer.files import write_json
+from trainer.files import copied_state, write_json
 from trainer.loop import Result, fit
 from trainer.settings import FinetuneJob
 from trainer.signals import StopRequest
@@ -101,8 +101,7 @@ def main() -> None:
             patience=config.finetune.patience,
             stop=stop,
         )
-    weights = {k: v.detach().cpu().clone() for k, v in stage.state_dict().items()}
-    export_stage(directory.path / "finetune", stage, weights, data, scaler, start)
+    export_stage(directory.path / "finetune", stage, copied_state(stage), data, scaler, start)
     metrics = reports.finetuned(stage, world, dataset, config, items, directory.path)
     metrics |= {"best_step": result.best_step, "steps": result.steps}
     metrics |= {"seconds": round(time.monotonic() - began, 1)}

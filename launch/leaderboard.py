@@ -19,9 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.suite import SUITE
 from models.registry import nearest
 from trainer.config import parse, required, run
+from trainer.evaluation.suite import SUITE
 from trainer.leaderboards import jarvis, matbench
 from trainer.untrusted import read_object
 

@@ -39,9 +39,8 @@ from launch.jobs import JOBS, Cell, check
 from launch.submission import replace_text
 from models.registry import configure, nearest
 from trainer.config import merge_sources, read_yaml
+from trainer.evaluation.suite import SCHEMA, SUITE
 
-SUITE = "suite.json"
-SCHEMA = 1
 _NONE = "none"
 
 

@@ -22,7 +22,7 @@ from trainer.export import (
     read_model,
     write_config,
 )
-from trainer.files import remove_tree, save_tensors, sync_directory, write_json, write_text
+from trainer.files import new_directory, save_tensors, write_json, write_text
 from trainer.jobs import count_parameters
 from trainer.logger import read_metrics
 from trainer.untrusted import read_mapping, read_object
@@ -52,14 +52,9 @@ def share(
         ValueError: `output` exists, or the model is not complete.
     """
     path = Path(output)
-    if path.exists() or path.is_symlink():
-        raise ValueError(f"{path} exists: choose another output")
     if "\n" in license:
         raise ValueError("license must be one line: the name of the licence")
-    work = path.with_name(f".{path.name}.partial")
-    remove_tree(work)
-    work.mkdir(parents=True)
-    try:
+    with new_directory(path) as work:
         if weights is None:
             shutil.copyfile(exported.file, work / WEIGHTS)
         else:
@@ -75,12 +70,6 @@ def share(
         }
         write_config(work, config)
         write_text(work / CARD, model_card(path.name, config, exported.scaler))
-        sync_directory(work)
-        work.rename(path)
-    except BaseException:
-        remove_tree(work)
-        raise
-    sync_directory(path.parent)
     return path
 
 

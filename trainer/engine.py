@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from datapipe.schema import CrystalBatch
 from trainer.distributed import World
+from trainer.files import copied_state
 from trainer.stage import Stage, Term
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -194,7 +195,7 @@ class TorchEngine(Engine):
         self.optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, Tensor]:
-        return {k: v.detach().cpu().clone() for k, v in self.stage.state_dict().items()}
+        return copied_state(self.stage)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         return _plain_state(self.stage, self.optimizer)
@@ -281,7 +282,7 @@ class DeepSpeedEngine(Engine):
         with self._gathered():
             if not self.world.main:
                 return {}
-            return {k: v.detach().cpu().clone() for k, v in self.stage.state_dict().items()}
+            return copied_state(self.stage)
 
     def _link(self) -> None:
         """Points every parameter at its shard of the moments (ZeRO 1 and 2).

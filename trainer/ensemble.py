@@ -24,12 +24,13 @@ from datapipe.crystal import Crystal
 from trainer import plots
 from trainer.card import share
 from trainer.export import open_model
-from trainer.files import remove_tree, sync_directory, write_json
+from trainer.files import new_directory, write_json
 from trainer.reports import errors, suffixes, write_table
 from trainer.untrusted import read_object
 
 ENSEMBLE = "ensemble.json"
 SCHEMA = 1
+_COLUMNS = ("prediction", "uncertainty")
 LEVELS = np.linspace(0.05, 0.95, 19)
 """Shares of the labels that intervals around the predictions are to hold."""
 
@@ -121,11 +122,8 @@ def create(runs: Sequence[str], output: str | Path) -> dict[str, Any]:
         ValueError: fewer than two runs, runs that predict different things or were judged on
             different crystals, or an output that exists.
     """
-    path = Path(output)
     if len(set(runs)) < 2 or len(set(runs)) < len(runs):
         raise ValueError(f"an ensemble needs two or more different runs, got {list(runs)}")
-    if path.exists():
-        raise ValueError(f"{path} exists: choose another output")
     members = [open_model(run) for run in runs]
     scalers = [m.scaler for m in members]
     first = scalers[0]
@@ -137,18 +135,14 @@ def create(runs: Sequence[str], output: str | Path) -> dict[str, Any]:
     assert first is not None
     found = {s: read_predictions([Path(r) for r in runs], s, first.targets) for s in _splits(runs)}
     scale = fit_scale(found["val"])
-    work = path.with_name(f".{path.name}.partial")
-    remove_tree(work)
-    work.mkdir(parents=True)
-    for number, member in enumerate(members):
-        share(member, work / str(number))
-    metrics = _report(work, found, scale, first.targets, first.units)
-    metrics |= {"members": list(map(str, runs))}
-    write_json(work / "metrics.json", metrics)
-    record = {"schema": SCHEMA, "members": len(members), "scale": scale.tolist()}
-    write_json(work / ENSEMBLE, record)
-    sync_directory(work)
-    work.rename(path)
+    with new_directory(output) as work:
+        for number, member in enumerate(members):
+            share(member, work / str(number))
+        metrics = _report(work, found, scale, first.targets, first.units)
+        metrics |= {"members": list(map(str, runs))}
+        write_json(work / "metrics.json", metrics)
+        record = {"schema": SCHEMA, "members": len(members), "scale": scale.tolist()}
+        write_json(work / ENSEMBLE, record)
     return metrics
 
 
@@ -253,6 +247,3 @@ class Ensemble:
             values = np.stack([row for _, row in rows])
             both = np.stack([values.mean(0), self.scale * values.std(0, ddof=1)], axis=1)
             yield rows[0][0], both.reshape(-1)
-
-
-_COLUMNS = ("prediction", "uncertainty")

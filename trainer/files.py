@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,12 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
     module.load_state_dict(dict(tensors))
 
 
+def copied_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state on the CPU, each name with a copy of its own (shared weights too), as
+    `save_tensors` takes it."""
+    return {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
+
+
 def remove_tree(path: Path) -> None:
     """Deletes a directory, if it is there."""
     shutil.rmtree(path, ignore_errors=True)
@@ -115,6 +121,30 @@ def sync_directory(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """A directory that appears when the block ends: it is filled under another name beside, and of
+    a block that fails nothing stays.
+
+    Raises:
+        ValueError: `path` exists.
+    """
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise ValueError(f"{path} exists: choose another output")
+    work = path.with_name(f".{path.name}.partial")
+    remove_tree(work)
+    work.mkdir(parents=True)
+    try:
+        yield work
+        sync_directory(work)
+        work.rename(path)
+    except BaseException:
+        remove_tree(work)
+        raise
+    sync_directory(path.parent)
 
 
 def check_space(path: Path, size: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from datapipe.splits import FOLDS, by_fold
-from trainer.files import remove_tree, sync_directory, write_json, write_text
+from trainer.files import new_directory, write_json, write_text
 from trainer.untrusted import read_object
 
 MATBENCH = {
@@ -86,7 +86,7 @@ def jarvis(
         "git_url": [metadata["project_url"]],
         **metadata,
     }
-    with _Directory(output) as work:
+    with new_directory(output) as work:
         for name, content in tables.items():
             entry = zipfile.ZipInfo(name)  # of a fixed date: equal runs give equal files
             entry.compress_type = zipfile.ZIP_DEFLATED
@@ -150,7 +150,7 @@ def matbench(
     }
     record["hash"] = digest(record)
     info = {"bibtex_refs": "", "notes": "", "requirements": {"python": ["crysforge"]}, **metadata}
-    with _Directory(output) as work:
+    with new_directory(output) as work:
         content = gzip.compress(json.dumps(record).encode(), mtime=0)
         (work / "results.json.gz").write_bytes(content)
         write_json(work / "info.json", info)
@@ -233,25 +233,3 @@ def _needs(metadata: Mapping[str, Any], *names: str) -> None:
     for name in names:
         if not metadata.get(name):
             raise ValueError(f"the leaderboard asks for metadata.{name}: give metadata.{name}=…")
-
-
-class _Directory:
-    """A directory that appears when the block ends without an error."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.work = self.path.with_name(f".{self.path.name}.partial")
-        if self.path.exists():
-            raise ValueError(f"{path} exists: choose another output")
-
-    def __enter__(self) -> Path:
-        remove_tree(self.work)
-        self.work.mkdir(parents=True)
-        return self.work
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        if kind is None:
-            sync_directory(self.work)
-            self.work.rename(self.path)
-        else:
-            remove_tree(self.work)

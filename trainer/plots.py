@@ -9,32 +9,23 @@ from typing import Any
 import matplotlib
 import numpy as np
 from ase.data import chemical_symbols
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from datapipe.schema import MAX_Z
-
-DPI = 150
-WIDTH = 8.0
-"""Inches: every figure is 1200 pixels wide."""
-
-TRAIN, VAL = "#3b6ea8", "#d1662a"
-_STYLE: Any = {
-    "font.size": 12,
-    "axes.titlesize": 13,
-    "axes.labelsize": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "image.cmap": "viridis",
-}
+from trainer.drawing import (
+    STYLE,
+    TRAIN,
+    VAL,
+    WIDTH,
+    crowding,
+    new_figure,
+    place_of,
+    pretty_unit,
+    save_png,
+    with_unit,
+)
 
 
 def parity_plot(
@@ -55,10 +46,10 @@ def parity_plot(
     low, high = min(x.min(), y.min()), max(x.max(), y.max())
     margin = 0.04 * (high - low) or 0.5
     limits = (low - margin, high + margin)
-    density = _density(x, y, limits)
+    density = crowding(x, y, limits)
     order = density.argsort()  # the densest on top
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(0.86 * WIDTH)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(0.86 * WIDTH)
         axes = figure.add_subplot()
         axes.plot(limits, limits, color="#444444", linewidth=1.2, linestyle="--", zorder=1)
         dots = axes.scatter(
@@ -72,8 +63,8 @@ def parity_plot(
             zorder=2,
         )
         axes.set(xlim=limits, ylim=limits, aspect="equal")
-        axes.set_xlabel(f"{_label(name, unit)}, label")
-        axes.set_ylabel(f"{_label(name, unit)}, predicted")
+        axes.set_xlabel(f"{with_unit(name, unit)}, label")
+        axes.set_ylabel(f"{with_unit(name, unit)}, predicted")
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.set_title(_scores(x, y, unit), loc="left")
@@ -81,7 +72,7 @@ def parity_plot(
             bar = figure.colorbar(dots, ax=axes, shrink=0.6, pad=0.02)
             bar.set_label("crystals nearby")
             bar.outline.set_visible(False)
-        _save(figure, path)
+        save_png(figure, path)
 
 
 def calibration_plot(
@@ -99,8 +90,8 @@ def calibration_plot(
     Args:
         error, uncertainty: [n] in physical units. fit: from `ensemble.calibration`.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(0.5 * WIDTH)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(0.5 * WIDTH)
         left, right = figure.subplots(1, 2)
         left.plot([0, 1], [0, 1], color="#444444", linewidth=1.2, linestyle="--")
         expected, observed = [0, *fit["expected"], 1], [0, *fit["observed"], 1]
@@ -117,9 +108,9 @@ def calibration_plot(
         right.plot([0, high], [0, high], color="#444444", linewidth=1.2, linestyle="--")
         right.plot(sigma, rmse, color=VAL, marker="o", markersize=5)
         right.set(xlim=(0, high), ylim=(0, high), aspect="equal")
-        right.set(xlabel=f"uncertainty of {_label(name, unit)}", ylabel="root mean square error")
+        right.set(xlabel=f"uncertainty of {with_unit(name, unit)}", ylabel="root mean square error")
         right.set_title(f"rank correlation {fit['rank_correlation']:.2f}", loc="left")
-        _save(figure, path)
+        save_png(figure, path)
 
 
 def learning_curves(
@@ -150,8 +141,8 @@ def learning_curves(
     names = sorted(quantities, key=lambda q: (q == "lr", q != "loss", not q.startswith("mae/")))
     columns = 2 if len(names) <= 4 else 3
     rows = -(-len(names) // columns)
-    with matplotlib.rc_context(_STYLE | {"font.size": 12 if columns == 2 else 10}):
-        figure = _figure(2.9 * rows if columns == 2 else 2.4 * rows)
+    with matplotlib.rc_context(STYLE | {"font.size": 12 if columns == 2 else 10}):
+        figure = new_figure(2.9 * rows if columns == 2 else 2.4 * rows)
         grid = figure.add_gridspec(rows, columns)
         spare = rows * columns - len(names) if columns == 2 else 0  # the first panel is then wide
         for i, quantity in enumerate(names):
@@ -160,7 +151,7 @@ def learning_curves(
             _curves(axes, quantity, quantities[quantity], units or {})
             if i >= len(names) - columns:
                 axes.set_xlabel("optimiser step")
-        _save(figure, path)
+        save_png(figure, path)
 
 
 def histograms(
@@ -179,8 +170,8 @@ def histograms(
     names = [n for n, v in targets.items() if np.isfinite(np.asarray(v, dtype=float)).any()]
     columns = 2 if len(names) in (1, 3) else min(3, 1 + len(names))
     rows = -(-(1 + len(names)) // columns)
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(4.4 + 2.7 * rows)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(4.4 + 2.7 * rows)
         grid = figure.add_gridspec(1 + rows, columns, height_ratios=[4.4, *[2.7] * rows])
         _periodic_table(figure, figure.add_subplot(grid[0, :]), elements, len(atoms))
         cells = [
@@ -194,48 +185,20 @@ def histograms(
         for axes, name in zip(cells[1:], names, strict=True):
             values = np.asarray(targets[name], dtype=float)
             values = values[np.isfinite(values)]
-            _histogram(axes, values, 40, _label(name, units.get(name, "")))
+            _histogram(axes, values, 40, with_unit(name, units.get(name, "")))
         for i, axes in enumerate(cells):
             axes.set_ylabel("crystals" if i % columns == 0 else "")
-        _save(figure, path)
-
-
-def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)  # pyplot and its global state stay out of it
-    return figure
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    figure.savefig(path, format="png", facecolor="white")
-
-
-def _label(name: str, unit: str) -> str:
-    return f"{name} ({_pretty(unit)})" if unit else name
-
-
-def _pretty(unit: str) -> str:
-    return unit.replace("A^3", "Å³").replace("cm^3", "cm³").replace("^-1", "⁻¹")
+        save_png(figure, path)
 
 
 def _scores(target: np.ndarray, prediction: np.ndarray, unit: str) -> str:
     error = prediction - target
     mae = float(np.abs(error).mean())
-    text = f"MAE {mae:.3g} {_pretty(unit)}".rstrip()
+    text = f"MAE {mae:.3g} {pretty_unit(unit)}".rstrip()
     spread = float(((target - target.mean()) ** 2).sum())
     if spread > 0:
         text += f"    R² {1 - float((error**2).sum()) / spread:.3f}"
     return f"{text}    {len(target):,} crystals"
-
-
-def _density(x: np.ndarray, y: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
-    """Points in the 3 x 3 cells of a 60 x 60 grid around each point, [n]."""
-    bins = 60
-    count, edges, _ = np.histogram2d(x, y, bins=bins, range=(limits, limits))
-    padded = np.pad(count, 1)
-    around = sum(padded[i : i + bins, j : j + bins] for i in range(3) for j in range(3))
-    cell = [np.clip(np.searchsorted(edges, v, side="right") - 1, 0, bins - 1) for v in (x, y)]
-    return np.asarray(around)[cell[0], cell[1]]
 
 
 def _is_copy(loss: dict[str, np.ndarray] | None, others: list[dict[str, np.ndarray]]) -> bool:
@@ -277,7 +240,7 @@ def _curves(
     unit = units.get(target, "") if target != quantity else ""
     words = {"lr": "learning rate"}
     axes.set_ylabel(
-        f"MAE, {_label(target, unit)}" if target != quantity else words.get(quantity, quantity)
+        f"MAE, {with_unit(target, unit)}" if target != quantity else words.get(quantity, quantity)
     )
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if "train" in curves and "val" in curves:
@@ -291,28 +254,12 @@ def _histogram(axes: Any, values: np.ndarray, bins: Any, label: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def _place(number: int) -> tuple[int, int]:
-    """(row, column) of an element in the 18-column periodic table; the f block is below."""
-    for period, (first, noble) in enumerate(
-        ((1, 2), (3, 10), (11, 18), (19, 36), (37, 54), (55, 86), (87, 118))
-    ):
-        if number > noble:
-            continue
-        step, left = number - first, 2 if period else 1
-        if step < left:
-            return period, step
-        if period >= 5 and step < 16:
-            return period + 2, step + 1  # lanthanoids 57-70, actinoids 89-102
-        return period, 17 - (noble - number)
-    raise ValueError(f"atomic number {number} is not in 1..{MAX_Z}")
-
-
 def _periodic_table(figure: Figure, axes: Any, elements: Mapping[int, int], total: int) -> None:
     """A cell per element, coloured by the number of crystals that contain it."""
     grid = np.full((9, 18), np.nan)
     for number, count in elements.items():
         if count:
-            grid[_place(number)] = count
+            grid[place_of(number)] = count
     top = max([2, *elements.values()])
     axes.grid(visible=False)
     image = axes.pcolormesh(
@@ -323,7 +270,7 @@ def _periodic_table(figure: Figure, axes: Any, elements: Mapping[int, int], tota
         linewidth=1,
     )
     for number in range(1, MAX_Z + 1):
-        row, column = _place(number)
+        row, column = place_of(number)
         count = elements.get(number, 0)
         shade = "#bbbbbb" if not count else "white" if count > top**0.6 else "#222222"
         axes.text(

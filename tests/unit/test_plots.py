@@ -12,20 +12,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from datapipe.schema import MAX_Z
-from trainer import plots
+from trainer import drawing, plots
 
 
 @pytest.fixture
 def saved(monkeypatch, tmp_path):
     """The figures that were saved, beside their files."""
     figures: list[Figure] = []
-    save = plots._save
+    save = plots.save_png
 
     def keep(figure, path):
         figures.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_png", keep)
     return figures
 
 
@@ -61,7 +61,7 @@ def test_parity_plot_without_labels_is_an_error(tmp_path):
 
 def test_density_counts_neighbours():
     x = np.array([0.0, 0.001, 0.9])
-    assert plots._density(x, x, (-0.1, 1.0)).tolist() == [2, 2, 1]
+    assert drawing.crowding(x, x, (-0.1, 1.0)).tolist() == [2, 2, 1]
 
 
 def test_learning_curves_have_a_panel_per_quantity(tmp_path, saved):
@@ -111,7 +111,7 @@ def test_histograms_of_a_data_set(tmp_path, saved):
 
 
 def test_every_element_has_its_own_place_in_its_group():
-    places = {z: plots._place(z) for z in range(1, MAX_Z + 1)}
+    places = {z: drawing.place_of(z) for z in range(1, MAX_Z + 1)}
     assert len(set(places.values())) == MAX_Z
     assert all(0 <= r < 9 and 0 <= c < 18 for r, c in places.values())
     for column, members in {0: (1, 3, 87), 1: (4, 88), 2: (21, 39, 71, 103), 3: (22, 72, 104),

@@ -14,7 +14,7 @@ from matplotlib.colors import Normalize
 from torch.utils.tensorboard import SummaryWriter
 
 from trainer.analysis.latents import Latents
-from trainer.plots import _STYLE, _figure, _label, _save
+from trainer.drawing import STYLE, new_figure, save_png, with_unit
 
 TAG = "latents"
 
@@ -40,9 +40,9 @@ def latent_map(found: Latents, units: Mapping[str, str], path: str | Path) -> li
     limits = [_middle(place[:, i]) for i in range(place.shape[1])]
     columns = {n: np.array([c.targets.get(n, np.nan) for c in found.crystals]) for n in units}
     columns["atoms per cell"] = np.array([len(c) for c in found.crystals], dtype=float)
-    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         rows = -(-len(columns) // 2)
-        figure = _figure(3.6 * rows)
+        figure = new_figure(3.6 * rows)
         grid = figure.add_gridspec(rows, min(2, len(columns)))
         for i, (name, values) in enumerate(columns.items()):
             axes = figure.add_subplot(grid[i // 2, i % 2])
@@ -54,11 +54,11 @@ def latent_map(found: Latents, units: Mapping[str, str], path: str | Path) -> li
             dots = axes.scatter(x, y, s=6, c=values[shown], norm=norm, linewidths=0)
             if known.any():
                 figure.colorbar(dots, ax=axes)
-            axes.set_title(_label(name, units.get(name, "")), loc="left", fontsize=11)
+            axes.set_title(with_unit(name, units.get(name, "")), loc="left", fontsize=11)
             axes.set(xlim=limits[0], ylim=limits[1])
             axes.set_xlabel(f"first component ({share[0]:.0%} of the variance)")
             axes.set_ylabel(f"second ({share[1]:.0%})" if len(share) > 1 else "")
-        _save(figure, path)
+        save_png(figure, path)
     return share.tolist()
 
 

@@ -19,8 +19,8 @@ from trainer.analysis.information import mutual_information
 from trainer.analysis.latents import Latents, latents, sample
 from trainer.analysis.maps import latent_map, projector
 from trainer.analysis.probes import reconstruction
-from trainer.files import remove_tree, sync_directory, write_json, write_text
-from trainer.plots import _STYLE, TRAIN, VAL, _figure, _save
+from trainer.drawing import STYLE, TRAIN, VAL, new_figure, save_png
+from trainer.files import new_directory, write_json, write_text
 
 ANALYSES = ("probes", "information", "smoothness", "variance", "invariance", "collapse", "map")
 
@@ -75,41 +75,34 @@ def analyse(
     Raises:
         ValueError: `output` exists, an unknown target, or an empty split.
     """
-    path = Path(output)
-    if path.exists():
-        raise ValueError(f"{path} exists: choose another output")
     targets = dataset.names if config.targets is None else config.targets
     for name in targets:
         if name not in dataset.names:
             raise ValueError(f"the data has no target {name!r}: {nearest(name, dataset.names)}")
-    crystals = sample(dataset, config.split, config.count, config.seed)
-    found = latents(encoder, crystals)
-    work = path.with_name(f".{path.name}.partial")
-    remove_tree(work)
-    work.mkdir(parents=True)
-    out: dict[str, Any] = {"crystals": len(crystals), "atoms": len(found.atoms)}
-    if "probes" in config.analyses:
-        out["probes"] = _probes(encoder, dataset, config, found)
-    if "information" in config.analyses:
-        out["information"] = _information(found, config)
-    if "smoothness" in config.analyses:
-        out["smoothness"] = smoothness(encoder, crystals, config.seed)
-        _smoothness_figure(out["smoothness"], work / "smoothness.png")
-    if "variance" in config.analyses and (curves := variance_over_training(run) if run else {}):
-        out["variance_over_training"] = curves
-        _variance_figure(curves, work / "variance.png")
-    if "invariance" in config.analyses:
-        out["invariance"] = invariance(encoder, crystals[:200], config.seed)
-    if "collapse" in config.analyses:
-        out["collapse"] = collapse(found)
-    if "map" in config.analyses:
-        units = {name: dataset.manifest.targets[name].unit or "" for name in targets}
-        out["map"] = {"variance_shares": latent_map(found, units, work / "map.png")}
-        projector(found, list(targets), work / "projector")
-    write_json(work / "analysis.json", out)
-    write_text(work / "analysis.md", page(out, config))
-    sync_directory(work)
-    work.rename(path)
+    with new_directory(output) as work:
+        crystals = sample(dataset, config.split, config.count, config.seed)
+        found = latents(encoder, crystals)
+        out: dict[str, Any] = {"crystals": len(crystals), "atoms": len(found.atoms)}
+        if "probes" in config.analyses:
+            out["probes"] = _probes(encoder, dataset, config, found)
+        if "information" in config.analyses:
+            out["information"] = _information(found, config)
+        if "smoothness" in config.analyses:
+            out["smoothness"] = smoothness(encoder, crystals, config.seed)
+            _smoothness_figure(out["smoothness"], work / "smoothness.png")
+        if "variance" in config.analyses and (curves := variance_over_training(run) if run else {}):
+            out["variance_over_training"] = curves
+            _variance_figure(curves, work / "variance.png")
+        if "invariance" in config.analyses:
+            out["invariance"] = invariance(encoder, crystals[:200], config.seed)
+        if "collapse" in config.analyses:
+            out["collapse"] = collapse(found)
+        if "map" in config.analyses:
+            units = {name: dataset.manifest.targets[name].unit or "" for name in targets}
+            out["map"] = {"variance_shares": latent_map(found, units, work / "map.png")}
+            projector(found, list(targets), work / "projector")
+        write_json(work / "analysis.json", out)
+        write_text(work / "analysis.md", page(out, config))
     return out
 
 
@@ -241,8 +234,8 @@ def _joined(lines: Sequence[str]) -> list[str]:
 
 def _smoothness_figure(found: Mapping[str, Any], path: Path) -> None:
     x = np.array([r["sigma"] for r in found["rows"]])
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(4.0)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(4.0)
         left, right = figure.subplots(1, 2)
         y, spread = (np.array([r[k] for r in found["rows"]]) for k in ("delta", "delta_std"))
         left.errorbar(x, y, spread, color=TRAIN, marker="o", capsize=3)
@@ -254,12 +247,12 @@ def _smoothness_figure(found: Mapping[str, Any], path: Path) -> None:
         right.axhline(0.97, color="#444444", linestyle="--", linewidth=1.2)
         right.set(xlabel="σ (Å)", ylabel="cosine", xlim=(0, None))
         right.set_title("dashed: 0.97", loc="left")
-        _save(figure, path)
+        save_png(figure, path)
 
 
 def _variance_figure(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(4.0)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(4.0)
         axes = figure.add_subplot()
         for (name, points), color in zip(sorted(curves.items()), (TRAIN, VAL), strict=False):
             x, y = zip(*points, strict=True)
@@ -267,4 +260,4 @@ def _variance_figure(curves: Mapping[str, Sequence[tuple[int, float]]], path: Pa
             axes.plot(x, y, color=color, label=name.split("/")[0], marker=marker)
         axes.set(xlabel="optimiser step", ylabel="latent variance", ylim=(0, None))
         axes.legend()
-        _save(figure, path)
+        save_png(figure, path)

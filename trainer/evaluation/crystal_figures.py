@@ -15,12 +15,12 @@ from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from datapipe.schema import MAX_Z
+from trainer.drawing import WIDTH, new_figure, place_of
 from trainer.evaluation.compare import Arm
 from trainer.evaluation.crystals import BUCKETS, SYSTEMS, Facts, arm_errors
-from trainer.evaluation.figures import STYLE, Look, headline, mae_label, new_figure, save
+from trainer.evaluation.figures import STYLE, Look, headline, mae_label, save
 from trainer.evaluation.formats import places
 from trainer.evaluation.statistics import improvement
-from trainer.plots import WIDTH, _place
 
 _WHISKERS = "bars: means over seeds, with their standard deviation"
 FEWEST = 5
@@ -147,13 +147,13 @@ def _periodic(
     """A value for each element, in the cells of the periodic table."""
     grid = np.full((9, 18), np.nan)
     for z, value in values.items():
-        grid[_place(z)] = value
+        grid[place_of(z)] = value
     axes.grid(visible=False)
     image = axes.pcolormesh(
         np.ma.masked_invalid(grid), norm=norm, cmap=cmap, edgecolors="white", linewidth=1
     )
     for z in range(1, MAX_Z + 1):
-        row, column = _place(z)
+        row, column = place_of(z)
         shade = "#bbbbbb"
         if z in values:
             red, green, blue, _ = image.cmap(image.norm(values[z]))

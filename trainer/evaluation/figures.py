@@ -8,16 +8,16 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from trainer import drawing
+from trainer.drawing import WIDTH, crowding, new_figure, pretty_unit, save_png, with_unit
 from trainer.evaluation.compare import Arm
 from trainer.evaluation.formats import places
 from trainer.evaluation.statistics import improvement
 from trainer.evaluation.suite import Suite
-from trainer.plots import _STYLE, DPI, WIDTH, _density, _label, _pretty
 
 BASELINE = "#9a9a9a"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -26,7 +26,7 @@ MARKERS = "os^Dv<>"
 DASHES: tuple[Any, ...] = ("-", "--", (0, (5, 1, 1, 1)), (0, (1, 1)), "-.", (0, (6, 2)), "-")
 BAND_FROM = 3
 """Fewest seeds whose confidence interval is drawn; of two it is 13 times their distance."""
-STYLE: Any = _STYLE | {
+STYLE: Any = drawing.STYLE | {
     "font.size": 10.5,
     "axes.labelsize": "medium",
     "axes.titlesize": "medium",
@@ -77,17 +77,10 @@ class Look:
         return style
 
 
-def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure of so many inches."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def save(figure: Figure, path: Path) -> None:
     """Writes PATH.png and PATH.svg; the same figure gives the same bytes."""
     png, svg = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg"))
-    figure.savefig(png, format="png", facecolor="white")
+    save_png(figure, png)
     figure.savefig(svg, format="svg", facecolor="white", metadata={"Date": None})
 
 
@@ -99,7 +92,7 @@ def headline(figure: Figure, title: str, note: str = "") -> None:
 
 def mae_label(arm: Arm) -> str:
     """For the axis of errors."""
-    return _label("MAE", arm.first.unit)
+    return with_unit("MAE", arm.first.unit)
 
 
 def parity(line: Sequence[Arm], title: str, look: Look, path: Path) -> None:
@@ -121,7 +114,7 @@ def parity(line: Sequence[Arm], title: str, look: Look, path: Path) -> None:
     with matplotlib.rc_context(STYLE | {"font.size": 10.5 if columns < 3 else 9}):
         figure = new_figure(rows * side + 0.85, WIDTH if columns > 1 else 6.5)
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        densities = [_density(p.label, p.prediction, limits) for p in points]
+        densities = [crowding(p.label, p.prediction, limits) for p in points]
         norm = LogNorm(1, max(2, *(d.max() for d in densities)))
         dots = None
         for axes, arm, p, density in zip(grid.flat, line, points, densities, strict=False):
@@ -135,10 +128,10 @@ def parity(line: Sequence[Arm], title: str, look: Look, path: Path) -> None:
             axes.set(xlim=limits, ylim=limits, aspect="equal")
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.yaxis.set_major_locator(MaxNLocator(5))
-            axes.set_xlabel(_label("label", arm.first.unit))
-            axes.set_ylabel(_label("prediction", arm.first.unit))
+            axes.set_xlabel(with_unit("label", arm.first.unit))
+            axes.set_ylabel(with_unit("prediction", arm.first.unit))
             axes.label_outer()
-            score = f"MAE {p.error.mean():.3g} {_pretty(arm.first.unit)}".rstrip()
+            score = f"MAE {p.error.mean():.3g} {pretty_unit(arm.first.unit)}".rstrip()
             axes.set_title(f"{look.name(arm)}\n{score}", loc="left")
         for axes in list(grid.flat)[len(line) :]:
             axes.set_visible(False)
