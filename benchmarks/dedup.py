@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pymatgen.analysis.structure_matcher import StructureMatcher
 
+from benchmarks.tables import markdown
 from datapipe.crystal import BadCrystal, Crystal
 from datapipe.dedup import Decide, Duplicates, Formulas, Reference, Task
 from datapipe.manifest import SPLITS
@@ -254,12 +255,6 @@ def extrapolate(
         }
         for way, value in total.items()
     ]
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(v) for v in r.values()] for r in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

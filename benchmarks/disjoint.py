@@ -9,7 +9,6 @@ table, then JSON.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.tables import show
 from datapipe.crystal import Crystal
 from datapipe.shards import Dataset
 from trainer.config import parse, required, run
@@ -54,7 +54,6 @@ def main() -> None:
     known = set(formulas(dataset, "train").values())
     new = {id for id, f in formulas(dataset, "test").items() if f not in known}
     rows = []
-    print("| run | test MAE | crystals | new formulas: MAE | crystals |\n|---|---|---|---|---|")
     for path in config.runs:
         with open(Path(path) / "predictions_test.csv", newline="") as file:
             errors = {
@@ -62,18 +61,16 @@ def main() -> None:
                 for r in csv.DictReader(file)
             }
         unseen = [e for id, e in errors.items() if id in new]
-        row = {
-            "run": Path(path).name,
-            "mae": sum(errors.values()) / len(errors),
-            "crystals": len(errors),
-            "mae_new_formulas": sum(unseen) / max(len(unseen), 1),
-            "crystals_new_formulas": len(unseen),
-        }
-        rows.append(row)
-        numbers = [row["mae"], row["crystals"], row["mae_new_formulas"], len(unseen)]
-        shown = [f"{x:.4f}" if isinstance(x, float) else str(x) for x in numbers]
-        print(f"| {row['run']} | {' | '.join(shown)} |")
-    print(json.dumps(rows))
+        rows.append(
+            {
+                "run": Path(path).name,
+                "mae": sum(errors.values()) / len(errors),
+                "crystals": len(errors),
+                "mae_new_formulas": sum(unseen) / max(len(unseen), 1),
+                "crystals_new_formulas": len(unseen),
+            }
+        )
+    show(rows, {"data": config.data})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ quotient has no such row. The last line is the table as JSON.
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.tables import show
 from datapipe.crystal import Crystal
 from datapipe.graph import build
 from datapipe.schema import CrystalBatch
@@ -118,12 +118,7 @@ def main() -> None:
     chosen = np.unique(np.linspace(0, len(dataset) - 1, config.batch_size).astype(int))
     crystals = [c for _, c in dataset.read(chosen) if isinstance(c, Crystal)]
     rows = [row for name in config.encoders for row in measure(name, crystals, config.repeats)]
-    print("| encoder | path | nodes | edges | ms | spread, ms | crystals/s | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        cells = [f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()]
-        print(f"| {' | '.join(cells)} |")
-    print(json.dumps({"threads": config.threads, "crystals": len(crystals), "rows": rows}))
+    show(rows, {"threads": config.threads, "crystals": len(crystals)})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ the output is the table as JSON.
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from benchmarks.tables import show
 from datapipe.crystal import BadCrystal, Crystal
 from datapipe.graph import neighbours, pack
 from datapipe.schema import GraphSpec
@@ -65,8 +65,7 @@ def main() -> None:
     rows = [row for name in SPECS for row in measure(name, crystals, config)]
     atoms = np.array([len(c) for c in crystals])
     print(f"{len(crystals)} crystals of {config.data}, {atoms.mean():.1f} atoms on average\n")
-    print(markdown(rows))
-    print(json.dumps({"data": config.data, "crystals": len(crystals), "rows": rows}))
+    show(rows, {"data": config.data, "crystals": len(crystals)})
 
 
 def read(config: BenchmarkConfig) -> list[Crystal]:
@@ -124,12 +123,6 @@ def fastest(work: Callable[[], T], config: BenchmarkConfig) -> tuple[float, T]:
         best = min(best, time.process_time() - start)
     assert result is not None
     return best, result
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(v) for v in r.values()] for r in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ the table as JSON.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from benchmarks.tables import show
 from datapipe.crystal import Crystal
 from datapipe.graph import build
 from datapipe.shards import Dataset
@@ -160,10 +160,6 @@ def main() -> None:
                 best = row.get("triton_ms", row["torch_ms"])
                 row["of_limit"] = row["limit_ms"] / best
                 rows.append(row)
-    print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
-        print(f"| {' | '.join(cells)} |")
     about = {
         "device": str(device),
         "dtype": name,
@@ -172,7 +168,7 @@ def main() -> None:
     }
     if device.type == "cuda":
         about["device"] = torch.cuda.get_device_name(device)
-    print(json.dumps({**about, "threads": config.threads, "rows": rows}))
+    show(rows, {**about, "threads": config.threads})
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ import numpy as np
 import safetensors.numpy as safetensors
 import torch
 
+from benchmarks.tables import markdown
 from datapipe.actions import SubsetConfig, subset
 from datapipe.bake import BakeConfig, bake
 from datapipe.crystal import Crystal
@@ -296,12 +297,6 @@ def high_water(process: str) -> float:
     """Largest resident memory of a process so far, in MB."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 1024
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(v) for v in r.values()] for r in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

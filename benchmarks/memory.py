@@ -14,7 +14,6 @@ last line is the table as JSON.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import resource
 import sys
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from benchmarks.tables import show
 from datapipe.crystal import Crystal
 from datapipe.graph import build
 from datapipe.schema import CrystalBatch
@@ -143,11 +143,7 @@ def main() -> None:
                 row["share"] = best / row["published_MB"] if row["published_MB"] else None
                 rows.append(row)
                 print(row, file=sys.stderr, flush=True)
-    print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
-        print(f"| {' | '.join(cells)} |")
-    print(json.dumps({"threads": config.threads, "crystals": batch.num_crystals, "rows": rows}))
+    show(rows, {"threads": config.threads, "crystals": batch.num_crystals})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from ase.data import chemical_symbols
 from pymatgen.core import Structure
 from pymatgen.io.cif import CifWriter
 
+from benchmarks.tables import show
 from datapipe.crystal import Crystal
 from datapipe.filters import Filters
 from datapipe.prepare import PrepareConfig, prepare
@@ -64,8 +65,7 @@ def main() -> None:
         rows = [measure(name, path, cifs, config.repeats) for name, path in files.items()]
     atoms = np.mean([len(c) for c in crystals])
     print(f"{len(crystals)} crystals of {Path(config.data).name}, {atoms:.1f} atoms on average\n")
-    print(markdown(rows))
-    print(json.dumps({"data": config.data, "crystals": len(crystals), "rows": rows}))
+    show(rows, {"data": config.data, "crystals": len(crystals)})
 
 
 def read(config: BenchmarkConfig) -> list[Crystal]:
@@ -137,13 +137,6 @@ def measure(name: str, path: str, cifs: list[str], repeats: int) -> dict[str, An
         "pymatgen, crystals/s": round(rates["pymatgen"]) if ratio else None,
         "parse : pymatgen": round(ratio, 1) if ratio else None,
     }
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [["" if v is None else str(v) for v in row.values()] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.tables import markdown
 from datapipe.crystal import Crystal
 from datapipe.graph import build
 from datapipe.shards import Dataset
@@ -226,22 +227,13 @@ def predict(config: BenchmarkConfig, atoms: np.ndarray) -> list[dict]:
     return rows
 
 
-def show(rows: list[dict]) -> None:
-    if rows:
-        print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-        for row in rows:
-            cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
-            print(f"| {' | '.join(cells)} |")
-        print()
-
-
 def main() -> None:
     config = parse(BenchmarkConfig, __doc__)
     required(config, "data")
     atoms = Dataset.open(config.data).atoms
     tables = {"measured": measured(config), "predicted": predict(config, np.asarray(atoms))}
     for rows in tables.values():
-        show(rows)
+        print(f"{markdown(rows)}\n")
     print(json.dumps({**tables, "settings": asdict(config)}))
 
 

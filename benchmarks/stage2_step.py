@@ -14,7 +14,6 @@ table as JSON.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.tables import show
 from datapipe.crystal import Crystal
 from datapipe.graph import build
 from datapipe.shards import Dataset
@@ -153,18 +153,13 @@ def main() -> None:
                 "cpu_ratio": cpu / statistics.median(worked[path]),
             }
         )
-    print("| path | tokens | ms | spread, ms | crystals/s | ratio | CPU ratio |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        cells = [f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()]
-        print(f"| {' | '.join(cells)} |")
     about = {
         "size": config.size,
         "layers": len(model.blocks),
         "crystals": len(sizes),
         "longest": longest,
     }
-    print(json.dumps({**about, "threads": config.threads, "difference": difference, "rows": rows}))
+    show(rows, {**about, "threads": config.threads, "difference": difference})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ steps between two synchronisations. The last line is the table as JSON.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import torch
 
 from benchmarks.memory import BenchmarkConfig as BatchConfig
 from benchmarks.memory import make
+from benchmarks.tables import show
 from models import kernels
 from trainer.config import parse, required, run
 from trainer.distributed import World
@@ -110,14 +110,10 @@ def main() -> None:
                     "peak_MB": peak_bytes(world.device) / 1e6,
                 }
             )
-    print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
-        print(f"| {' | '.join(cells)} |")
     about = {"device": str(world.device), "precision": config.precision}
     if on_gpu:
         about["device"] = torch.cuda.get_device_name(world.device)
-    print(json.dumps({**about, "recompute": config.recompute, "rows": rows}))
+    show(rows, {**about, "recompute": config.recompute})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pytest
 from launch import status, submit
 from launch.events import EventLog
 from launch.submission import Submission
-from tests.distributed.conftest import data  # noqa: F401
+from tests.distributed.conftest import write_data
 from tests.distributed.ranks import ROOT
 from tests.slurm.cluster import Cluster, missing, parent, wait_for
 
@@ -147,8 +147,13 @@ class Desk:
                     os.kill(pid, signal.SIGCONT)
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "prototypes")
+
+
 @pytest.fixture(scope="module")
-def desk(cluster, data, tmp_path_factory) -> Desk:  # noqa: F811
+def desk(cluster, data, tmp_path_factory) -> Desk:
     path = tmp_path_factory.mktemp("desk")
     (path / "data").symlink_to(data)
     (path / "configs").symlink_to(ROOT / "configs")

@@ -15,7 +15,6 @@ from datapipe.crystal import Crystal
 from datapipe.schema import GraphSpec
 from datapipe.shards import Dataset
 from models.encoders import build_encoder
-from tests.unit.test_launch import call, data, runs  # noqa: F401
 from trainer.analysis.geometry import invariance, smoothness
 from trainer.analysis.health import collapse
 from trainer.analysis.information import mutual_information
@@ -37,11 +36,11 @@ class Toy(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def crystals(data):  # noqa: F811
+def crystals(data):
     return sample(Dataset.open(data), "train", 40, seed=0)
 
 
-def test_a_sample_is_drawn_by_its_seed_and_bounded(data):  # noqa: F811
+def test_a_sample_is_drawn_by_its_seed_and_bounded(data):
     dataset = Dataset.open(data)
     first, again, other = ([c.id for c in sample(dataset, "train", 10, seed)] for seed in (1, 1, 2))
     assert first == again != other and len(set(first)) == 10
@@ -146,7 +145,7 @@ def test_components_are_ordered_and_keep_distances():
     assert components(np.ones((4, 3)))[1].tolist() == [0, 0]
 
 
-def test_all_analyses_of_a_run(runs, data, call, tmp_path):  # noqa: F811
+def test_all_analyses_of_a_run(runs, data, call, tmp_path):
     output = tmp_path / "analysis"
     args = [f"checkpoint={runs / 'pre'}", f"data={data}", f"output={output}", "seeds=1"]
     code, out, err = call("analyse", *args, "fit_count=54", "count=18")
@@ -178,7 +177,7 @@ def test_all_analyses_of_a_run(runs, data, call, tmp_path):  # noqa: F811
         (["count=1"], "count must be at least 2"),
     ],
 )
-def test_mistakes(runs, data, call, tmp_path, args, words):  # noqa: F811
+def test_mistakes(runs, data, call, tmp_path, args, words):
     output = tmp_path / "analysis"
     base = [f"checkpoint={runs / 'pre'}", f"data={data}", f"output={output}"]
     code, _, err = call("analyse", *base, *args)

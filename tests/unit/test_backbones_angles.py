@@ -14,13 +14,12 @@ from torch_geometric.nn.models.dimenet import SphericalBasisLayer
 
 from datapipe.graph import build
 from datapipe.schema import GraphSpec
-from models.encoders import ENCODERS, build_encoder
+from models.encoders import build_encoder
 from models.ops import Edges
 from models.spherical import SphericalBessel, spherical_harmonics
 from models.turns import Turns, reverse_edges
-from tests import reference_backbones, reference_encoders
 from tests.reference_angles import PLAIN, followers
-from tests.unit.test_encoders import TRAINING, close, crystal, crystals, doubled, tiny
+from tests.unit.test_encoders import close, crystal, crystals, doubled, tiny
 from trainer.engine import EngineConfig
 from trainer.memory import activation_bytes
 from trainer.stages.vae import VAEConfig, VAEStage
@@ -28,31 +27,6 @@ from trainer.stages.vae import VAEConfig, VAEStage
 
 def count(*modules: nn.Module) -> int:
     return sum(p.numel() for m in modules for p in m.parameters())
-
-
-@TRAINING
-@pytest.mark.parametrize("name", sorted(PLAIN))
-def test_latents_and_gradients_are_those_of_the_definition(name, training):
-    encoder = tiny(name, training).double()
-    full, fewest = (doubled(build(crystals(), encoder.graph, quotient=q)) for q in (False, True))
-    assert (fewest.num_nodes < full.num_nodes) == (encoder.graph.depth is not None)
-    weight = torch.randn(full.num_atoms, encoder.dim, dtype=torch.float64)
-    results = []
-    for run, batch in ((encoder, fewest), (lambda b: PLAIN[name](encoder, b), full)):
-        encoder.zero_grad()
-        latents = run(batch)
-        (latents * weight).sum().backward()
-        results.append((latents.detach(), [p.grad.clone() for p in encoder.parameters()]))
-    (latents, gradients), (plain, expected) = results
-    close(latents, plain, 1e-8)
-    largest = max(float(g.abs().max()) for g in expected)
-    for (key, _), a, b in zip(encoder.named_parameters(), gradients, expected, strict=True):
-        close(a / largest, b / largest, 1e-8, key)
-
-
-def test_every_encoder_has_a_definition():
-    tables = (PLAIN, reference_backbones.PLAIN, reference_encoders.REFERENCES)
-    assert {name for table in tables for name in table} == set(ENCODERS)
 
 
 # Parameters

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from datapipe.shards import Dataset
-from tests.unit.test_launch import FINETUNE, call, data  # noqa: F401
+from tests.launching import FINETUNE
 from trainer import load
 from trainer.ensemble import Predictions, calibration, create, fit_scale
 
 
 @pytest.fixture(scope="module")
-def members(data, tmp_path_factory):  # noqa: F811
+def members(data, tmp_path_factory):
     """Two finetunings that differ in their seed, and one on another property."""
     from launch import finetune
 
@@ -51,7 +51,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def test_it_predicts_the_mean_and_what_its_report_says(ensemble, members, data, tmp_path):  # noqa: F811
+def test_it_predicts_the_mean_and_what_its_report_says(ensemble, members, data, tmp_path):
     dataset = Dataset.open(data)
     crystals = [c for _, c in dataset.read(dataset.split_items("test"))]
     moved = shutil.copytree(ensemble, tmp_path / "moved")
@@ -70,7 +70,7 @@ def test_it_predicts_the_mean_and_what_its_report_says(ensemble, members, data, 
         np.testing.assert_allclose(row, [value, sigma], rtol=1e-4)
 
 
-def test_gradients_stay_on_for_the_caller(ensemble, data):  # noqa: F811
+def test_gradients_stay_on_for_the_caller(ensemble, data):
     dataset = Dataset.open(data)
     crystals = [c for _, c in dataset.read(dataset.split_items("test"))]
     rows = load(ensemble).iterate(crystals, 30)
@@ -80,7 +80,7 @@ def test_gradients_stay_on_for_the_caller(ensemble, data):  # noqa: F811
     assert torch.is_grad_enabled()
 
 
-def test_predict_writes_the_uncertainty_too(ensemble, data, call, tmp_path):  # noqa: F811
+def test_predict_writes_the_uncertainty_too(ensemble, data, call, tmp_path):
     output = tmp_path / "out.csv"
     code, _, err = call("predict", f"checkpoint={ensemble}", f"input={data}", f"output={output}")
     assert code == 0, err
@@ -135,7 +135,7 @@ def test_members_that_agree_exactly_are_no_division_by_zero():
         (["a", "gone"], "does not exist"),
     ],
 )
-def test_runs_that_make_no_ensemble(members, call, tmp_path, names, words):  # noqa: F811
+def test_runs_that_make_no_ensemble(members, call, tmp_path, names, words):
     runs = ",".join(str(members / name) for name in names)
     code, _, err = call("ensemble", f"runs=[{runs}]", f"output={tmp_path / 'out'}")
     assert code == 2 and words in err and len(err.splitlines()) == 1

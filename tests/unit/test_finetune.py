@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.test_launch import FINETUNE, call, data, runs  # noqa: F401
+from tests.launching import FINETUNE
 from trainer.checkpoint import RunDirectory
 from trainer.files import load_tensors
 from trainer.logger import read_metrics
 
 
-def test_a_linear_probe_moves_one_layer_only(runs, data, call, tmp_path):  # noqa: F811
+def test_a_linear_probe_moves_one_layer_only(runs, data, call, tmp_path):
     run = tmp_path / "probe"
     code, _, err = call(
         "finetune", *FINETUNE, f"data={data}", f"init_from={runs / 'pre'}", f"run_dir={run}",
@@ -33,8 +33,8 @@ def test_a_linear_probe_moves_one_layer_only(runs, data, call, tmp_path):  # noq
 
 
 def test_training_ends_when_nothing_gets_better_and_stays_ended(
-    data,  # noqa: F811
-    call,  # noqa: F811
+    data,
+    call,
     tmp_path,
     monkeypatch,
 ):
@@ -62,9 +62,9 @@ def test_training_ends_when_nothing_gets_better_and_stays_ended(
 
 
 def test_a_finetuned_model_is_tried_on_other_data_as_it_is(
-    runs,  # noqa: F811
-    data,  # noqa: F811
-    call,  # noqa: F811
+    runs,
+    data,
+    call,
     tmp_path,
 ):
     run = tmp_path / "zero-shot"
@@ -91,7 +91,7 @@ def test_a_finetuned_model_is_tried_on_other_data_as_it_is(
         (["finetune.patience=-1"], "must not be negative"),
     ],
 )
-def test_settings_that_do_not_go_together(data, call, tmp_path, args, words):  # noqa: F811
+def test_settings_that_do_not_go_together(data, call, tmp_path, args, words):
     base = [*FINETUNE[:1], f"data={data}", "target=density", f"run_dir={tmp_path / 'run'}"]
     code, _, err = call("finetune", *base, *args)
     assert code == 2 and words in err and len(err.splitlines()) == 1

@@ -3,74 +3,15 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
-import sys
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datapipe.prototypes import TARGETS, UNITS, prototypes
-from datapipe.shards import DatasetWriter
+from datapipe.prototypes import prototypes
+from tests.launching import FINETUNE, PRETRAIN
 from trainer import load
-from trainer.config import run
-
-PRETRAIN = [
-    "--config=configs/pretrain/tiny.yaml", "vae.max_steps=3", "joint.max_steps=3",
-    "vae.batch_size=16", "joint.batch_size=16", "loader.workers=0", "trainer.log_every=1",
-]  # fmt: skip
-FINETUNE = [
-    "--config=configs/finetune/tiny.yaml", "finetune.epochs=2", "loader.workers=0",
-    "trainer.log_every=1",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "set"
-    with DatasetWriter(root, list(TARGETS), units=dict(UNITS)) as writer:
-        for i, crystal in enumerate(prototypes(size=200, seed=1)):
-            if i < 90:
-                writer.add(("train", "train", "train", "val", "test")[i % 5], crystal)
-        writer.finish({})
-    return root
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a launch script in this process: (exit code, standard output, standard error)."""
-
-    def call(script: str, *args: str) -> tuple[int, str, str]:
-        module = importlib.import_module(f"launch.{script}")
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
-        code = 0
-        try:
-            run(module.main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def runs(data, tmp_path_factory):
-    """A finished pretraining and a finished finetuning run."""
-    root = tmp_path_factory.mktemp("runs")
-    argv = sys.argv
-    try:
-        for script, *args in (
-            ["pretrain", *PRETRAIN, f"data={data}", f"run_dir={root}/pre"],
-            ["finetune", *FINETUNE, f"data={data}", f"run_dir={root}/fine",
-             f"init_from={root}/pre", "target=density"],
-        ):  # fmt: skip
-            sys.argv = [script, *args]
-            importlib.import_module(f"launch.{script}").main()
-    finally:
-        sys.argv = argv
-    return root
 
 
 def table(path):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import pickle
 import re
 import shutil
 import struct
@@ -17,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.exploits import PICKLES, as_torch
 from trainer import load
 from trainer.checkpoint import Checkpoint, RunDirectory
 from trainer.export import open_model
@@ -27,44 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "data" / "schema-2" / "model"
 RUN = ROOT / "tests" / "data" / "schema-1" / "run"
 CODE = [p for d in ("datapipe", "models", "trainer", "launch") for p in (ROOT / d).rglob("*.py")]
-
-
-class Exploit:
-    """Creates a directory where it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def as_pickle(exploit: Exploit, path: Path) -> None:
-    path.write_bytes(pickle.dumps(exploit))
-
-
-def as_text_pickle(exploit: Exploit, path: Path) -> None:
-    path.write_bytes(pickle.dumps(exploit, protocol=0))
-
-
-def as_torch(exploit: Exploit, path: Path) -> None:
-    torch.save({"weight": exploit}, path)
-
-
-def as_old_torch(exploit: Exploit, path: Path) -> None:
-    torch.save({"weight": exploit}, path, _use_new_zipfile_serialization=False)
-
-
-PICKLES = [as_pickle, as_text_pickle, as_torch, as_old_torch]
-
-
-@pytest.fixture
-def exploit(tmp_path):
-    exploit = Exploit(tmp_path / "hacked")
-    pickle.loads(pickle.dumps(exploit))  # it does what it should
-    exploit.path.rmdir()
-    yield exploit
-    assert not exploit.path.exists(), "code of the file was run"
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from datapipe.crystal import BadCrystal, Crystal
 from datapipe.entries import PlainEntries
 from datapipe.shards import Dataset, DatasetWriter
 from datapipe.sources import Failure, base, read_crystals
-from tests.unit.test_security import PICKLES, exploit  # noqa: F401
+from tests.exploits import PICKLES
 
 SMALL = 1 << 20
 """Bytes that stand for the largest file in these tests."""
@@ -78,7 +78,7 @@ SUFFIXES = "json jsonl csv cif vasp extxyz db zip tar json.gz csv.bz2 json.xz ta
 
 @pytest.mark.parametrize("suffix", SUFFIXES.split())
 @pytest.mark.parametrize("dump", PICKLES)
-def test_pickles_in_place_of_crystals(dump, suffix, exploit, tmp_path):  # noqa: F811
+def test_pickles_in_place_of_crystals(dump, suffix, exploit, tmp_path):
     path = tmp_path / f"crystals.{suffix}"
     dump(exploit, path)
     for ending, pack in ((".gz", gzip), (".bz2", bz2), (".xz", lzma)):
@@ -87,7 +87,7 @@ def test_pickles_in_place_of_crystals(dump, suffix, exploit, tmp_path):  # noqa:
     refused("", path)
 
 
-def test_pickles_in_folders_archives_and_databases(exploit, tmp_path):  # noqa: F811
+def test_pickles_in_folders_archives_and_databases(exploit, tmp_path):
     from ase import Atoms
     from ase.db import connect
 
@@ -108,7 +108,7 @@ def test_pickles_in_folders_archives_and_databases(exploit, tmp_path):  # noqa: 
         refused("", database) if column != "data" else read(database)
 
 
-def test_text_that_some_parsers_evaluate(exploit, tmp_path):  # noqa: F811
+def test_text_that_some_parsers_evaluate(exploit, tmp_path):
     """A CIF's transformation (CVE-2024-23346) and lists written as Python."""
     root = "().__class__.__mro__[1]"
     classes = f"{root}.__getattribute__(*[{root}, '__sub' + 'classes__'])()"
@@ -246,7 +246,7 @@ def assert_all_bad(root: Path) -> None:
 
 
 @pytest.mark.parametrize("dump", PICKLES)
-def test_pickles_in_a_data_set(dump, exploit, tmp_path, monkeypatch):  # noqa: F811
+def test_pickles_in_a_data_set(dump, exploit, tmp_path, monkeypatch):
     dump(exploit, tmp_path / "pickle")
     data = (tmp_path / "pickle").read_bytes()
     assert_all_bad(write(tmp_path / "records", monkeypatch, data))
@@ -265,7 +265,7 @@ def test_pickles_in_a_data_set(dump, exploit, tmp_path, monkeypatch):  # noqa: F
 @pytest.mark.parametrize(
     "suffix", ["pyd", "npy", "npz", "pth", "pt", "pkl", "pickle", "cls", "json"]
 )
-def test_entries_of_other_kinds_are_not_decoded(suffix, exploit, tmp_path, monkeypatch):  # noqa: F811
+def test_entries_of_other_kinds_are_not_decoded(suffix, exploit, tmp_path, monkeypatch):
     root = write(tmp_path / "set", monkeypatch, pickle.dumps(exploit))
     tar = root / "train-000000.tar"
     rename(tar, lambda entry: setattr(entry, "name", f"{entry.name[:9]}.{suffix}"))
