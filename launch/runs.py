@@ -37,7 +37,7 @@ class RunState:
     """Peak memory of rank 0, in GB."""
     nodes: str = ""
     devices: str = ""
-    """What it ran on when it last started: `2 cpu`, `8 cuda`."""
+    """What it ran on when it last started: `2 cpu`, `8 NVIDIA L40`."""
     silent: float = 0.0
     """Seconds since the last step of a run that was neither finished nor stopped."""
 
@@ -92,7 +92,7 @@ def _from_events(run: Path, state: RunState) -> None:
                 bad.add((event["stage"], event["item"]))
     ranks = starts[0]["ranks"] if 0 in starts else 0
     places = [starts[rank] for rank in sorted(starts) if rank < ranks]
-    devices = Counter(place["device"].split(":")[0] for place in places)
+    devices = Counter(p.get("model") or p["device"].split(":")[0] for p in places)
     state.nodes = ",".join(dict.fromkeys(place["host"] for place in places))
     state.devices = ", ".join(f"{n} {device}" for device, n in devices.items())
     state.quarantined = str(len(bad)) if bad else ""

@@ -17,11 +17,12 @@ engine can continue from it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,23 @@ class Checkpoint:
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Its tensors by file name."""
         return {name: getattr(self, name) for name in ("model", "optimizer", "best", "average")}
+
+    @contextlib.contextmanager
+    def read_state(self) -> Iterator[dict[str, Any]]:
+        """`state`, for a block that takes something up from it.
+
+        Raises:
+            ValueError: it is not what a run saves.
+        """
+        try:
+            yield self.state
+        except (AttributeError, KeyError, OverflowError, TypeError) as error:
+            raise ValueError(
+                f"state.json of checkpoint {self.tag} is not what this version saves "
+                f"({type(error).__name__}: {error}): restore it, or start a new run"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"checkpoint {self.tag}: {error}") from error
 
 
 class RunDirectory:

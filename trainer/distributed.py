@@ -26,11 +26,14 @@ class World:
         """Whether this rank writes files and prints."""
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        """What a GPU calls itself; empty for a CPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+
     def describe(self) -> str:
         """`rank 0/2 on host, cuda:0 (NVIDIA L40)`, for the log."""
-        name = ""
-        if self.device.type == "cuda":
-            name = f" ({torch.cuda.get_device_name(self.device)})"
+        name = f" ({self.device_name})" if self.device_name else ""
         return f"rank {self.rank}/{self.size} on {socket.gethostname()}, {self.device}{name}"
 
     def barrier(self) -> None:

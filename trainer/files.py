@@ -53,8 +53,12 @@ def save_tensors(
     """Writes a safetensors file and waits until it is on disk. Raises OSError if it cannot."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask; safetensors writes for the owner only
         whole = {k: v.contiguous() for k, v in tensors.items()}
         save_file(whole, temporary, dict(metadata) if metadata else None)
+        temporary.chmod(mode)
     except SafetensorError as error:  # what it makes of a full disk
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO

@@ -131,7 +131,8 @@ def fit(
     checkpoint = newest(run, stage.name, world)
     if checkpoint is not None:
         load_into(stage, checkpoint.model, f"checkpoint {checkpoint.tag}")
-        train.load_state_dict(checkpoint.state["stream"])
+        with checkpoint.read_state() as state:
+            train.load_state_dict(state["stream"])
     total = train.total_steps // trainer.accumulation
     if config.max_steps is not None:
         total = min(total, config.max_steps)
@@ -217,17 +218,19 @@ class _Session:
             self.average = WeightAverage(self.engine.stage, self.trainer.ema_decay, values)
         world = self.engine.world
         about = {"host": socket.gethostname(), "pid": os.getpid(), "ranks": world.size}
-        about |= {"device": str(world.device), "total": total, **code_version()}
+        about |= {"device": str(world.device), "model": world.device_name}
+        about |= {"total": total, **code_version()}
         if checkpoint is None:
             self.logger.event("start", step=0, **about)
             return
         self.engine.load_optimizer(checkpoint.optimizer)
-        state = checkpoint.state
-        self.best = _Best(state["best"], checkpoint.best)
-        self.result = Result(**state["result"])
-        self.meter.load_state_dict(state["meter"], world.device)
-        self.guard.skipped, self.guard.in_row = state["skipped"], state["skipped_in_row"]
-        self.spikes.recent.extend(state["losses"])
+        with checkpoint.read_state() as state:
+            self.best = _Best(float(state["best"]), checkpoint.best)
+            self.result = Result(**state["result"])
+            self.meter.load_state_dict(state["meter"], world.device)
+            self.guard.skipped = int(state["skipped"])
+            self.guard.in_row = int(state["skipped_in_row"])
+            self.spikes.recent.extend(map(float, state["losses"]))
         self.logger.event("resume", step=checkpoint.step, **about)
         self.logger.say(f"{checkpoint.stage}: continuing after step {checkpoint.step} of {total}")
 

@@ -212,3 +212,12 @@ def test_loading_refuses_what_does_not_fit(tmp_path):
     torch.save({"a": torch.ones(3)}, path)
     with pytest.raises(ValueError, match=r"m\.safetensors is not a readable"):
         load_tensors(path)
+
+
+def test_tensors_may_be_read_by_whoever_may_read_other_new_files(tmp_path):
+    (tmp_path / "other").touch()
+    for _ in range(2):  # also where a killed process left its own
+        save_tensors(tmp_path / "m.safetensors", {"a": torch.ones(3)})
+        modes = {p.name: p.stat().st_mode for p in tmp_path.iterdir()}
+        assert modes["m.safetensors"] == modes["other"]
+        (tmp_path / ".m.safetensors.tmp").touch(0o600)

@@ -81,3 +81,17 @@ def test_a_kept_run_goes_on_as_if_never_stopped(path, tmp_path, monkeypatch):
     assert [step for step, _ in curves[0]] == [2, 3, 4]
     np.testing.assert_allclose(curves[0], curves[1][1:], rtol=1e-4)
     assert RunDirectory(tmp_path / "stopped" / "run").read()["finished"] == ["vae"]
+
+
+@pytest.mark.parametrize("key", ["stream", "best", "result", "meter", "skipped", "losses"])
+@pytest.mark.parametrize("value", [None, "x", ["x"], {"x": {}}, "missing"])
+def test_a_run_with_another_state_is_refused_in_one_line(key, value, tmp_path, monkeypatch):
+    shutil.copytree(RUNS[0].parent / "set", tmp_path / "set")
+    (saved,) = Path(shutil.copytree(RUNS[0], tmp_path / "run")).glob("checkpoints/*")
+    state = json.loads((saved / "state.json").read_text()) | {key: value}
+    if value == "missing":
+        del state[key]
+    (saved / "state.json").write_text(json.dumps(state))
+    (saved / "COMPLETE").write_text("")
+    with pytest.raises(ValueError, match=r"^(state\.json of )?checkpoint vae-00000001"):
+        call(monkeypatch, tmp_path, "pretrain", *RUN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import subprocess
@@ -159,6 +160,13 @@ def test_a_run_shows_how_far_how_fast_and_where(tmp_path, monkeypatch):
     assert (state.skipped, state.quarantined) == ("3", "2")  # each crystal once
     assert (state.nodes, state.devices) == ("new0,new1", "2 cpu")
     assert 0 <= state.silent < SILENT_S
+
+
+def test_gpus_are_called_by_their_name(tmp_path):
+    for rank, model in enumerate(["NVIDIA L40", "NVIDIA L40", "NVIDIA H200"]):
+        with contextlib.closing(logger.Logger(tmp_path, "vae", 0, 50, World(rank, 3))) as log:
+            log.event("start", step=0, host="a", ranks=3, device=f"cuda:{rank}", model=model)
+    assert read_run(tmp_path).devices == "2 NVIDIA L40, 1 NVIDIA H200"
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "heartbeat.json", "events/rank-0000.jsonl"])
