@@ -92,6 +92,7 @@ def pack(
         vectors = _vectors(neighbours, count) if spec.vectors else None
         count = np.ones(len(target), dtype=np.int64)
 
+    into, out = (np.bincount(end, minlength=len(first)) for end in (target, source))
     node_batch = batch[first]
     node_ptr = np.searchsorted(first, ptr)
     local = np.arange(len(first)) - node_ptr[node_batch]
@@ -116,7 +117,7 @@ def pack(
         "node_key": node_key,
         "pdd": _pdd(spec, neighbours, row[first], _share(seen, batch, len(samples))[first]),
         "edge_index": np.stack([source, target]),
-        "edge_ptr": _ptr(np.bincount(target, minlength=len(first))),
+        "edge_ptr": _ptr(into),
         "edge_count": count.astype(np.float32),
         "edge_shell": shell,
         "distances": np.concatenate([g.distances for g in neighbours]),
@@ -132,7 +133,13 @@ def pack(
         for name in targets
     }
     fields["labels"] = {name: torch.from_numpy(rows) for name, rows in labels.items()}
-    return CrystalBatch(**fields, ids=[c.id for c in crystals], sizes=list(atoms))
+    return CrystalBatch(
+        **fields,
+        ids=[c.id for c in crystals],
+        sizes=list(atoms),
+        most_edges=int(max(into.max(), out.max())),
+        edge_pairs=int(into[source].sum()),
+    )
 
 
 def _thinned(graph: Neighbours, sample: Sample) -> Neighbours:

@@ -124,6 +124,9 @@ class CrystalBatch:
       all crystals, one after another |
     | ids | B strings | | crystal ids |
     | sizes | B integers | | atoms of each crystal, on the host; empty if nobody counted |
+    | most_edges | integer | | most edges into a node or out of one, on the host; 0 if nobody
+      counted |
+    | edge_pairs | integer | | pairs of edges i → j, j → k, on the host; 0 if nobody counted |
     | filler | flag | bool | the crystals only keep this rank in step: nothing of them counts |
     """
 
@@ -155,6 +158,8 @@ class CrystalBatch:
     labels: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     ids: list[str] = dataclasses.field(default_factory=list)
     sizes: list[int] = dataclasses.field(default_factory=list)
+    most_edges: int = 0
+    edge_pairs: int = 0
     filler: bool = False
 
     @property
@@ -235,6 +240,10 @@ def concat(parts: Sequence[CrystalBatch]) -> CrystalBatch:
             out[name] = [i for each in values for i in each]
         elif name == "filler":
             out[name] = all(values)
+        elif name == "most_edges":
+            out[name] = max(values) if all(values) else 0
+        elif name == "edge_pairs":
+            out[name] = sum(values) if all(values) else 0
         elif name in ("targets", "labels"):
             out[name] = {k: torch.cat([v[k] for v in values]) for k in values[0]}
         elif values[0] is None:

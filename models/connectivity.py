@@ -52,7 +52,7 @@ class ConnectivityDecoder(nn.Module):
 
     def forward(self, atoms: Tensor, batch: CrystalBatch) -> Reconstruction:
         """Losses of the latents [A, D]; the batch carries `pair_edges` (datapipe/transforms.py)."""
-        log_p = self.pairs(atoms, batch.ptr)
+        log_p = self.pairs(atoms, batch.ptr, batch.sizes or None)
         edges = batch.labels["pair_edges"].long().clamp(max=MOST_EDGES)
         weight = torch.where(edges == 0, UNJOINED_WEIGHT, 1.0)
         features = F.binary_cross_entropy_with_logits(

@@ -12,6 +12,7 @@ Letters in shapes: A atoms, B crystals, P pairs, D encoder width, H width, F fre
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,7 @@ class CSPNet(nn.Module):
         lattice: Tensor,
         batch: Tensor,
         ptr: Tensor,
+        sizes: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
@@ -80,11 +82,13 @@ class CSPNet(nn.Module):
             t: [B] timesteps, 1..T.
             frac_coords: [A, 3] noised. lattice: [B, 6] noised log-metric coordinates.
             batch: [A] crystal of each atom. ptr: [B+1] first atom of each crystal, then A.
+            sizes: B numbers, atoms of each crystal; read from `ptr`, for which a GPU is waited for,
+                where they are None.
 
         Returns:
             [A, 3] of the coordinates' and [B, 6] of the lattice's noise, fp32.
         """
-        pairs = Pairs.of(ptr)
+        pairs = Pairs.of(ptr, sizes)
         edges = pairs.edges(ptr)
         waves = fourier(frac_coords[pairs.second] - frac_coords[pairs.first], self.frequencies)
         x = self.input(torch.cat([latents, timestep_embedding(t)[batch]], dim=1))

@@ -116,14 +116,13 @@ def line_graph(edges: Edges) -> Edges:
     """Edges between edges, whose nodes are the edges of a plain graph: one for every pair of edges
     j → k and i → j, from the latter to the former, the way back (i = k) too.
 
-    Their number sets the size of all that follows, so the device is waited for once. Of tensors
-    that have shapes only, it is the least that there can be.
+    Their number sets the size of all that follows: the device is waited for where nobody has
+    counted them.
     """
     into = edges.ptr.diff()[edges.source]
     ptr = F.pad(into.cumsum(0), (1, 0))
-    pairs = None if type(into) is Tensor else len(edges) ** 2 // max(edges.num_nodes, 1)
     each = torch.arange(len(edges), device=ptr.device)
-    target = each.repeat_interleave(into, output_size=pairs)
+    target = each.repeat_interleave(into, output_size=edges.pairs or None)
     every = torch.arange(len(target), device=ptr.device)
     source = every - (ptr[:-1] - edges.ptr[edges.source])[target]
     ones = edges.count.new_ones(len(target))

@@ -141,6 +141,10 @@ class Edges:
     """[E] equal edges in the batch: the weight in batch statistics."""
     rows: int
     """R."""
+    most: int = 0
+    """Most edges into a node or out of one; 0: the device knows."""
+    pairs: int = 0
+    """Pairs of edges of which one ends where the other starts; 0: the device knows."""
     _blocks: dict[int, list[Block]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -155,6 +159,8 @@ class Edges:
             count=batch.edge_count,
             weight=batch.edge_count * batch.node_count[target],
             rows=len(batch.distances),
+            most=batch.most_edges,
+            pairs=batch.edge_pairs,
         )
 
     def __len__(self) -> int:

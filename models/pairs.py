@@ -2,12 +2,14 @@
 
 Letters in shapes: A atoms, B crystals, P pairs (n² for a crystal of n atoms, an atom with itself
 among them), D channels, C classes. The pairs of a crystal lie together, those of its first atom
-with all others first.
+with all others first. `sizes` are B numbers, the atoms of each crystal, known to the host: where
+they are None they are read from `ptr` [B+1], for which a GPU is waited for.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,16 +27,19 @@ class Pairs:
     """[P] atom i."""
     second: Tensor
     """[P] atom j."""
+    atoms: int
+    """A."""
 
     @classmethod
-    def of(cls, ptr: Tensor) -> Pairs:
+    def of(cls, ptr: Tensor, sizes: Sequence[int] | None = None) -> Pairs:
         """The pairs of crystals whose atoms start at `ptr` [B+1]."""
-        sizes, starts = ptr.diff(), cls.starts(ptr)
-        crystal = torch.repeat_interleave(sizes * sizes)
-        number = torch.arange(len(crystal), device=ptr.device) - starts[crystal]
-        n, start = sizes[crystal], ptr[crystal]
+        sizes = ptr.diff().tolist() if sizes is None else sizes
+        each = ptr.diff()
+        crystal = torch.repeat_interleave(each * each, output_size=sum(n * n for n in sizes))
+        number = torch.arange(len(crystal), device=ptr.device) - cls.starts(ptr)[crystal]
+        n, start = each[crystal], ptr[crystal]
         first = torch.div(number, n, rounding_mode="floor")
-        return cls(start + first, start + number - n * first)
+        return cls(start + first, start + number - n * first, sum(sizes))
 
     @staticmethod
     def starts(ptr: Tensor) -> Tensor:
@@ -45,7 +50,7 @@ class Pairs:
         """The complete graph of each crystal: an edge from j to i for every pair, with a feature
         row of its own."""
         sizes = ptr.diff()
-        degree = torch.repeat_interleave(sizes, sizes)
+        degree = torch.repeat_interleave(sizes, sizes, output_size=self.atoms)
         each = torch.arange(len(self.first), device=ptr.device)
         ones = torch.ones(len(each), device=ptr.device)
         return Edges(
@@ -59,16 +64,19 @@ class Pairs:
         )
 
 
-def pair_products(left: Tensor, right: Tensor, ptr: Tensor) -> Tensor:
+def pair_products(
+    left: Tensor, right: Tensor, ptr: Tensor, sizes: Sequence[int] | None = None
+) -> Tensor:
     """left_i · right_j for all pairs of each crystal, [P, C] from left [A, C, D] and right [A, D].
 
     Crystals of equal size are one batched product: nothing of shape [P, D] exists, nothing is
-    padded. The sizes are read from the device once.
+    padded.
     """
-    sizes = ptr.diff()
-    atoms = torch.argsort(torch.repeat_interleave(sizes, sizes), stable=True)
+    sizes = ptr.diff().tolist() if sizes is None else sizes
+    each, total = ptr.diff(), sum(n * n for n in sizes)
+    atoms = torch.argsort(torch.repeat_interleave(each, each, output_size=len(left)), stable=True)
     left, right = left[atoms], right[atoms]
-    runs = [(n, len(list(run))) for n, run in itertools.groupby(sorted(sizes.tolist()))]
+    runs = [(n, len(list(run))) for n, run in itertools.groupby(sorted(sizes))]
     lengths = [n * crystals for n, crystals in runs]
     blocks = []
     # One split: its backward is one concatenation, where slices would each fill a whole gradient.
@@ -77,7 +85,9 @@ def pair_products(left: Tensor, right: Tensor, ptr: Tensor) -> Tensor:
     ):
         product = rows.reshape(crystals, -1, rows.shape[2]) @ columns.view(crystals, n, -1).mT
         blocks.append(product.view(crystals, n, -1, n).transpose(2, 3).reshape(-1, left.shape[1]))
-    pairs = torch.argsort(torch.repeat_interleave(sizes, sizes * sizes), stable=True)
+    pairs = torch.argsort(
+        torch.repeat_interleave(each, each * each, output_size=total), stable=True
+    )
     products = torch.cat(blocks)
     return torch.empty_like(products).index_copy(0, pairs, products)
 
@@ -100,7 +110,7 @@ class PairClassifier(nn.Module):
         ):
             nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
 
-    def forward(self, atoms: Tensor, ptr: Tensor) -> Tensor:
+    def forward(self, atoms: Tensor, ptr: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         """Log-probabilities [P, C] from the atoms' latents [A, D]."""
         with torch.autocast(atoms.device.type, enabled=False):
             x = atoms.float()
@@ -109,4 +119,4 @@ class PairClassifier(nn.Module):
             weight = torch.einsum("oc,cij->ioj", self.mix.float(), self.weight.float())
             bias = self.mix.float() @ self.bias.float() + self.mix_bias.float()
             left = (x @ weight.flatten(1)).view(-1, classes, dim)
-            return F.log_softmax(pair_products(left, x, ptr) + bias, dim=1)
+            return F.log_softmax(pair_products(left, x, ptr, sizes) + bias, dim=1)

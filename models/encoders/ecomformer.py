@@ -180,7 +180,7 @@ class EquivariantUpdate(nn.Module):
 
 class _Groups:
     """Edges laid out node by node, W slots each, as many as the largest node needs; [E, D] to
-    [N·W, D] and back. The device is waited for once, to know W."""
+    [N·W, D] and back. The device is waited for where nobody has counted them."""
 
     def __init__(self, by_source: Incidence, by_target: Incidence) -> None:
         self.by_source, self.by_target = by_source, by_target
@@ -190,8 +190,8 @@ class _Groups:
     def of(cls, edges: Edges) -> _Groups:
         into = edges.into.forward
         groups = edges.from_source.transpose, RowSum(into.index, into.ptr)
-        width = max(1, int(torch.stack([g.ptr.diff().max() for g in groups]).max()))
-        return cls(*(_slots(g, width) for g in groups))
+        most = edges.most or int(torch.stack([g.ptr.diff().max() for g in groups]).max())
+        return cls(*(_slots(g, max(1, most)) for g in groups))
 
 
 def _slots(group: RowSum, width: int) -> Incidence:

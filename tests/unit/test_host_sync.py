@@ -8,7 +8,8 @@ import torch
 
 from datapipe.graph import build
 from models.dit import DiT, DiTConfig
-from models.encoders import build_encoder
+from models.encoders import ENCODERS, build_encoder
+from tests.objectives import OBJECTIVES, collate, make
 from tests.unit.test_dit import inputs, pack
 from trainer import stages  # noqa: F401 - registers them
 from trainer.distributed import World
@@ -16,6 +17,7 @@ from trainer.engine import EngineConfig, build_engine
 from trainer.meter import nan_unless_finite, total_over_ranks, weighted_loss
 from trainer.optim import param_groups
 from trainer.stage import STAGES
+from trainer.stages.finetune import HEADS, FinetuneConfig, FinetuneStage
 
 TINY = DiTConfig(width=32, layers=2, heads=4)
 
@@ -47,13 +49,8 @@ def no_autocast_for_meta(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("encoder", ["pddformer", "matformer"])
-@pytest.mark.parametrize("name", ["vae", "joint"])
-def test_forward_and_backward_read_nothing_from_the_device(
-    name, encoder, random_crystal, monkeypatch
-):
+def check(stage, batch, monkeypatch):
     """Tensors of the meta device have no values: whoever reads one fails."""
-    stage, batch = setup(name, encoder, random_crystal)
     stage, batch = stage.to("meta"), batch.to("meta")
     with no_autocast_for_meta(monkeypatch):
         terms = stage(batch)
@@ -61,6 +58,31 @@ def test_forward_and_backward_read_nothing_from_the_device(
         share, loss = weighted_loss(terms, sums, stage.weights, World())
         nan_unless_finite(share, loss).backward()
     assert all(p.grad is not None for p in stage.parameters())
+
+
+@pytest.mark.parametrize("encoder", sorted(ENCODERS))
+@pytest.mark.parametrize("name", ["vae", "joint"])
+def test_forward_and_backward_read_nothing_from_the_device(
+    name, encoder, random_crystal, monkeypatch
+):
+    check(*setup(name, encoder, random_crystal), monkeypatch)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_other_objectives_read_nothing_either(objective, random_crystal, monkeypatch):
+    rng = np.random.default_rng(0)
+    crystals = [random_crystal(rng, n, str(n), {"space_group": 1}) for n in (3, 5, 2, 7)]
+    stage = make(objective).train()
+    check(stage, collate(stage, crystals), monkeypatch)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_finetuning_reads_nothing_either(head, random_crystal, monkeypatch):
+    rng = np.random.default_rng(0)
+    crystals = [random_crystal(rng, n, str(n), {"gap": float(n)}) for n in (3, 5, 2, 7)]
+    encoder = build_encoder({"name": "pddformer", "tiny": True})
+    stage = FinetuneStage(FinetuneConfig(head=head), encoder, ["gap"], [1.0], [2.0]).train()
+    check(stage, build(crystals, encoder.graph, targets=["gap"]), monkeypatch)
 
 
 def test_what_reads_the_device_is_noticed():

@@ -11,39 +11,22 @@ from datapipe.crystal import crystal_key
 from datapipe.graph import build
 from datapipe.transforms import Sample
 from models.connectivity import MOST_EDGES, UNJOINED_WEIGHT
-from models.cspnet import CSPNetConfig
 from models.diffusion import (
     wrapped_score,
 )
 from models.element_features import element_features
 from models.encoders import ENCODERS, build_encoder
 from models.registry import configure
+from tests.objectives import OBJECTIVES, collate, make
 from trainer.stage import STAGES
 from trainer.stages import FinetuneConfig, FinetuneStage
 from trainer.stages.dpf import displacement
 
-SMALL = CSPNetConfig(width=16, layers=2, frequencies=4)
-OBJECTIVES = {
-    "dpf": ("dpf", {}),
-    "dpf displacement": ("dpf", {"position_target": "displacement"}),
-    "crysxpp": ("crysxpp", {}),
-    "crysgnn": ("crysgnn", {}),
-    "barlow": ("crystal_twins", {"mask_ratio": 0.3, "shift": 0.3}),
-    "simsiam": ("crystal_twins", {"variant": "simsiam"}),
-    "crysdiff": ("crysdiff", {"denoiser": SMALL, "timesteps": 50}),
-}
 GLOBAL = {"contrast", "barlow", "spread"}
 """Terms of which a batch is more than its parts."""
 
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES)
 each_encoder = pytest.mark.parametrize("encoder", ["pddformer", "matformer"])
-
-
-def make(objective, encoder="pddformer"):
-    torch.manual_seed(0)
-    name, settings = OBJECTIVES[objective]
-    cls = STAGES[name]
-    return cls(cls.Config(**settings), build_encoder({"name": encoder, "tiny": True}))
 
 
 @pytest.fixture
@@ -54,16 +37,6 @@ def crystals(random_crystal):
         random_crystal(rng, 2 + i % 4, f"c{i}", {"space_group": group})
         for i, group in enumerate(groups)
     ]
-
-
-def collate(stage, crystals, epoch=0):
-    """The batch a loader would make for the stage."""
-    samples, transform = [], stage.transform()
-    for crystal in crystals:
-        key = crystal_key(7, epoch, crystal.id)
-        shown = transform(Sample.clean(crystal, key), np.random.default_rng(key))
-        samples += shown if isinstance(shown, tuple) else [shown]
-    return build(samples, stage.encoder.graph)
 
 
 def loss_of(stage, terms):

@@ -74,9 +74,8 @@ class CrysDiffStage(Stage):
 
     def forward(self, batch: CrystalBatch) -> dict[str, Term]:
         t, state = batch.labels["timestep"], batch.labels["lattice_state"]
-        score, noise = self.denoiser(
-            self.encoder(batch), t, batch.seen_frac_coords, state, batch.batch, batch.ptr
-        )
+        at = batch.batch, batch.ptr, batch.sizes or None
+        score, noise = self.denoiser(self.encoder(batch), t, batch.seen_frac_coords, state, *at)
         level = t[batch.batch, None]
         moved = batch.seen_frac_coords - batch.frac_coords
         target = wrapped_score(moved, self.sigma[level]) * self.scale[level]

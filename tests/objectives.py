@@ -1,0 +1,42 @@
+"""Every pretraining objective with tiny settings, and batches for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from datapipe.crystal import crystal_key
+from datapipe.graph import build
+from datapipe.transforms import Sample
+from models.cspnet import CSPNetConfig
+from models.encoders import build_encoder
+from trainer import stages  # noqa: F401 - registers them
+from trainer.stage import STAGES
+
+SMALL = CSPNetConfig(width=16, layers=2, frequencies=4)
+OBJECTIVES = {
+    "dpf": ("dpf", {}),
+    "dpf displacement": ("dpf", {"position_target": "displacement"}),
+    "crysxpp": ("crysxpp", {}),
+    "crysgnn": ("crysgnn", {}),
+    "barlow": ("crystal_twins", {"mask_ratio": 0.3, "shift": 0.3}),
+    "simsiam": ("crystal_twins", {"variant": "simsiam"}),
+    "crysdiff": ("crysdiff", {"denoiser": SMALL, "timesteps": 50}),
+}
+
+
+def make(objective, encoder="pddformer"):
+    torch.manual_seed(0)
+    name, settings = OBJECTIVES[objective]
+    cls = STAGES[name]
+    return cls(cls.Config(**settings), build_encoder({"name": encoder, "tiny": True}))
+
+
+def collate(stage, crystals, epoch=0):
+    """The batch a loader would make for the stage."""
+    samples, transform = [], stage.transform()
+    for crystal in crystals:
+        key = crystal_key(7, epoch, crystal.id)
+        shown = transform(Sample.clean(crystal, key), np.random.default_rng(key))
+        samples += shown if isinstance(shown, tuple) else [shown]
+    return build(samples, stage.encoder.graph)
