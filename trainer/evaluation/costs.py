@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import trainer.stages  # noqa: F401  (registers them)
 from models.registry import configure
@@ -16,6 +15,7 @@ from trainer.evaluation.formats import NOTHING, Entry, Number, Table
 from trainer.evaluation.suite import Cell, Suite, shown
 from trainer.export import Exported, open_model
 from trainer.files import read_json
+from trainer.jobs import count_parameters
 from trainer.logger import read_metrics
 from trainer.stage import STAGES, Stage
 
@@ -62,8 +62,8 @@ def _stage(run: Path, name: str, finished: bool) -> list[Entry]:
     parameters: list[Entry] = [NOTHING, NOTHING]
     views = 1
     if finished:
-        stage = _built(open_model(run, name))
-        parameters = [_count(stage), _count(stage.encoder)]
+        stage = built(open_model(run, name))
+        parameters = [count_parameters(stage), count_parameters(stage.encoder)]
         views = getattr(stage.transform(), "views", 1)
     try:
         curves = read_metrics(run, name)
@@ -86,12 +86,8 @@ def _stage(run: Path, name: str, finished: bool) -> list[Entry]:
     ]
 
 
-def _built(exported: Exported) -> Stage:
+def built(exported: Exported) -> Stage:
     """The stage anew, without its weights; torch's generator stays where it was."""
     with torch.random.fork_rng():
         kind = STAGES[exported.stage]
         return kind(configure(kind.Config, exported.settings), exported.build_encoder())
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
