@@ -92,22 +92,25 @@ class _ComformerMessages(torch.autograd.Function):
                 torch.addcmul(offset, part, standard.rstd, out=part)
                 gate = torch.addcmul(beta, part, gamma).sigmoid_()
                 summed[b.nodes] = b.into(gate.mul_(value[b.edges]))
-        ctx.save_for_backward(query, keys, values, wk, wv, gamma, beta, key, value, score)
+        ctx.save_for_backward(query, keys, values, wk, wv, gamma, beta, key, value)
         ctx.edges, ctx.standard = edges, standard
         return summed
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        query, keys, values, wk, wv, gamma, beta, key, value, score = ctx.saved_tensors
+        query, keys, values, wk, wv, gamma, beta, key, value = ctx.saved_tensors
         edges, standard = ctx.edges, ctx.standard
         blocks = edges.blocks(_BLOCK // query.shape[1])
         with torch.autocast(query.device.type, enabled=False):
-            dgate = torch.empty_like(score)  # of what enters the sigmoid
+            score, dgate = (query.new_empty(key.shape) for _ in range(2))  # of the sigmoid's input
+            offset = -standard.mean * standard.rstd
             dgamma, dbeta = sums = query.new_zeros(2, len(gamma))
             mlp = _HiddenGrad(values, wv, edges)
             for b in blocks:
-                gate = torch.addcmul(beta, score[b.edges], gamma).sigmoid_()
+                part = torch.mul(query.index_select(0, b.target), key[b.edges], out=score[b.edges])
+                torch.addcmul(offset, part, standard.rstd, out=part)
+                gate = torch.addcmul(beta, part, gamma).sigmoid_()
                 dmessage = b.spread(grad)
                 part = torch.mul(dmessage, value[b.edges], out=dgate[b.edges])
                 sigmoid_backward(part, gate, grad_input=part)
