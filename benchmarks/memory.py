@@ -56,7 +56,7 @@ class BenchmarkConfig:
     """Registered encoder."""
     precisions: list[str] = field(default_factory=lambda: ["fp32", "bf16"])
     """Precisions."""
-    recompute: list[bool] = field(default_factory=lambda: [False, True])
+    recompute: list[str] = field(default_factory=lambda: ["none", "cheap", "blocks"])
     """Recomputation in the denoiser; counts in the joint stage alone."""
     measure: bool = True
     """Whether the steps are run; bf16 takes long on CPUs without instructions for it."""
@@ -120,7 +120,7 @@ def main() -> None:
     for name in config.stages:
         stage, batch = make(name, config)
         for precision in config.precisions:
-            for recompute in config.recompute if name == "joint" else [False]:
+            for recompute in config.recompute if name == "joint" else ["none"]:
                 settings = EngineConfig(engine="torch", precision=precision, recompute=recompute)
                 plan = plan_memory(stage, batch, settings, 1, False)
                 row = {

@@ -1,7 +1,7 @@
 """Whole training steps of both stages at paper size, as the engine takes them: crystals/s.
 
     python benchmarks/whole_step.py data=DIR               a data set made by launch/prepare.py
-    … precision=bf16 batch_size=256 recompute=true steps=30
+    … precision=bf16 batch_size=256 recompute=blocks steps=30
 
 Forward, loss, backward, clipping and AdamW on one batch that is copied to the device every step,
 without the loader. On a GPU the Triton kernels and torch's definitions alternate, each over `steps`
@@ -42,8 +42,8 @@ class BenchmarkConfig:
     """Registered encoder."""
     precision: str = "bf16"
     """fp32, bf16 or fp16."""
-    recompute: bool = False
-    """Recomputation in the denoiser."""
+    recompute: str = "auto"
+    """Recomputation in the denoiser: auto, none, cheap or blocks."""
     batch_size: int = 256
     """Crystals."""
     atoms: int = 21

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import ATTENTION, Layout, attend, by_size, resolve
 from models.ops import Op
-from models.recompute import linear_of
+from models.recompute import LinearOf, applied, linear_of
 from models.registry import nearest
 
 TIME_CHANNELS = 256
@@ -75,11 +75,12 @@ class DiT(nn.Module):
         dim: width of the latents, in and out.
 
     Attributes:
-        recompute: in training, keep only what enters each block and run its forward pass again in
-            the backward pass: less memory, a third more arithmetic, equal results.
+        recompute: what the backward pass makes again instead of keeping it, one of `RECOMPUTE`;
+            results are equal. `cheap`: norms, activations and attention; half the memory of `none`.
+            `blocks`: all but what enters each block; a third more arithmetic.
     """
 
-    recompute = False
+    recompute = "none"
 
     def __init__(self, config: DiTConfig, dim: int) -> None:
         super().__init__()
@@ -137,12 +138,13 @@ class DiT(nn.Module):
             x = x + index_embedding(number, config.width)
         condition = self.time(time_embedding(t))
         for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute == "blocks" and torch.is_grad_enabled():
                 x = checkpoint(
                     block, x, condition, layout, path, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x = block(x, condition, layout, path)
+                linear = linear_of if self.recompute == "cheap" else applied
+                x = block(x, condition, layout, path, linear)
         shift, scale = _wide(self.final_modulation(F.silu(condition))).chunk(2, dim=1)
         x = self.output(modulated_norm(x, shift, scale, layout))
         return x if order is None else torch.empty_like(x).index_copy(0, order, x)
@@ -162,17 +164,19 @@ class Block(nn.Module):
             nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
         )
 
-    def forward(self, x: Tensor, condition: Tensor, layout: Layout, path: str) -> Tensor:
-        """Tokens [A, D] and the condition [B, D] → tokens [A, D]. What no matrix product made is
-        made again in the backward pass, and attention, which takes less than any of them."""
-        modulation = _wide(linear_of(F.silu, self.modulation, condition)).chunk(6, dim=1)
+    def forward(
+        self, x: Tensor, condition: Tensor, layout: Layout, path: str, linear: LinearOf = applied
+    ) -> Tensor:
+        """Tokens [A, D] and the condition [B, D] → tokens [A, D]. `linear` is how a layer is
+        applied to a function of its inputs: `applied` or `linear_of`."""
+        modulation = _wide(linear(F.silu, self.modulation, condition)).chunk(6, dim=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         norm = functools.partial(modulated_norm, layout=layout)
-        qkv = linear_of(norm, self.qkv, x, shift1, scale1).view(len(x), 3, self.heads, -1)
-        update = linear_of(lambda qkv: attend(qkv, layout, path).flatten(1), self.project, qkv)
+        qkv = linear(norm, self.qkv, x, shift1, scale1).view(len(x), 3, self.heads, -1)
+        update = linear(lambda qkv: attend(qkv, layout, path).flatten(1), self.project, qkv)
         x = gated_add(x, update, gate1, layout)
         up, activation, down = self.mlp
-        update = linear_of(activation, down, linear_of(norm, up, x, shift2, scale2))
+        update = linear(activation, down, linear(norm, up, x, shift2, scale2))
         return gated_add(x, update, gate2, layout)
 
 

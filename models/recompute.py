@@ -9,10 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+RECOMPUTE = ("none", "cheap", "blocks")
+"""What a model may make again in the backward pass: nothing, what `linear_of` can, or whole blocks.
+"""
+
+
+LinearOf = Callable[..., Tensor]
+"""`applied` or `linear_of`: (function, layer, *inputs) → layer(function(*inputs))."""
+
+
+def applied(function: Callable[..., Tensor], layer: nn.Linear, *inputs: Tensor) -> Tensor:
+    """`layer(function(*inputs))`; autograd keeps what it likes to."""
+    return layer(function(*inputs))
+
 
 def linear_of(function: Callable[..., Tensor], layer: nn.Linear, *inputs: Tensor) -> Tensor:
-    """`layer(function(*inputs))` with equal gradients; backward keeps the inputs and runs the
-    function again, where autograd would keep its output and what it needs itself.
+    """The same, but only the inputs are kept, and the backward pass runs the function again.
 
     Args:
         function: of the inputs alone as far as gradients go, without randomness.

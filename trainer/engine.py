@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from datapipe.schema import CrystalBatch
+from models.recompute import RECOMPUTE
 from trainer.distributed import World
 from trainer.files import copied_state
 from trainer.stage import Stage, Term
@@ -38,9 +39,10 @@ class EngineConfig:
     """DeepSpeed ZeRO: 0 nothing, 1 optimiser state, 2 also gradients, 3 also weights sharded."""
     accumulation: int = 1
     """Micro-batches per optimiser step."""
-    recompute: bool = False
-    """Keeps only what enters the blocks of the denoiser and runs them again in the backward pass:
-    several times less memory per atom for a third more arithmetic; equal results."""
+    recompute: str = "auto"
+    """What the denoiser makes again in the backward pass instead of keeping it: `none`; `cheap`,
+    what no matrix product made, and attention; `blocks`, all but each block's input, for a third
+    more arithmetic; `auto`: cheap on GPUs, none on CPUs. Equal results."""
     timeout_s: float = 1800
     """Longest wait for another rank, in seconds."""
     deterministic: bool = False
@@ -51,6 +53,9 @@ class EngineConfig:
             raise ValueError(f"engine must be auto, torch or deepspeed, got {self.engine!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be fp32, bf16 or fp16, got {self.precision!r}")
+        if self.recompute not in ("auto", *RECOMPUTE):
+            kinds = ", ".join(RECOMPUTE)
+            raise ValueError(f"recompute must be auto, {kinds}, got {self.recompute!r}")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
         if self.accumulation < 1:
@@ -345,8 +350,10 @@ class DeepSpeedEngine(Engine):
                 part.copy_(padded.view(self.world.size, -1)[self.world.rank])
 
 
-def set_recompute(stage: nn.Module, recompute: bool) -> None:
-    """Tells the stage's modules that can recompute whether to."""
+def set_recompute(stage: nn.Module, recompute: str, device: torch.device) -> None:
+    """Tells the stage's modules that can recompute what to, `auto` by the device."""
+    if recompute == "auto":
+        recompute = "none" if device.type == "cpu" else "cheap"
     for module in stage.modules():
         if hasattr(module, "recompute"):
             module.recompute = recompute  # type: ignore[assignment]
@@ -362,7 +369,7 @@ def build_engine(
     stage: Stage, groups: list[dict], grad_clip: float, config: EngineConfig, world: World
 ) -> Engine:
     """The engine the config asks for, with `stage` on this rank's device."""
-    set_recompute(stage, config.recompute)
+    set_recompute(stage, config.recompute, world.device)
     if uses_deepspeed(config, world):
         return DeepSpeedEngine(stage, groups, grad_clip, config, world)
     return TorchEngine(stage, groups, grad_clip, config, world)

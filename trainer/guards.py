@@ -295,7 +295,7 @@ def try_batch(stage: Stage, batch: CrystalBatch, config: EngineConfig, world: Wo
     """
     device, dtype = world.device, PRECISIONS[config.precision]
     stage.to(device).train()
-    set_recompute(stage, config.recompute)
+    set_recompute(stage, config.recompute, device)
     before = [b.clone() for b in stage.buffers()]
     size = f"{batch.num_crystals} crystals, {batch.num_atoms} atoms, {batch.num_edges} edges"
     if device.type == "cuda":

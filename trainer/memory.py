@@ -27,6 +27,7 @@ from trainer.stage import Stage
 
 BUCKET = 5 * 10**8
 """Most elements of DeepSpeed's buffers for communication."""
+GPU = torch.device("cuda")
 INDEX_BYTES = 200
 """Per edge: the sums over edges, forward and transposed, as 64-bit indices."""
 
@@ -73,16 +74,23 @@ def state_bytes(parameters: int, config: EngineConfig, ranks: int, deepspeed: bo
 
 
 def plan_memory(
-    stage: Stage, batch: CrystalBatch, config: EngineConfig, ranks: int, deepspeed: bool
+    stage: Stage,
+    batch: CrystalBatch,
+    config: EngineConfig,
+    ranks: int,
+    deepspeed: bool,
+    device: torch.device = GPU,
 ) -> MemoryPlan:
     """What a training step of a batch (of one rank, one micro-batch) takes."""
     parameters = sum(p.numel() for p in stage.parameters())
     state = state_bytes(parameters, config, ranks, deepspeed)
-    activations = activation_bytes(stage, batch, config) + INDEX_BYTES * batch.num_edges
+    activations = activation_bytes(stage, batch, config, device) + INDEX_BYTES * batch.num_edges
     return MemoryPlan(**{**vars(state), "activations": float(activations)})
 
 
-def activation_bytes(stage: Stage, batch: CrystalBatch, config: EngineConfig) -> int:
+def activation_bytes(
+    stage: Stage, batch: CrystalBatch, config: EngineConfig, device: torch.device = GPU
+) -> int:
     """Peak bytes of what forward and backward of a batch make, beside one gradient for each
     parameter. The stage is left as it is."""
     dtype = PRECISIONS[config.precision]
@@ -91,7 +99,7 @@ def activation_bytes(stage: Stage, batch: CrystalBatch, config: EngineConfig) ->
         shadow, fake = copy.deepcopy(stage), copy.deepcopy(batch)
     with mode:
         shadow.train()
-        set_recompute(shadow, config.recompute)
+        set_recompute(shadow, config.recompute, device)
         for parameter in shadow.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
@@ -143,11 +151,12 @@ def device_bytes(device: torch.device) -> int:
 
 def memory_text(stage: Stage, batch: CrystalBatch, config: EngineConfig, world: World) -> str:
     """One line for `--dry-run`: what the largest batch takes, beside the device's memory."""
-    plan = plan_memory(stage, batch, config, world.size, uses_deepspeed(config, world))
-    has = device_bytes(world.device)
+    device = world.device
+    plan = plan_memory(stage, batch, config, world.size, uses_deepspeed(config, world), device)
+    has = device_bytes(device)
     verdict = "" if plan.total < has else "; that is TOO MUCH: lower loader.max_atoms or batch_size"
     return (
         f"{stage.name}: memory per rank, at the largest batch ({batch.num_crystals} crystals, "
         f"{batch.num_atoms} atoms, {batch.num_edges} edges): {plan}, "
-        f"of {has / 1e9:.3g} GB on {world.device}{verdict}"
+        f"of {has / 1e9:.3g} GB on {device}{verdict}"
     )

@@ -13,7 +13,7 @@ from tests.objectives import OBJECTIVES, collate, make
 from tests.unit.test_dit import inputs, pack
 from trainer import stages  # noqa: F401 - registers them
 from trainer.distributed import World
-from trainer.engine import EngineConfig, build_engine
+from trainer.engine import EngineConfig, build_engine, set_recompute
 from trainer.meter import nan_unless_finite, total_over_ranks, weighted_loss
 from trainer.optim import param_groups
 from trainer.stage import STAGES
@@ -51,6 +51,7 @@ def no_autocast_for_meta(monkeypatch):
 
 def check(stage, batch, monkeypatch):
     """Tensors of the meta device have no values: whoever reads one fails."""
+    set_recompute(stage, "auto", torch.device("cuda"))
     stage, batch = stage.to("meta"), batch.to("meta")
     with no_autocast_for_meta(monkeypatch):
         terms = stage(batch)

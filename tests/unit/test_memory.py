@@ -22,6 +22,7 @@ from trainer.stage import STAGES
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GIGABYTES = {"cpu": 16, "l40": 48, "a100-40": 40, "a100-80": 80, "h200": 141}
 FP32 = EngineConfig(engine="torch")
+CPU = torch.device("cpu")
 
 
 def joint(width=64, layers=4):
@@ -69,9 +70,9 @@ def test_zero_shards_more_with_every_stage():
 def test_activations_are_at_least_what_backward_keeps_and_grow_with_the_batch(case):
     stage, small, large = case
     kept, _ = kept_bytes(stage, small)
-    counted = activation_bytes(stage, small, FP32)
+    counted = activation_bytes(stage, small, FP32, CPU)
     assert kept < counted < 3 * kept
-    assert activation_bytes(stage, large, FP32) == pytest.approx(2 * counted, rel=0.1)
+    assert activation_bytes(stage, large, FP32, CPU) == pytest.approx(2 * counted, rel=0.1)
 
 
 def test_counting_leaves_the_stage_alone(case):
@@ -82,11 +83,25 @@ def test_counting_leaves_the_stage_alone(case):
     assert all(p.grad is None for p in stage.parameters())
 
 
-@pytest.mark.parametrize("settings", [{"precision": "bf16"}, {"recompute": True}])
+@pytest.mark.parametrize(
+    "settings", [{"precision": "bf16"}, {"recompute": "cheap"}, {"recompute": "blocks"}]
+)
 def test_bf16_and_recomputation_take_less(case, settings):
     stage, small, _ = case
-    less = activation_bytes(stage, small, EngineConfig(engine="torch", **settings))
-    assert less < 0.9 * activation_bytes(stage, small, FP32)
+    plain, less = (
+        activation_bytes(stage, small, EngineConfig(engine="torch", **{"recompute": "none"} | more))
+        for more in ({}, settings)
+    )
+    assert less < 0.9 * plain
+
+
+def test_what_is_recomputed_follows_the_device(case):
+    stage, small, _ = case
+    for device, kind in ((CPU, "none"), (torch.device("cuda"), "cheap")):
+        fixed = EngineConfig(engine="torch", recompute=kind)
+        assert activation_bytes(stage, small, FP32, device) == activation_bytes(stage, small, fixed)
+    with pytest.raises(ValueError, match="recompute must be auto, none, cheap, blocks"):
+        EngineConfig(recompute="all")
 
 
 def test_the_line_of_the_dry_run_names_what_does_not_fit(case, monkeypatch):
