@@ -4,8 +4,10 @@
     … zero_stages=[0,1,2,3] batch_size=32 steps=5
 
 The measured part trains the small joint stage under DeepSpeed, with the same number of crystals
-per process, and counts the bytes that collectives are handed per step. The two runs of a stage
-share the machine's cores with whatever else runs there: take the ratio with care.
+per process, and counts the bytes that collectives are handed per step: one process (`ms_1`), two
+at the same time that know nothing of each other (`ms_apart`, the slower one's: what the machine's
+memory and cores allow) and two in a group (`ms_2`). `efficiency` is ms_1 / ms_2, `communication`
+the part that the group costs, ms_apart / ms_2.
 
 The model predicts a step of CrysLDNet's second stage (PDDFormer and DiT-B) on N GPUs:
 
@@ -108,7 +110,20 @@ def joint_stage(dit: str = "mini", width: int = 128):
     return STAGES["joint"](STAGES["joint"].Config(dit=SIZES[dit]), encoder)
 
 
-def worker(rank: int, size: int, port: int, zero: int, config: BenchmarkConfig, out: str) -> None:
+def apart(part: int, ports: list[int], zero: int, config: BenchmarkConfig, out: str) -> None:
+    """Trains alone on one part of the crystals, beside others."""
+    worker(0, 1, ports[part], zero, config, f"{out}{part}", part)
+
+
+def worker(
+    rank: int,
+    size: int,
+    port: int,
+    zero: int,
+    config: BenchmarkConfig,
+    out: str,
+    part: int | None = None,
+) -> None:
     """Trains as one of `size` processes; rank 0 writes seconds and bytes per step."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size)
@@ -119,7 +134,8 @@ def worker(rank: int, size: int, port: int, zero: int, config: BenchmarkConfig, 
     world = World(rank, size, rank)
     stage = joint_stage()
     dataset = Dataset.open(config.data)
-    chosen = np.linspace(0, len(dataset) - 1, 2 * config.batch_size).astype(int)[rank::2]
+    chosen = np.linspace(0, len(dataset) - 1, 2 * config.batch_size).astype(int)
+    chosen = chosen[rank if part is None else part :: 2]
     crystals = [c for _, c in dataset.read(np.unique(chosen)) if isinstance(c, Crystal)]
     batch = build([c for c in crystals if len(c) > 1], stage.encoder.graph)
     settings = EngineConfig(engine="deepspeed", zero_stage=zero)
@@ -172,12 +188,19 @@ def measured(config: BenchmarkConfig) -> list[dict]:
                 args = (size, free_port(), zero, config, out)
                 torch.multiprocessing.spawn(worker, args, nprocs=size)
                 found[size] = json.loads(Path(out).read_text())
+        with tempfile.TemporaryDirectory() as folder:
+            args = ([free_port() for _ in range(2)], zero, config, f"{folder}/report")
+            torch.multiprocessing.spawn(apart, args, nprocs=2)
+            alone = [json.loads(path.read_text()) for path in Path(folder).iterdir()]
+        slower = max(report["seconds"] for report in alone)
         rows.append(
             {
                 "zero_stage": zero,
                 "ms_1": 1e3 * found[1]["seconds"],
+                "ms_apart": 1e3 * slower,
                 "ms_2": 1e3 * found[2]["seconds"],
                 "efficiency": found[1]["seconds"] / found[2]["seconds"],
+                "communication": slower / found[2]["seconds"],
                 "MB_per_step": found[2]["bytes"] / 1e6,
                 "in_parameters": found[2]["bytes"] / 4 / found[2]["parameters"],
             }
