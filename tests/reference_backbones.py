@@ -59,10 +59,11 @@ def cgcnn(encoder, batch: CrystalBatch) -> Tensor:
 
 def schnet(encoder, batch: CrystalBatch) -> Tensor:
     x = one_hot(encoder.embed_node, batch.node_numbers)
-    torch.set_default_dtype(torch.float64)
-    smear = GaussianSmearing(0.0, encoder.radius, encoder.rbf.bins)
-    torch.set_default_dtype(torch.float32)
     distance = batch.edge_distance
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(distance.dtype)
+    smear = GaussianSmearing(0.0, encoder.radius, encoder.rbf.bins)
+    torch.set_default_dtype(before)
     for block in encoder.interactions:
         x = x + block(x, batch.edge_index, distance, smear(distance))
     return x
