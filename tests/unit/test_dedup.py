@@ -1,153 +1,39 @@
-"""Deduplication: the plain matcher's answer, whatever is skipped, interrupted or done at once."""
+"""Deduplication: the plain matcher's answer, whatever is skipped or done at once."""
 
-import csv
 import itertools
-import json
-import os
-import signal
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from ase.io import write as write_ase
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pymatgen.analysis.structure_matcher import StructureMatcher
 
-from datapipe import dedup, unique
+from datapipe import dedup
 from datapipe import matcher as matcher_module
 from datapipe.crystal import Crystal
-from datapipe.dedup import Decide, Duplicates
-from datapipe.manifest import SPLITS
 from datapipe.matcher import Group, Matcher, Reduced
-from datapipe.prepare import PrepareConfig, prepare, summary
-from datapipe.shards import Dataset, DatasetWriter
-from datapipe.work import Journal, WorkDirectory
-
-PLAIN = StructureMatcher(stol=0.1, angle_tol=10, ltol=0.3)
-
-FCC = np.array([[0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
-HEX = np.array([[1, 0, 0], [-0.5, 3**0.5 / 2, 0], [0, 0, 1.63]])
-AB = {  # cell, first kind's sites, second kind's
-    "rocksalt": (5 * FCC, [[0, 0, 0]], [[0.5, 0.5, 0.5]]),
-    "zincblende": (5.5 * FCC, [[0, 0, 0]], [[0.25, 0.25, 0.25]]),
-    "cesium chloride": (3.2 * np.eye(3), [[0, 0, 0]], [[0.5, 0.5, 0.5]]),
-    "wurtzite": (
-        3.9 * HEX,
-        [[1 / 3, 2 / 3, 0], [2 / 3, 1 / 3, 0.5]],
-        [[1 / 3, 2 / 3, 0.375], [2 / 3, 1 / 3, 0.875]],
-    ),
-    "nickel arsenide": (
-        3.6 * HEX,
-        [[0, 0, 0], [0, 0, 0.5]],
-        [[1 / 3, 2 / 3, 0.25], [2 / 3, 1 / 3, 0.75]],
-    ),
-}
-
-
-def polymorph(kind: str, first: int, second: int, id: str) -> Crystal:
-    cell, a, b = AB[kind]
-    return Crystal.create(id, [first] * len(a) + [second] * len(b), a + b, cell)
-
-
-def other_view(crystal: Crystal, rng, id: str) -> Crystal:
-    """The same crystal in a larger, turned, moved, resized cell with its atoms in another order."""
-    structure = crystal.to_pymatgen()
-    structure.make_supercell([[1, 1, 0], [0, 1, 0], [0, 0, int(rng.integers(1, 3))]])
-    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
-    order = rng.permutation(len(structure))
-    frac = (structure.frac_coords + rng.random(3))[order]
-    numbers = np.array(structure.atomic_numbers)[order]
-    return Crystal.create(id, numbers, frac, 1.1 * structure.lattice.matrix @ turn)
-
-
-def distorted(crystal: Crystal, rng, strain: float, shift: float, id: str) -> Crystal:
-    """The crystal under a random strain, its atoms moved by up to `shift` Å along each axis."""
-    cell = crystal.lattice @ (np.eye(3) + rng.uniform(-strain, strain, (3, 3)))
-    moved = rng.uniform(-shift, shift, (len(crystal), 3)) @ np.linalg.inv(cell)
-    return Crystal.create(id, crystal.numbers, crystal.frac_coords + moved, cell)
-
-
-def variants(rng, count: int, prefix: str) -> list[Crystal]:
-    """Crystals of three formulas, many of them nearly the same."""
-    out = []
-    for i in range(count):
-        kind = list(AB)[rng.integers(len(AB))]
-        pair = [(11, 17), (12, 8), (30, 16)][rng.integers(3)]
-        crystal = other_view(polymorph(kind, *pair, ""), rng, "")
-        out.append(distorted(crystal, rng, *[(0, 0), (0.05, 0.1), (0.15, 0.3)][i % 3], ""))
-    return [replace(c, id=f"{prefix}-{i}") for i, c in enumerate(out)]
-
-
-def store(root: Path, **crystals: list[Crystal]) -> str:
-    """A data set with these splits."""
-    names = sorted({name for group in crystals.values() for c in group for name in c.targets})
-    with DatasetWriter(root, names, dict.fromkeys(names, "eV"), shard_size=7) as writer:
-        for split in SPLITS:
-            for crystal in crystals.get(split, []):
-                writer.add(split, crystal)
-        writer.finish({"made": "by a test"})
-    return str(root)
-
-
-def duplicates(**values) -> Duplicates:
-    return Duplicates(**{"splits": list(SPLITS)} | values)
-
-
-def run(source: str, output: Path, *references: str, workers: int = 1, **values) -> set[str]:
-    """Ids that are left out."""
-    config = PrepareConfig(
-        input=source,
-        output=str(output),
-        dedup=list(references),
-        duplicates=duplicates(**values),
-        workers=workers,
-        progress=False,
-    )
-    prepare(config)
-    return ids(source) - ids(output)
-
-
-def ids(root) -> set[str]:
-    dataset = Dataset.open(root)
-    return {crystal.id for _, crystal in dataset.read(range(len(dataset)))}
-
-
-def rows(output: Path, name: str = "matches.csv") -> list[dict[str, str]]:
-    with open(output / name, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def report(output: Path) -> dict:
-    return json.loads((output / "dedup.json").read_text("utf-8"))
-
-
-def same(a: Crystal, b: Crystal) -> bool:
-    """The definition."""
-    return PLAIN.fit(a.to_pymatgen(), b.to_pymatgen())
+from datapipe.prepare import summary
+from datapipe.shards import Dataset
+from tests.duplicates import (
+    AB,
+    PLAIN,
+    distorted,
+    ids,
+    make_sets,
+    other_view,
+    polymorph,
+    report,
+    rows,
+    run,
+    store,
+    variants,
+)
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory) -> dict:
-    """Two data sets with many crystals in common, their crystals, and the plain answers."""
-    root, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(5)
-    new, known = variants(rng, 24, "new"), variants(rng, 9, "known")
-    kept: list[Crystal] = []
-    within = set()
-    for crystal in new:
-        if any(same(other, crystal) for other in kept):
-            within.add(crystal.id)
-        else:
-            kept.append(crystal)
-    return {
-        "new": store(root / "new", train=new),
-        "known": store(root / "known", train=known[:3], val=known[3:5], test=known[5:]),
-        "crystals": new,
-        "against": {c.id for c in new if any(same(other, c) for other in known)},
-        "against test": {c.id for c in new if any(same(other, c) for other in known[5:])},
-        "within": within,
-    }
+def sets(tmp_path_factory):
+    return make_sets(tmp_path_factory.mktemp("sets"))
 
 
 def test_left_out_is_what_the_plain_matcher_finds(sets, tmp_path):
@@ -361,173 +247,3 @@ def test_labels_units_and_splits_come_through(tmp_path):
     assert dataset.targets_of("gap").tolist() == [1, 2, 3, 4]
     assert np.isnan(dataset.targets_of("energy")).all()
     assert {t.unit for t in dataset.manifest.targets.values()} == {"eV"}
-
-
-# -- Faults ----------------------------------------------------------------------------------------
-
-
-def killed(work, call: int, monkeypatch, owner, name: str) -> None:
-    """Runs `work` in a process that is killed at a call of `owner.name`."""
-    pid = os.fork()
-    if pid == 0:
-        real, count = getattr(owner, name), itertools.count(1)
-
-        def deadly(*args, **kwargs):
-            if next(count) == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        setattr(owner, name, deadly)
-        try:
-            work()
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "call", "again"),
-    [
-        (DatasetWriter, "finish", 1, 3),  # while parsing
-        (Decide, "__call__", 1, 3),
-        (Decide, "__call__", 3, 1),
-        (DatasetWriter, "finish", 2, 0),  # before the data set is complete
-    ],
-)
-def test_a_killed_run_goes_on(sets, tmp_path, monkeypatch, owner, name, call, again):
-    output = tmp_path / "out"
-
-    def work():
-        return run(sets["new"], output, sets["known"], within=True)
-
-    killed(work, call, monkeypatch, owner, name)
-    assert not output.exists()
-    decided = []
-    real = Decide.__call__
-    monkeypatch.setattr(
-        Decide, "__call__", lambda self, task: (decided.append(task.key), real(self, task))[1]
-    )
-    work()
-    assert len(decided) == again
-    run(sets["new"], tmp_path / "whole", sets["known"], within=True)
-    for file in ("matches.csv", "dropped.csv", "index.safetensors", "dedup.json"):
-        assert (output / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
-
-
-def test_other_settings_do_not_go_on_with_old_decisions(sets, tmp_path, monkeypatch):
-    output = tmp_path / "out"
-    killed(lambda: run(sets["new"], output, sets["known"]), 3, monkeypatch, Decide, "__call__")
-    strict = run(sets["new"], output, sets["known"], stol=0.001)
-    assert strict == run(sets["new"], tmp_path / "fresh", sets["known"], stol=0.001)
-    assert strict < sets["against"]
-
-
-def test_a_torn_journal_keeps_its_whole_lines(tmp_path):
-    log = Journal(tmp_path / "log")
-    for i in range(3):
-        log.add(f"key {i}", {"value": i})
-    log.close()
-    text = (tmp_path / "log").read_bytes()
-    for length in range(len(text)):
-        (tmp_path / "torn").write_bytes(text[:length])
-        log = Journal(tmp_path / "torn")
-        whole = text[:length].count(b"\n")
-        assert log.done == {f"key {i}": {"value": i} for i in range(whole)}
-        log.add("more", 1)
-        log.close()
-        again = Journal(tmp_path / "torn")
-        again.close()
-        assert again.done == log.done
-
-
-def test_two_at_the_same_work(tmp_path):
-    ready, done = os.pipe(), os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        with WorkDirectory(tmp_path / "out", "dedup", {}):
-            os.write(ready[1], b".")
-            os.close(done[1])
-            os.read(done[0], 1)
-        os._exit(0)
-    os.close(done[0])
-    os.read(ready[0], 1)
-    try:
-        with (
-            pytest.raises(ValueError, match="another process is writing"),
-            WorkDirectory(tmp_path / "out", "dedup", {}),
-        ):
-            pass
-    finally:
-        os.close(done[1])
-        os.waitpid(pid, 0)
-    with WorkDirectory(tmp_path / "out", "dedup", {}) as work:
-        work.remove()
-    assert not work.path.exists()
-
-
-def test_what_the_matcher_fails_on_is_kept_and_listed(sets, tmp_path, monkeypatch):
-    bad = {min(sets["against"]), "known-3"}
-
-    class Failing(Reduced):
-        def __init__(self, crystal, item):
-            if crystal.id in bad:
-                raise ValueError("can't find niggli")
-            super().__init__(crystal, item)
-
-    monkeypatch.setattr(dedup, "Reduced", Failing)
-    found = run(sets["new"], tmp_path / "out", sets["known"])
-    assert found <= sets["against"] - bad
-    listed = report(tmp_path / "out")["undecided"]
-    assert {(u["set"], u["id"]) for u in listed} == {
-        ("known", "known-3"),
-        ("the set itself", min(sets["against"])),
-    }
-    assert all("niggli" in u["why"] for u in listed)
-    manifest = Dataset.open(tmp_path / "out").manifest
-    assert manifest.provenance["dedup"]["undecided"] == 2
-
-
-def damage(root: Path) -> None:
-    path = next(root.glob("train-*.tar"))
-    data = bytearray(path.read_bytes())
-    data[700] ^= 1
-    path.write_bytes(data)
-
-
-def test_mistakes_are_one_clear_line(sets, tmp_path):
-    known, new, out = sets["known"], sets["new"], tmp_path / "out"
-    only_train = store(tmp_path / "only", train=[polymorph("rocksalt", 12, 8, "a")])
-    broken = store(tmp_path / "broken", train=[polymorph("rocksalt", 12, 8, "a")])
-    damage(tmp_path / "broken")
-    with pytest.raises(ValueError, match="only has no crystals in test, only 1 train"):
-        run(new, out, only_train, splits=["test"])
-    with pytest.raises(ValueError, match="new is the input itself"):
-        run(new, out, new)
-    with pytest.raises(ValueError, match=r"broken: train-000000.tar entry 0 is damaged"):
-        run(new, out, broken)
-    with pytest.raises(ValueError, match="has no target 'energy'"):
-        run(new, out, within=True, keep="lowest:energy")
-    with pytest.raises(ValueError, match="does not exist"):
-        run(new, out, str(tmp_path / "nothing"))
-    (out).mkdir()
-    (out / "file").touch()
-    with pytest.raises(ValueError, match="already holds files"):
-        run(new, out, known)
-    for values in ({"keep": "best"}, {"keep": "lowest"}, {"splits": ["tests"]}, {"stol": 0}):
-        with pytest.raises(ValueError, match=f"duplicates.{next(iter(values))}"):
-            Duplicates(**values)
-
-
-def test_dry_run_writes_nothing(sets, tmp_path):
-    from datapipe.prepare import plan
-
-    config = PrepareConfig(
-        input=sets["new"], output=str(tmp_path / "out"), dedup=[sets["known"]], progress=False
-    )
-    assert f"duplicates of {sets['known']}" in plan(config)
-    assert not list(tmp_path.iterdir())
-
-
-def test_names_of_references():
-    assert unique._names(["a/x", "b/x/", "c/y.csv"]) == ["x (1)", "x (2)", "y.csv"]

@@ -1,272 +1,44 @@
 """Readers: every layout gives the crystals that were written, and says what is wrong with which."""
 
-import csv
-import gzip
 import io
 import itertools
 import json
 import shutil
-import tarfile
-import zipfile
 from pathlib import Path
 
-import ase.db
-import ase.io
 import numpy as np
 import pytest
-from pymatgen.core import Element, Lattice, Structure
-from pymatgen.io.cif import CifParser, CifWriter
+from pymatgen.core import Lattice, Structure
 from pymatgen.io.vasp import Poscar
 
 from datapipe.crystal import Crystal
-from datapipe.shards import DatasetWriter
 from datapipe.sources import SOURCES, Failure, Options, guess, read_crystals, read_raw
-from datapipe.sources import cif as cif_module
-from datapipe.sources.cif import read_cif
 from datapipe.sources.jsontext import JsonText
 from datapipe.sources.parallel import Workers
-
-SYMBOLS = ("Li", "O", "Fe", "Sr", "Ti", "Cl", "H", "Kr", "Tb", "Pu")
-N = 5
-
-
-def make_structure(rng: np.random.Generator, size: int | None = None) -> Structure:
-    """A random structure in a skewed cell, with atoms apart, as pymatgen holds it."""
-    n = size or int(rng.integers(1, 7))
-    grid = np.array(np.unravel_index(rng.choice(8, n, replace=False), (2, 2, 2))).T / 2
-    frac = grid + rng.uniform(-0.1, 0.1, (n, 3))
-    lattice = Lattice.from_parameters(*rng.uniform(5, 8, 3), *rng.uniform(75, 105, 3))
-    return Structure(lattice, rng.choice(SYMBOLS, n).tolist(), frac)
+from tests.layouts import (
+    LAYOUTS,
+    N,
+    archive_tar,
+    archive_zip,
+    assert_same,
+    cif,
+    csv_cdvae,
+    extxyz,
+    files,
+    ids,
+    jarvis_atoms,
+    json_megnet,
+    labels,
+    make_structure,
+    write_table,
+    write_text,
+)
 
 
 @pytest.fixture(scope="module")
 def structures() -> list[Structure]:
     rng = np.random.default_rng(0)
     return [make_structure(rng) for _ in range(N)]
-
-
-def labels(i: int) -> dict[str, float]:
-    return {"e_form": i - 2.5}
-
-
-def ids() -> list[str]:
-    return [f"c{i}" for i in range(N)]
-
-
-def assert_same(found: Crystal, structure: Structure, tolerance: float = 1e-6) -> None:
-    """Equal up to the order of atoms."""
-    wanted = Crystal.from_pymatgen(structure)
-    np.testing.assert_allclose(found.lattice, wanted.lattice, atol=tolerance)
-
-    def rows(crystal: Crystal) -> np.ndarray:
-        frac = crystal.frac_coords.round(5) % 1
-        table = np.column_stack([crystal.numbers, frac])
-        return table[np.lexsort(table.T[::-1])]
-
-    np.testing.assert_allclose(rows(found), rows(wanted), atol=2e-5)
-
-
-def write_text(path: Path, text: str) -> None:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", newline="") as file:
-        file.write(text)
-
-
-def cif(structure: Structure) -> str:
-    return str(CifWriter(structure))
-
-
-def write_table(path: Path, header: list[str], rows: list[list]) -> Path:
-    text = io.StringIO()
-    csv.writer(text).writerows([header, *rows])
-    write_text(path, text.getvalue())
-    return path
-
-
-def jarvis_atoms(structure: Structure, cartesian: bool) -> dict:
-    return {
-        "lattice_mat": structure.lattice.matrix.tolist(),
-        "coords": (structure.cart_coords if cartesian else structure.frac_coords).tolist(),
-        "elements": [s.specie.symbol for s in structure],
-        "cartesian": cartesian,
-        "props": [""] * len(structure),
-    }
-
-
-# One writer per layout: (folder, structures) -> input, format that is guessed, labelled or not.
-
-
-def csv_cdvae(folder, structures):
-    rows = [[i, f"c{i}", "NaCl", cif(s), i - 2.5] for i, s in enumerate(structures)]
-    header = ["", "material_id", "pretty_formula", "cif", "e_form"]
-    return write_table(folder / "train.csv.gz", header, rows), "csv", True
-
-
-def csv_poscar(folder, structures):
-    rows = [[f"c{i}", str(Poscar(s.get_sorted_structure()))] for i, s in enumerate(structures)]
-    return write_table(folder / "x.csv", ["id", "poscar"], rows), "csv", False
-
-
-def csv_oqmd(folder, structures):
-    rows = []
-    for i, s in enumerate(structures):
-        sites = [f"{x.specie.symbol} @ {' '.join(map(repr, x.frac_coords.tolist()))}" for x in s]
-        rows.append([f"c{i}", str(s.lattice.matrix.tolist()), str(sites), i - 2.5])
-    header = ["entry_id", "unit_cell", "sites", "e_form"]
-    return write_table(folder / "oqmd.csv", header, rows), "csv", True
-
-
-def json_oqmd(folder, structures):
-    records = []
-    for i, s in enumerate(structures):
-        sites = [f"{x.specie.symbol} @ {' '.join(map(repr, x.frac_coords.tolist()))}" for x in s]
-        cell = s.lattice.matrix.tolist()
-        records.append({"entry_id": f"c{i}", "unit_cell": cell, "sites": sites} | labels(i))
-    page = {"links": {"next": None}, "data": records, "meta": {"more_data_available": False}}
-    write_text(folder / "oqmd.json", json.dumps(page))
-    return folder / "oqmd.json", "json", True
-
-
-def json_jarvis(folder, structures):
-    records = [
-        {"jid": f"c{i}", "atoms": jarvis_atoms(s, i % 2 == 0), "efg": [[1, 2]]} | labels(i)
-        for i, s in enumerate(structures)
-    ]
-    with zipfile.ZipFile(folder / "jdft.json.zip", "w") as archive:
-        archive.writestr("jdft_3d.json", json.dumps(records))
-    return folder / "jdft.json.zip", "json", True
-
-
-def json_megnet(folder, structures):
-    records = [
-        {"material_id": f"c{i}", "structure": cif(s)} | labels(i) for i, s in enumerate(structures)
-    ]
-    write_text(folder / "mp.2018.6.1.json.gz", json.dumps(records, indent=1))
-    return folder / "mp.2018.6.1.json.gz", "json", True
-
-
-def json_matbench(folder, structures):
-    table = {
-        "index": ids(),
-        "columns": ["structure", "e_form"],
-        "data": [[s.as_dict(), i - 2.5] for i, s in enumerate(structures)],
-    }
-    write_text(folder / "matbench_x.json.gz", json.dumps(table))
-    return folder / "matbench_x.json.gz", "json", True
-
-
-def json_mapping(folder, structures):
-    content = {f"c{i}": s.as_dict() for i, s in enumerate(structures)}
-    write_text(folder / "all.json", json.dumps(content))
-    return folder / "all.json", "json", False
-
-
-def json_lines(folder, structures):
-    lines = [
-        json.dumps({"id": f"c{i}", "structure": s.as_dict()} | labels(i))
-        for i, s in enumerate(structures)
-    ]
-    write_text(folder / "all.jsonl.gz", "\n".join(lines))
-    return folder / "all.jsonl.gz", "json", True
-
-
-def files(folder, structures, table=True):
-    folder.mkdir(exist_ok=True)
-    for i, s in enumerate(structures):
-        if i % 2:
-            (folder / f"c{i}.cif").write_text(cif(s))
-        else:
-            (folder / f"c{i}.vasp").write_text(str(Poscar(s.get_sorted_structure())))
-    if table:
-        lines = [f"c{i}{('', '.cif' if i % 2 else '.vasp')[i < 3]}, {i - 2.5}\n" for i in range(N)]
-        (folder / "id_prop.csv").write_text("".join(lines))
-    return folder
-
-
-def folder_labelled(folder, structures):
-    return files(folder / "cifs", structures), "folder", True
-
-
-def folder_plain(folder, structures):
-    return files(folder / "cifs", structures, table=False), "folder", False
-
-
-def folder_of_folders(folder, structures):
-    for i, s in enumerate(structures):
-        (folder / "runs" / f"c{i}").mkdir(parents=True)
-        Poscar(s.get_sorted_structure()).write_file(folder / "runs" / f"c{i}" / "POSCAR")
-    return folder / "runs", "folder", False
-
-
-def archive_zip(folder, structures):
-    path = folder / "cifs.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(files(folder / "cifs", structures).iterdir()):
-            archive.write(file, f"data/{file.name}")
-    return path, "folder", True
-
-
-def archive_tar(folder, structures):
-    path = folder / "cifs.tar.gz"
-    with tarfile.open(path, "w:gz") as archive:
-        archive.add(files(folder / "cifs", structures), "cifs")
-    return path, "folder", True
-
-
-def extxyz(folder, structures):
-    path = folder / "frames.extxyz.gz"
-    text = io.StringIO()
-    for i, s in enumerate(structures):
-        atoms = s.to_ase_atoms()
-        atoms.info = {"material_id": f"c{i}"} | labels(i)
-        ase.io.write(text, atoms, format="extxyz")
-    write_text(path, text.getvalue())
-    return path, "extxyz", True
-
-
-def ase_database(folder, structures):
-    with ase.db.connect(folder / "all.db") as database:
-        for i, s in enumerate(structures):
-            database.write(s.to_ase_atoms(), material_id=f"c{i}", **labels(i))
-    return folder / "all.db", "ase-db", True
-
-
-def gnome(folder, structures):
-    (folder / "gnome").mkdir()
-    rows = [["Na", f"c{i}", i - 2.5] for i in range(N)]
-    write_table(
-        folder / "gnome" / "stable_materials_summary.csv",
-        ["Composition", "MaterialId", "e_form"],
-        rows,
-    )
-    with zipfile.ZipFile(folder / "gnome" / "by_id.zip", "w") as archive:
-        for i, s in enumerate(structures):
-            archive.writestr(f"by_id/c{i}.CIF", cif(s))
-    return folder / "gnome", "gnome", True
-
-
-def supercon3d(folder, structures):
-    (folder / "sc" / "cif").mkdir(parents=True)
-    rows = [[f"c{i}.cif", 10 + i, "others", "X", "order"] for i in range(N)]
-    write_table(folder / "sc" / "all.csv", ["", "tc", "family", "cf", "order"], rows)
-    for i, s in enumerate(structures):
-        (folder / "sc" / "cif" / f"c{i}.cif").write_text(cif(s))
-    return folder / "sc", "supercon3d", False
-
-
-def shards(folder, structures):
-    with DatasetWriter(folder / "data", ["e_form"]) as writer:
-        for i, s in enumerate(structures):
-            writer.add("train", Crystal.from_pymatgen(s, f"c{i}", labels(i)))
-        writer.finish({})
-    return folder / "data", "shards", True
-
-
-LAYOUTS = [
-    csv_cdvae, csv_poscar, csv_oqmd, json_oqmd, json_jarvis, json_megnet, json_matbench,
-    json_mapping, json_lines, folder_labelled, folder_plain, folder_of_folders, archive_zip,
-    archive_tar, extxyz, ase_database, gnome, supercon3d, shards,
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
@@ -331,71 +103,6 @@ def test_json_null_and_na_are_missing_but_nan_is_not(tmp_path, structures):
     found = list(read_crystals(str(tmp_path / "x.json"), targets=["gap"]))
     kinds = ["bad" if isinstance(f, Failure) else f.targets["gap"] for f in found]
     np.testing.assert_equal(kinds, [np.nan, np.nan, "bad", 2.0])
-
-
-# The fast CIF reader
-
-
-def snapped(rng: np.random.Generator) -> Structure:
-    structure = make_structure(rng)
-    frac = structure.frac_coords.copy()
-    near = rng.choice([1 / 3, 2 / 3, 0.33333, 0.66667, 0.3334, -1 / 3], frac.shape)
-    return Structure(
-        structure.lattice, structure.species, np.where(rng.random(frac.shape) < 0.3, near, frac)
-    )
-
-
-@pytest.mark.filterwarnings("ignore:Issues encountered")
-@pytest.mark.parametrize("seed", range(40))
-def test_fast_cif_reader_is_pymatgens(seed, monkeypatch):
-    text = cif(snapped(np.random.default_rng(seed)))
-    structure = CifParser.from_str(text).parse_structures(primitive=False)[0]
-    wanted = Crystal.from_pymatgen(structure)
-    fast = cif_module._read_p1(text)
-    assert fast is not None
-    assert fast.numbers.tolist() == wanted.numbers.tolist()
-    np.testing.assert_allclose(fast.lattice, wanted.lattice, atol=1e-12)
-    gap = np.abs(fast.frac_coords - wanted.frac_coords)
-    assert np.minimum(gap, 1 - gap).max() < 1e-12
-    monkeypatch.setattr(cif_module, "_read_p1", lambda text: None)
-    assert read_cif(text).numbers.tolist() == wanted.numbers.tolist()
-
-
-def test_electronegativity_order_is_pymatgens():
-    order = cif_module._BY_ELECTRONEGATIVITY.split()
-    known = [e for e in Element if e.symbol in order]
-    assert order == [e.symbol for e in sorted(known, key=lambda e: (e.X, e.symbol))]
-    assert len(order) == len(known) == len(set(order))
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("  1  'x, y, z'", "  1  'x, y, z'\n  2  '-x, -y, -z'"),
-        ("  1\n", "  0.5\n"),
-        ("_symmetry_Int_Tables_number   1", "_symmetry_Int_Tables_number   2"),
-        ("_cell_length_a   ", "_cell_length_a   4("),
-        ("  Na  ", "  Na1+  "),
-        (" _atom_site_occupancy\n", " _atom_site_occupancy\n _atom_site_adp_type\n"),
-    ],
-)
-def test_fast_cif_reader_leaves_other_dialects_alone(old, new):
-    text = cif(Structure(Lattice.cubic(5), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]))
-    assert old in text
-    assert cif_module._read_p1(text) is not None
-    assert cif_module._read_p1(text.replace(old, new)) is None
-
-
-def test_symmetric_cif_is_expanded():
-    rocksalt = Structure.from_spacegroup(
-        "Fm-3m", Lattice.cubic(5.6), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]
-    )
-    assert_same(read_cif(str(CifWriter(rocksalt, symprec=0.01))), rocksalt)
-
-
-def test_deuterium_is_hydrogen():
-    text = cif(Structure(Lattice.cubic(5), ["H", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]))
-    assert sorted(read_cif(text.replace("  H  H0", "  D  D0")).numbers.tolist()) == [1, 17]
 
 
 # What cannot be used
