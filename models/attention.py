@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from models.ops import RowSum
+
 ATTENTION = ("auto", "grouped", "jagged", "padded")
 
 
@@ -35,6 +37,11 @@ class Layout:
     """[A] int64, crystal of each token."""
     sizes: tuple[int, ...]
     """Tokens of each crystal."""
+
+    @functools.cached_property
+    def sums(self) -> RowSum:
+        """[B, A]: the sum over each crystal's tokens."""
+        return RowSum(torch.arange(len(self.batch), device=self.batch.device), self.ptr)
 
 
 def by_size(layout: Layout) -> tuple[Layout, Tensor, Tensor]:

@@ -198,25 +198,23 @@ def per_crystal(x: Tensor, scale: Tensor, shift: Tensor | None, layout: Layout) 
 
     Keeps for backward only x and what has B rows, and reduces gradients by segments: no atomics.
     """
-    return _PerCrystal.apply(x, scale, shift, layout.batch, layout.ptr)
+    return _PerCrystal.apply(x, scale, shift, layout)
 
 
 class _PerCrystal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, shift, batch, ptr):
-        ctx.save_for_backward(x, scale, batch, ptr)
-        out = x * scale[batch]
-        return out if shift is None else out + shift[batch]
+    def forward(ctx, x, scale, shift, layout):
+        ctx.save_for_backward(x, scale)
+        ctx.layout = layout
+        out = x * scale.index_select(0, layout.batch)
+        return out if shift is None else out.add_(shift.index_select(0, layout.batch))
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale, batch, ptr = ctx.saved_tensors
-
-        def reduce(rows: Tensor) -> Tensor:
-            return torch.segment_reduce(rows, "sum", offsets=ptr)
-
-        grad_shift = reduce(grad) if ctx.needs_input_grad[2] else None
-        return (grad * scale[batch]).to(x.dtype), reduce(grad * x), grad_shift, None, None
+        x, scale = ctx.saved_tensors
+        sums, rows = ctx.layout.sums, scale.index_select(0, ctx.layout.batch)
+        grad_shift = sums(grad.contiguous()) if ctx.needs_input_grad[2] else None
+        return (grad * rows).to(x.dtype), sums(grad * x), grad_shift, None
 
 
 def _wide(x: Tensor) -> Tensor:
