@@ -27,7 +27,7 @@ from models.ops import RowSum
 ATTENTION = ("auto", "grouped", "jagged", "padded")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Where the crystals lie in a packed tensor of tokens, known to the host."""
 

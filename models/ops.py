@@ -44,7 +44,7 @@ class Op(Generic[T]):
         return (twin or self.plain)(x, *args, **kwargs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowSum:
     """Sparse matrix in CSR form: row r of its product with x is the sum of
     weight[p] · x[index[p]] over p in ptr[r] … ptr[r+1]; no weight means one."""
@@ -72,7 +72,7 @@ def row_sum(x: Tensor, matrix: RowSum) -> Tensor:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Incidence:
     """A sparse matrix with its transpose, so that its product has a gradient."""
 
@@ -104,7 +104,7 @@ def _order_by(index: Tensor, size: int) -> RowSum:
     return RowSum(order, ptr)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """A run of nodes with the edges into them."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.ops import Edges
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """Where the pairs lie."""
 

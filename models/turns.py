@@ -16,7 +16,7 @@ from models.ops import Edges, Incidence, RowSum
 from models.spherical import spherical_harmonics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Turns:
     """For every edge j → i the edges k → j, but for the way back (k → j is i → j).
 
