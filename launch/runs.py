@@ -92,7 +92,7 @@ def _from_events(run: Path, state: RunState) -> None:
                 bad.add((event["stage"], event["item"]))
     ranks = starts[0]["ranks"] if 0 in starts else 0
     places = [starts[rank] for rank in sorted(starts) if rank < ranks]
-    devices = Counter(p.get("model") or p["device"].split(":")[0] for p in places)
+    devices = Counter(p.get("gpu") or p["device"].split(":")[0] for p in places)
     state.nodes = ",".join(dict.fromkeys(place["host"] for place in places))
     state.devices = ", ".join(f"{n} {device}" for device, n in devices.items())
     state.quarantined = str(len(bad)) if bad else ""

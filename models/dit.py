@@ -76,7 +76,7 @@ class DiT(nn.Module):
 
     Attributes:
         recompute: what the backward pass makes again instead of keeping it, one of `RECOMPUTE`;
-            results are equal. `cheap`: norms, activations and attention; half the memory of `none`.
+            results are equal. `cheap`: norms, activations and attention; a third less memory.
             `blocks`: all but what enters each block; a third more arithmetic.
     """
 

@@ -218,7 +218,7 @@ class _Session:
             self.average = WeightAverage(self.engine.stage, self.trainer.ema_decay, values)
         world = self.engine.world
         about = {"host": socket.gethostname(), "pid": os.getpid(), "ranks": world.size}
-        about |= {"device": str(world.device), "model": world.device_name}
+        about |= {"device": str(world.device), "gpu": world.device_name}
         about |= {"total": total, **code_version()}
         if checkpoint is None:
             self.logger.event("start", step=0, **about)

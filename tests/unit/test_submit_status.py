@@ -163,9 +163,9 @@ def test_a_run_shows_how_far_how_fast_and_where(tmp_path, monkeypatch):
 
 
 def test_gpus_are_called_by_their_name(tmp_path):
-    for rank, model in enumerate(["NVIDIA L40", "NVIDIA L40", "NVIDIA H200"]):
+    for rank, gpu in enumerate(["NVIDIA L40", "NVIDIA L40", "NVIDIA H200"]):
         with contextlib.closing(logger.Logger(tmp_path, "vae", 0, 50, World(rank, 3))) as log:
-            log.event("start", step=0, host="a", ranks=3, device=f"cuda:{rank}", model=model)
+            log.event("start", step=0, host="a", ranks=3, device=f"cuda:{rank}", gpu=gpu)
     assert read_run(tmp_path).devices == "2 NVIDIA L40, 1 NVIDIA H200"
 
 
