@@ -39,6 +39,7 @@ import numpy as np
 import safetensors.numpy as safetensors
 import torch
 
+from benchmarks.processes import resident
 from benchmarks.tables import markdown
 from datapipe.actions import SubsetConfig, subset
 from datapipe.bake import BakeConfig, bake
@@ -295,8 +296,7 @@ def peaks(root: str, config: BenchmarkConfig) -> tuple[float, float, float]:
 
 def high_water(process: str) -> float:
     """Largest resident memory of a process so far, in MB."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 1024
+    return resident("VmHWM", process) / 2**20
 
 
 if __name__ == "__main__":

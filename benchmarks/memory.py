@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from benchmarks.processes import resident
 from benchmarks.tables import show
 from datapipe.crystal import Crystal
 from datapipe.graph import build
@@ -86,14 +87,6 @@ def make(name: str, config: BenchmarkConfig) -> tuple[Stage, CrystalBatch]:
     if transform is not None:
         samples = [transform(s, np.random.default_rng(s.key)) for s in samples]
     return stage, build(samples, stage.encoder.graph, quotient=config.quotient)
-
-
-def resident(key: str) -> int:
-    """Bytes of memory this process has (`VmRSS`), or had most of since `forget` (`VmHWM`)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return 1024 * int(line.split()[1])
-    raise ValueError(f"/proc/self/status has no {key}")
 
 
 def forget(world: World) -> None:

@@ -13,7 +13,6 @@ RECOMPUTE = ("none", "cheap", "blocks")
 """What a model may make again in the backward pass: nothing, what `linear_of` can, or whole blocks.
 """
 
-
 LinearOf = Callable[..., Tensor]
 """`applied` or `linear_of`: (function, layer, *inputs) → layer(function(*inputs))."""
 

@@ -9,6 +9,7 @@ import torch
 from datapipe.graph import build
 from models.dit import DiT, DiTConfig
 from models.encoders import ENCODERS, build_encoder
+from tests.devices import needs_gpu
 from tests.objectives import OBJECTIVES, collate, make
 from tests.unit.test_dit import inputs, pack
 from trainer import stages  # noqa: F401 - registers them
@@ -100,7 +101,7 @@ def test_sizes_given_or_read_are_the_same():
     assert torch.equal(where[1], pack([3, 1, 4])[1])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["vae", "joint"])
 def test_a_step_on_a_gpu_waits_for_nothing(name, precision, random_crystal):

@@ -11,8 +11,8 @@ import torch
 
 from models import kernels
 from models.kernels import trial
+from tests.devices import DEVICE, needs_gpu, needs_triton
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
 SHAPES = {
     "some nodes without edges": (6, 17, 5, 20),
@@ -22,12 +22,6 @@ SHAPES = {
     "one channel": (3, 9, 2, 1),
 }
 NAMES = [case.name for case in trial.cases(trial.random_edges(2, 2, 2), 4)]
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="Triton is not installed: pip install 'crysforge[kernels]'",
-)
-needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 
 
 def case_of(name, edges, width):

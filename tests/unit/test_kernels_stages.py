@@ -1,7 +1,5 @@
 """Whole training steps on the Triton kernels are those of the definitions, as a GPU takes them."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
@@ -11,13 +9,12 @@ from datapipe.transforms import Sample
 from models import kernels
 from models.dit import DiTConfig
 from models.encoders import build_encoder
+from tests.devices import DEVICE, needs_triton
 from trainer import stages  # noqa: F401 - registers them
 from trainer.distributed import World
 from trainer.engine import PRECISIONS, set_recompute
 from trainer.meter import total_over_ranks, weighted_loss
 from trainer.stage import STAGES
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 CASES = [
     ("vae", "pddformer", "none", "grouped"),
@@ -27,10 +24,7 @@ CASES = [
     ("joint", "pddformer", "cheap", "jagged"),  # what a GPU takes
 ]
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="Triton is not installed: pip install 'crysforge[kernels]'",
-)
+pytestmark = needs_triton
 
 
 def step(stage, batch, choice, precision):

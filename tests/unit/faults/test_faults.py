@@ -15,22 +15,9 @@ from datapipe.crystal import Crystal
 from datapipe.schema import GraphSpec
 from datapipe.shards import Dataset, encode
 from datapipe.stream import LoaderConfig, Stream
-from tests.damage import COUNT, SHARD, lost, make_crystals, write
+from tests.damage import COUNT, SHARD, lost, write
 
 SPEC = GraphSpec(neighbors=4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_syncing():
-    """No test here cuts the power."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def crystals(random_crystal):
-    return make_crystals(random_crystal)
 
 
 @pytest.fixture(scope="module")

@@ -16,30 +16,9 @@ from datapipe.cache import ShardCache, open_shard
 from datapipe.schema import GraphSpec
 from datapipe.shards import Dataset, Manifest
 from datapipe.stream import LoaderConfig, Stream
-from tests.serving import COUNT, FAULTS, SHARD, SHARDS, kept, make_set, read, serve
+from tests.serving import COUNT, FAULTS, SHARD, SHARDS, kept, read
 
 FORK = multiprocessing.get_context("fork")
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr(source, "FIRST_WAIT", 0.001)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory, random_crystal):
-    return make_set(tmp_path_factory.mktemp("remote") / "data", random_crystal)
-
-
-@pytest.fixture
-def access(tmp_path):
-    return Access(tries=3, timeout_s=30.0, cache_dir=str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def server(root):
-    with serve(root) as server:
-        yield server
 
 
 # Copies

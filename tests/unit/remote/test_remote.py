@@ -3,32 +3,9 @@
 import fsspec
 import pytest
 
-from datapipe import bytes as source
 from datapipe.bytes import Access, join_path, local_path
 from datapipe.shards import Dataset, Manifest
-from tests.serving import COUNT, FAULTS, SHARD, SHARDS, kept, make_set, read, serve
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr(source, "FIRST_WAIT", 0.001)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory, random_crystal):
-    return make_set(tmp_path_factory.mktemp("remote") / "data", random_crystal)
-
-
-@pytest.fixture
-def access(tmp_path):
-    return Access(tries=3, timeout_s=30.0, cache_dir=str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def server(root):
-    with serve(root) as server:
-        yield server
-
+from tests.serving import COUNT, FAULTS, SHARD, SHARDS, kept, read
 
 # What a root may be
 

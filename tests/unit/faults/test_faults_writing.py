@@ -15,22 +15,9 @@ from datapipe import writer as writing
 from datapipe.manifest import Manifest
 from datapipe.prepare import PrepareConfig, prepare
 from datapipe.shards import Dataset
-from tests.damage import COUNT, lost, make_crystals, write
+from tests.damage import COUNT, lost, write
 
 FORK = multiprocessing.get_context("fork")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_syncing():
-    """No test here cuts the power."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def crystals(random_crystal):
-    return make_crystals(random_crystal)
 
 
 # Writing
