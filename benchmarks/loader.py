@@ -86,12 +86,12 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         self.data = [self.data] if isinstance(self.data, str) else list(self.data)
-        if not self.data and not self.sizes:
-            raise ValueError("give data=DIR or sizes=[10000,1000000]")
 
 
 def main() -> None:
     config = parse(BenchmarkConfig, __doc__)
+    if not config.data and not config.sizes:
+        raise ValueError("give data=DIR or sizes=[10000,1000000]")
     torch.set_num_threads(1)
     tables: dict[str, list[dict[str, Any]]] = {"speed": [], "workers": [], "memory": []}
     with tempfile.TemporaryDirectory(prefix="crysforge-") as folder:

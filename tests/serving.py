@@ -6,6 +6,7 @@ import http.server
 import threading
 from collections import Counter
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +28,16 @@ def make_set(root, random_crystal):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder. `faults` holds what goes wrong with the next requests for a file; `chance`
-    gives what goes wrong with the n-th request of all."""
+    """Serves a folder. `faults` holds what goes wrong with the next requests for a file. A `flaky`
+    one serves a shard at every third request for it, so three tries suffice as long as processes
+    download a shard in turn."""
 
     daemon_threads = True
     request_queue_size = 64
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.faults, self.chance = folder, {}, lambda number: None
+        self.folder, self.faults, self.flaky, self.kinds = folder, {}, False, cycle(FAULTS)
         self.asked, self.served = Counter(), Counter()
         self.lock, self.stalled, self.end = threading.Lock(), threading.Event(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -43,8 +45,10 @@ class Server(http.server.ThreadingHTTPServer):
     def next_fault(self, name):
         with self.lock:
             self.asked[name] += 1
-            planned = self.faults.get(name, [])
-            return planned.pop(0) if planned else self.chance(sum(self.asked.values()))
+            if planned := self.faults.get(name):
+                return planned.pop(0)
+            fails = self.flaky and name in SHARDS and self.asked[name] % 3
+            return next(self.kinds) if fails else None
 
     def handle_error(self, request, client_address):
         pass  # clients that were killed or gave up

@@ -16,7 +16,7 @@ from datapipe.cache import ShardCache, open_shard
 from datapipe.schema import GraphSpec
 from datapipe.shards import Dataset, Manifest
 from datapipe.stream import LoaderConfig, Stream
-from tests.serving import COUNT, FAULTS, SHARD, SHARDS, kept, read
+from tests.serving import COUNT, SHARD, SHARDS, kept, read
 
 FORK = multiprocessing.get_context("fork")
 
@@ -165,14 +165,13 @@ def in_processes(count, *args):
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_one_process_downloads_and_the_others_wait(server, access, shuffle):
-    server.chance = lambda number: FAULTS[number % len(FAULTS)] if number % 3 == 0 else None
-    access = Access(tries=20, cache_dir=access.cache_dir)
+    server.flaky = True
     assert in_processes(6, server.url, access, shuffle) == [True] * 6
     assert [server.served[name] for name in SHARDS] == [1] * len(SHARDS)
 
 
 def test_processes_share_a_cache_that_is_too_small(server, access, root):
-    server.chance = lambda number: FAULTS[number % len(FAULTS)] if number % 5 == 0 else None
+    server.flaky = True
     access = sized(Access(cache_dir=access.cache_dir), Manifest.load(root).shards, 2)
     assert in_processes(6, server.url, access, True) == [True] * 6
     files = [Path(access.cache_dir, name) for name in kept(access)]
@@ -187,7 +186,7 @@ def test_processes_share_a_cache_that_is_too_small(server, access, root):
 def test_the_loader_gives_the_same_batches_from_far(root, server, tmp_path, shuffle, workers):
     def batches(where, rank):
         config = LoaderConfig(
-            workers=workers, shuffle=shuffle, tries=9, cache_dir=str(tmp_path / "cache")
+            workers=workers, shuffle=shuffle, tries=3, cache_dir=str(tmp_path / "cache")
         )
         spec = GraphSpec(neighbors=4, pdd=4, depth=2)
         stream = Stream(
@@ -200,7 +199,7 @@ def test_the_loader_gives_the_same_batches_from_far(root, server, tmp_path, shuf
     expected = [batches(root, rank) for rank in range(2)]
     for path in (tmp_path / "cache").iterdir():
         path.unlink()
-    server.chance = lambda number: FAULTS[number % len(FAULTS)] if number % 4 == 0 else None
+    server.flaky = True
     assert [batches(server.url, rank) for rank in range(2)] == expected
     assert [server.served[name] for name in SHARDS] == [1] * len(SHARDS)
 
