@@ -41,7 +41,10 @@ class Op(Generic[T]):
 
     def __call__(self, x: Tensor, *args, **kwargs) -> T:
         twin = self.twin if kernels.wanted(x) else None
-        return (twin or self.plain)(x, *args, **kwargs)
+        if twin is None:
+            return self.plain(x, *args, **kwargs)
+        with torch.cuda.device_of(x):  # Triton starts kernels on the current GPU, whatever x is on
+            return twin(x, *args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)

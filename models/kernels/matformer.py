@@ -237,6 +237,7 @@ def _pre_grad(values, index, update, edge, part, head, W, H, column, there, mask
     v = _value(values, index, edge, part, head, W, H, column, there, mask)
     offset = ((edge * H + head) * 3 * W + part * W)[:, None] + column[None, :]
     up = tl.load(update + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # small tiles are loaded by several warps: by all before one overwrites them
     tl.store(update + offset, up * gate, mask=mask)
     return up * v * gate * (1 - gate)
 

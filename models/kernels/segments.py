@@ -188,8 +188,9 @@ def _softmax_grad(grad, softmax, count, ptr, out, D, P: tl.constexpr, C: tl.cons
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores: Tensor, edges: ops.Edges) -> Tensor:
+        scores = scores.contiguous()
         out = torch.empty_like(scores, dtype=torch.float32)
-        _over_segments(_softmax, edges, out, scores.contiguous(), edges.count, edges.ptr, out)
+        _over_segments(_softmax, edges, out, scores, edges.count, edges.ptr, out)
         ctx.save_for_backward(out)
         ctx.edges, ctx.dtype = edges, scores.dtype
         return out

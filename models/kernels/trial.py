@@ -161,7 +161,12 @@ def results(
     """Outputs, then gradients, of a case whose inputs are given in a dtype; parameters stay in
     fp32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)
-    with torch.inference_mode(False), torch.enable_grad(), kernels.using(choice):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=[]),  # modules draw weights that nobody looks at
+        kernels.using(choice),
+    ):
         leaves = [x.to(device, dtype).requires_grad_() for x in case.inputs]
         leaves += [x.to(device, wide).requires_grad_() for x in case.parameters]
         with torch.autocast(device.type, enabled=False):

@@ -4,12 +4,13 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from models import kernels
+from models import kernels, ops
 from models.kernels import trial
 from tests.devices import DEVICE, needs_gpu, needs_triton
 
@@ -61,6 +62,20 @@ def test_reruns_are_bit_equal(name):
 
 
 @needs_triton
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_may_lie_in_any_order_in_memory(name):
+    edges = trial.random_edges(4, 12, 4)
+    case = case_of(name, edges, 8)
+    lying = trial.Case(name, case.function, tuple(map(transposed, case.inputs)), case.parameters)
+    assert max(trial.differences(lying, edges, DEVICE, torch.float32, "triton")) < 1e-5
+
+
+def transposed(x):
+    """The same values, the last two dimensions exchanged in memory."""
+    return x.mT.contiguous().mT
+
+
+@needs_triton
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "matformer_messages"])
 def test_long_segments_and_many_programs(name):
     edges = trial.random_edges(6, 200, 9)
@@ -85,8 +100,6 @@ def test_a_million_edges(name, dtype):
 
 @needs_triton
 def test_the_trial_passes_and_names_a_wrong_kernel(monkeypatch):
-    from models import ops
-
     case = case_of("segment_sum", trial.random_edges(12, 90, 9), 8)
     monkeypatch.setattr(trial, "cases", lambda *_: iter([case]))
     trial.check(DEVICE, torch.float32)
@@ -109,6 +122,23 @@ def test_every_kernel_compiles_for_gpus_without_atomics():
     compiled = set(done.stdout.split())
     named = {"_row_sum", "_gather", "_silu_grad", "_moments", "_gate_grad", "_gated_grad"}
     assert named < compiled and len(compiled) >= 17
+
+
+def test_kernels_start_on_the_gpu_that_their_input_is_on(monkeypatch):
+    op, x, places = ops.Op(lambda x: x), torch.ones(1), []
+    op.has_twin(lambda x: x + len(places))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: places.append(x) or nullcontext())
+    with kernels.using("torch"):
+        assert op(x) == 1 and not places
+    monkeypatch.setattr(kernels, "wanted", lambda x: True)
+    assert op(x) == 2 and places[0] is x
+
+
+def test_the_trial_leaves_torchs_generator_alone():
+    edges = trial.random_edges(3, 9, 2)
+    before = torch.get_rng_state()
+    trial.results(case_of("comformer_messages", edges, 4), edges, CPU, torch.float32, "torch")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_choice_of_kernels(monkeypatch):
