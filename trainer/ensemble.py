@@ -2,8 +2,7 @@
 
 An ensemble is a directory with a model of its own for each member (0, 1, …) and, written last,
 ensemble.json. The uncertainty is the members' standard deviation times a scale for each target,
-which makes the validation errors as large as they are said to be (the maximum likelihood of a
-normal distribution).
+which makes the validation errors as large as they are said to be: in the root mean square.
 """
 
 from __future__ import annotations
@@ -86,9 +85,12 @@ def read_predictions(runs: Sequence[Path], split: str, targets: Sequence[str]) -
 
 
 def fit_scale(found: Predictions) -> np.ndarray:
-    """Factors [T] that give the members' spread the size of the errors."""
-    ratio = (found.labels - found.mean) / found.spread
-    return np.sqrt(np.nanmean(ratio**2, axis=0))
+    """Factors [T] that give the members' spread the size of the errors, root mean square to root
+    mean square. Not the maximum likelihood, a mean over ratios of the two: few members often agree
+    by chance, and of two members the mean has no limit."""
+    error = found.labels - found.mean
+    spread = np.where(np.isnan(error), np.nan, found.spread)
+    return np.sqrt(np.nanmean(error**2, axis=0) / np.nanmean(spread**2, axis=0))
 
 
 def calibration(error: np.ndarray, uncertainty: np.ndarray) -> dict[str, Any]:
@@ -102,11 +104,12 @@ def calibration(error: np.ndarray, uncertainty: np.ndarray) -> dict[str, Any]:
     within = stats.norm.ppf(0.5 + LEVELS / 2)
     observed = np.array([(np.abs(error) <= w * uncertainty).mean() for w in within])
     around = np.concatenate([[0], np.abs(observed - LEVELS), [0]])
+    steps = np.diff(LEVELS, prepend=0, append=1)
     rank = stats.spearmanr(np.abs(error), uncertainty).statistic if len(error) > 2 else math.nan
     return {
         "expected": LEVELS.tolist(),
         "observed": observed.tolist(),
-        "area": float(np.trapezoid(around, np.concatenate([[0], LEVELS, [1]]))),
+        "area": float((steps * (around[1:] + around[:-1])).sum() / 2),
         "nll": float(-stats.norm.logpdf(error, scale=uncertainty).mean()),
         "rank_correlation": float(rank),
     }

@@ -88,12 +88,11 @@ def test_predict_writes_the_uncertainty_too(ensemble, data, call, tmp_path):
     assert all(float(r["uncertainty"]) > 0 for r in rows(output))
 
 
-def test_the_scale_gives_validation_errors_unit_variance(ensemble):
-    values = [
-        (float(r["target"]) - float(r["prediction"])) / float(r["uncertainty"])
-        for r in rows(ensemble / "predictions_val.csv")
-    ]
-    assert np.mean(np.square(values)) == pytest.approx(1, rel=1e-4)
+def test_uncertainties_have_the_size_of_the_validation_errors(ensemble):
+    found = rows(ensemble / "predictions_val.csv")
+    errors = [float(r["target"]) - float(r["prediction"]) for r in found]
+    sigma = [float(r["uncertainty"]) for r in found]
+    assert np.mean(np.square(sigma)) == pytest.approx(np.mean(np.square(errors)), rel=1e-4)
     metrics = json.loads((ensemble / "metrics.json").read_text())
     assert metrics["test"]["mae"] <= np.mean(metrics["test"]["members_mae"]) + 1e-9
     assert (ensemble / "calibration_test.png").stat().st_size > 10_000
@@ -119,6 +118,22 @@ def test_the_scale_is_that_of_the_errors():
     labels[::3, 1] = np.nan
     scale = fit_scale(Predictions([""] * 4000, labels, members))
     np.testing.assert_allclose(scale, [1, 4], rtol=0.1)
+
+
+@pytest.mark.parametrize("members", [2, 3, 5])
+def test_members_that_agree_by_chance_do_not_blow_up_the_scale(members):
+    """Members scatter like labels: the mean of M is off by 1 + 1/M of the spread's square."""
+    rng = np.random.default_rng(0)
+    drawn = rng.normal(size=(members, 4000, 1))
+    drawn[:, 0] = drawn[0, 0]
+    found = Predictions([""] * 4000, rng.normal(size=(4000, 1)), drawn)
+    np.testing.assert_allclose(fit_scale(found), (1 + 1 / members) ** 0.5, rtol=0.05)
+
+
+def test_calibration_needs_no_new_numpy(monkeypatch):
+    monkeypatch.delattr(np, "trapezoid", raising=False)  # NumPy 1.26 has none
+    error = np.linspace(1, 2, 10)
+    assert calibration(error, 1e-9 * error)["area"] == pytest.approx(0.475)  # none is within
 
 
 def test_members_that_agree_exactly_are_no_division_by_zero():
