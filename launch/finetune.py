@@ -87,7 +87,7 @@ def main() -> None:
     stage, result = stage.to(world.device), Result()
     if learns:
         train, validation = streams
-        monitor = f"mae/{config.target}" if config.target else "mse"
+        monitor = f"mae/{config.targets[0]}" if len(config.targets) == 1 else "mse"
         _, result = fit(
             stage,
             config.finetune,

@@ -133,7 +133,8 @@ def finetune_stage(
     crystals, or, with its head, as in the run it starts from.
 
     Raises:
-        ValueError: `init_head`, but that run has no readout, or one for other targets or settings.
+        ValueError: `init_head`, but that run has no readout, or one for other targets, units or
+            settings.
     """
     encoder = starting_encoder(config)
     units = [dataset.manifest.targets[name].unit or "" for name in config.targets]
@@ -147,6 +148,12 @@ def finetune_stage(
             f"asked for here ({', '.join(config.targets)})"
         )
     else:
+        for name, unit, learned in zip(config.targets, units, known.scaler.units, strict=True):
+            if unit and learned and unit.replace(" ", "") != learned.replace(" ", ""):
+                raise ValueError(
+                    f"init_head=true: {config.init_from} predicts in {learned}, but {name} of "
+                    f"{config.data} is in {unit}"
+                )
         mean, std = known.scaler.mean, known.scaler.std
     seed_everything(config.seed, "finetune")
     stage = FinetuneStage(config.finetune, encoder, config.targets, mean, std)
@@ -159,16 +166,16 @@ def with_label(dataset: Dataset, split: str, targets: list[str]) -> np.ndarray:
     """Items of a split that have at least one of the labels.
 
     Raises:
-        ValueError: an unknown target (lists those the data has), or no labelled crystal.
+        ValueError: an unknown target (lists those the data has), or one that no crystal of the
+            split has.
     """
     items = dataset.split_items(split)
     if len(items) == 0:
         return items
-    columns = [dataset.targets_of(name)[items] for name in targets]
-    present = items[~np.isnan(np.stack(columns)).all(axis=0)]
-    if len(present) == 0:
-        raise ValueError(f"no crystal of the {split!r} split has a label for {', '.join(targets)}")
-    return present
+    present = ~np.isnan(np.stack([dataset.targets_of(name)[items] for name in targets]))
+    if missing := [n for n, some in zip(targets, present.any(axis=1), strict=True) if not some]:
+        raise ValueError(f"no crystal of the {split!r} split has a label for {', '.join(missing)}")
+    return items[present.any(axis=0)]
 
 
 def plan_text(stage: Stage, stream: Stream, config: Any, world: World, accumulation: int) -> str:

@@ -37,6 +37,8 @@ def predictions(
     labels, outputs = [], []
     with torch.no_grad():
         for batch in batches:
+            if batch.filler:
+                continue
             on_device = batch.to(device)
             outputs.append(stage.predict(on_device).cpu())
             labels.append(stage.labels(batch))

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from datapipe.graph import build
+from datapipe.shards import Dataset
+from launch import finetune
+from models.encoders import build_encoder
 from tests.launching import FINETUNE
+from trainer import jobs, reports
 from trainer.checkpoint import RunDirectory
 from trainer.files import load_tensors
 from trainer.logger import read_metrics
+from trainer.settings import FinetuneJob
+from trainer.stages import FinetuneConfig, FinetuneStage
 
 
 def test_a_linear_probe_moves_one_layer_only(runs, data, call, tmp_path):
@@ -81,6 +90,60 @@ def test_a_finetuned_model_is_tried_on_other_data_as_it_is(
     assert "as it is" in out
     code, _, err = call("finetune", *args, "targets=[density,ewald_energy]", "resume=never")
     assert code == 2 and "not finetuned on as many targets" in err
+
+
+def test_a_head_that_learned_another_unit_is_refused(runs, data):
+    dataset = Dataset.open(data)
+    learned = json.loads((runs / "fine" / "metrics.json").read_text())["targets"]
+    config = FinetuneJob(
+        data="data/other", targets=learned, init_from=str(runs / "fine"), init_head=True
+    )
+    stage, _ = jobs.finetune_stage(config, dataset, np.empty(0, np.int64))
+    assert stage.targets == tuple(learned)
+    known = dataset.manifest.targets
+    known[learned[0]] = replace(known[learned[0]], unit="kg/m^3")
+    with pytest.raises(ValueError, match=r"predicts in g/cm\^3, but density .* is in kg/m\^3"):
+        jobs.finetune_stage(config, dataset, np.empty(0, np.int64))
+
+
+@pytest.mark.parametrize(
+    ("targets", "monitor"),
+    [
+        ("target=density", "mae/density"),
+        ("targets=[density]", "mae/density"),
+        ("targets=[density,ewald_energy]", "mse"),
+    ],
+)
+def test_the_best_weights_are_those_of_the_least_validation_mae(
+    data, call, tmp_path, monkeypatch, targets, monitor
+):
+    def fit(*args, **settings):
+        raise ValueError(settings["monitor"])
+
+    monkeypatch.setattr(finetune, "fit", fit)
+    args = [f"data={data}", f"run_dir={tmp_path / 'run'}", "init_from=none", targets]
+    code, _, err = call("finetune", *FINETUNE, *args)
+    assert code == 2 and err.splitlines()[-1] == f"error: {monitor}"
+
+
+def test_every_target_needs_a_label_in_every_split():
+    labels = {"a": np.array([1.0, np.nan, 2.0, np.nan]), "b": np.array([1.0, 3.0, np.nan, np.nan])}
+    splits = {"train": np.arange(4), "test": np.array([2, 3]), "val": np.arange(0)}
+    dataset = SimpleNamespace(split_items=splits.get, targets_of=labels.get)
+    assert jobs.with_label(dataset, "train", ["a", "b"]).tolist() == [0, 1, 2]
+    assert jobs.with_label(dataset, "val", ["a", "b"]).tolist() == []
+    with pytest.raises(ValueError, match=r"the 'test' split has a label for b$"):
+        jobs.with_label(dataset, "test", ["a", "b"])
+
+
+def test_a_batch_that_fills_a_step_is_not_predicted(random_crystal):
+    encoder = build_encoder({"name": "pddformer", "tiny": True})
+    stage = FinetuneStage(FinetuneConfig(), encoder, ["gap"], [0.0], [1.0])
+    rng = np.random.default_rng(0)
+    batch = build([random_crystal(rng, 3, "x")], encoder.graph, ["gap"])
+    device = torch.device("cpu")
+    found = reports.predictions(stage, iter([batch, replace(batch, filler=True)]), device)
+    assert [len(column) for column in found] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

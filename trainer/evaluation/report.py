@@ -250,7 +250,8 @@ def _text(
 _METHODS = """\
 ## How the numbers are made
 
-- Errors are in the label's physical unit, of the model with the lowest validation MAE of its run.
+- Errors are in the label's physical unit, of the model with the lowest validation MAE of its run \
+(for several targets, the lowest squared error of standardised labels).
 - ± is the sample standard deviation over seeds; the interval of a mean is mean ± t·s/√n \
 at {percent} %.
 - gain: how much lower the mean MAE is than the baseline's, over the seeds that both have, in %.
