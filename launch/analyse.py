@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datapipe.shards import Dataset
 from trainer.analysis.report import AnalysisConfig, analyse
 from trainer.config import parse, required, run
+from trainer.distributed import usable_device
 from trainer.export import open_model
 
 
@@ -41,7 +42,8 @@ class AnalyseConfig(AnalysisConfig):
 def main() -> None:
     config = parse(AnalyseConfig, __doc__)
     required(config, "checkpoint", "data", "output")
-    encoder = open_model(config.checkpoint, config.stage).build_encoder().to(config.device)
+    device = usable_device(config.device)
+    encoder = open_model(config.checkpoint, config.stage).build_encoder().to(device)
     analyse(encoder, Dataset.open(config.data), config, config.output, config.checkpoint)
     text = (Path(config.output) / "analysis.md").read_text(encoding="utf-8")
     print(text + f"\nanalysis: {config.output}")

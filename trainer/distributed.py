@@ -80,6 +80,21 @@ def place(environ: Mapping[str, str]) -> tuple[int, int, int]:
     return 0, 1, 0
 
 
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name (`cpu`, `cuda`, `cuda:1`).
+
+    Raises:
+        ValueError: there is none of that name here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {str(name)!r} cannot be used here: {reason}") from None
+    return device
+
+
 def init(timeout_s: float = 1800) -> World:
     """Joins the job's process group (NCCL on GPUs, gloo on CPUs) and claims this rank's device.
 

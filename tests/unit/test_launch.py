@@ -118,6 +118,8 @@ MISTAKES = {
     "too many labels": ("finetune", ["label_count=1000"], ["label_count=1000", "54"]),
     "no checkpoint": ("predict", ["checkpoint={empty}"], ["{empty}", "no model"]),
     "no head": ("predict", ["checkpoint={runs}/pre"], ["finetune it"]),
+    "no such device": ("predict", ["device=gpu"], ["'gpu'", "cannot be used"]),
+    "no such GPU": ("predict", ["device=cuda:99"], ["'cuda:99'", "cannot be used"]),
     "no input": ("predict", ["input={empty}/x.csv"], ["x.csv", "does not exist"]),
 }  # fmt: skip
 
