@@ -208,7 +208,7 @@ def _results(run: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     metrics = read_object(run / "metrics.json")
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if not rows or set(rows[0]) < {"id", "target", "prediction"}:
+    if not rows or not set(rows[0]) >= {"id", "target", "prediction"}:
         raise ValueError(f"{path} has no columns id, target, prediction: one target is needed")
     return metrics, rows
 

@@ -186,3 +186,12 @@ def test_runs_can_come_from_a_suite(folds, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             call(f"output={tmp_path / 'out2'}", f"where={where}")
         assert words in capsys.readouterr().err
+
+
+def test_a_run_of_several_targets_is_none_for_a_leaderboard(tmp_path):
+    run = finetuned(tmp_path / "both", ["a", "b"])
+    table = run / "predictions_test.csv"
+    head = "id,target_x,prediction_x,target_y,prediction_y"
+    table.write_text("\n".join([head, *(f"{id},1,2,3,4" for id in "ab")]) + "\n")
+    with pytest.raises(ValueError, match="one target is needed"):
+        jarvis([run], tmp_path / "out", TEAM)
