@@ -126,6 +126,8 @@ def fit(
         ValueError: too many updates left out in a row.
         Requeue: a rank was asked to stop; the run is saved.
     """
+    if trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it on GPUs
     torch.use_deterministic_algorithms(trainer.deterministic)
     code_version()  # as it is now, not when it is first saved
     checkpoint = newest(run, stage.name, world)

@@ -1,5 +1,7 @@
 """Half precision is for matrix products alone; fp16 scales its loss."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from models.encoders import build_encoder
 from trainer import stages  # noqa: F401 - registers them
 from trainer.distributed import World
 from trainer.engine import EngineConfig, build_engine
+from trainer.loop import TrainerConfig, fit
 from trainer.meter import total_over_ranks, weighted_loss
 from trainer.optim import param_groups
 from trainer.stage import STAGES
@@ -81,3 +84,17 @@ def test_an_overflow_in_fp16_leaves_the_weights_and_lowers_the_scale(random_crys
     assert bool(engine.skipped)
     assert all(torch.equal(a, b) for a, b in zip(before, engine.stage.parameters(), strict=True))
     assert engine.scaler.get_scale() == 2.0**59
+
+
+def test_deterministic_matrix_products_have_the_workspace_that_torch_asks_for(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr("trainer.loop.newest", lambda *_: 1 / 0)  # ends it before it trains
+    stage, settings = STAGES["joint"], TrainerConfig(deterministic=True)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            fit(stage, stage.Config(), settings, None, None, None, World())
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(before)
