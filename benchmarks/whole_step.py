@@ -84,17 +84,19 @@ def main() -> None:
             engine.step(1e-4, 0.9)
 
         paths = ["torch", "triton"] if on_gpu else ["torch"]
-        seconds = dict.fromkeys(paths, 0.0)
+        seconds, peaks = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0)
         for turn in range(3):
             for path in paths:
                 with kernels.using(path):
                     if on_gpu:
                         torch.cuda.synchronize()
+                        torch.cuda.reset_peak_memory_stats()
                     began = time.perf_counter()
                     for _ in range(config.steps):
                         step()
                     if on_gpu:
                         torch.cuda.synchronize()
+                peaks[path] = peak_bytes(world.device)
                 if turn:
                     seconds[path] += time.perf_counter() - began
         for path, taken in seconds.items():
@@ -107,7 +109,7 @@ def main() -> None:
                     "edges": batch.num_edges,
                     "step_ms": 1e3 * each,
                     "crystals_per_s": batch.num_crystals / each,
-                    "peak_MB": peak_bytes(world.device) / 1e6,
+                    "peak_MB": peaks[path] / 1e6,
                 }
             )
     about = {"device": str(world.device), "precision": config.precision}

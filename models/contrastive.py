@@ -29,7 +29,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # others may hold it too
         dist.all_reduce(grad)
         return grad[ctx.start : ctx.start + ctx.length], None
 
