@@ -15,12 +15,13 @@ from trainer.files import write_json, write_text
 from trainer.reports import errors, write_predictions
 
 
-def dataset(root: Path, count: int = 40, size: int | None = None) -> str:
-    """A data set whose test split has `count` crystals; returns its fingerprint."""
+def dataset(root: Path, count: int = 40, size: int | None = None, first: int = 0) -> str:
+    """A data set whose test split has `count` crystals, from number `first` on; returns its
+    fingerprint."""
     rng = np.random.default_rng(0)
     with DatasetWriter(root, ["gap"], {"gap": "eV"}) as writer:
         for split, n in (("train", 4), ("val", 2), ("test", count)):
-            for i in range(n):
+            for i in range(first, first + n):
                 atoms = size or 1 + i % 12
                 writer.add(split, make_crystal(rng, atoms, f"{split}-{i}", {"gap": rng.random()}))
         return writer.finish({}).fingerprint

@@ -196,12 +196,15 @@ def test_area_under_the_curve_counts_pairs():
 
 def test_folds_are_replicates_that_share_no_crystal(tmp_path):
     cells = {}
-    for pretraining, spread in (("none", 0.2), ("ours", 0.1)):
-        for fold in range(3):
+    for fold in range(3):
+        data = tmp_path / f"data-{fold}"
+        fingerprint = dataset(data, 30, first=30 * fold)
+        for pretraining, spread in (("none", 0.2), ("ours", 0.1)):
             name = f"{pretraining}-{fold}"
             finetuned(
-                tmp_path / name, spread, count=30, first=30 * fold, fingerprint=f"fold {fold}"
-            )
+                tmp_path / name, spread, count=30, first=30 * fold, fingerprint=fingerprint,
+                data=str(data),
+            )  # fmt: skip
             cells[name] = {"pretraining": pretraining, "fold": fold}
     suite(tmp_path, cells, ["pretraining", "fold"])
     record = json.loads((tmp_path / "suite.json").read_text())
@@ -209,6 +212,19 @@ def test_folds_are_replicates_that_share_no_crystal(tmp_path):
     _, (found,) = compared(tmp_path)
     assert found.seeds == ["0", "1", "2"] and not found.notes
     assert found.bootstrap.n == 90 and found.improvement > 20
+
+    config = EvaluateConfig(suite=str(tmp_path), resamples=100, space_groups=False)
+    report = evaluate(find(tmp_path), config)
+    table = rows(report.path / "tables" / "by_atoms.csv")
+    assert sum(int(r["crystals"]) for r in table) == 90
+    small = []
+    for fold in range(3):
+        found = rows(tmp_path / f"ours-{fold}" / "predictions_test.csv")
+        few = [r for r in found if 1 + int(r["id"][5:]) % 12 <= 5]
+        small.append(np.mean([abs(float(r["prediction"]) - float(r["target"])) for r in few]))
+    assert float(table[0]["ours"]) == pytest.approx(np.mean(small))
+    assert float(table[0]["ours std"]) == pytest.approx(np.std(small, ddof=1))
+    assert {p.stem for p in (report.path / "figures").glob("*.svg")} > {"atoms-gap", "elements-gap"}
 
 
 def test_factors_of_plain_runs_are_the_settings_that_differ(tmp_path):

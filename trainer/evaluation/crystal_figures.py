@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from datapipe.schema import MAX_Z
 from trainer.drawing import WIDTH, new_figure, place_of
 from trainer.evaluation.compare import Arm
-from trainer.evaluation.crystals import BUCKETS, SYSTEMS, Facts, arm_errors
+from trainer.evaluation.crystals import BUCKETS, SYSTEMS, Facts, arm_errors, means_inside
 from trainer.evaluation.figures import STYLE, Look, headline, mae_label, save
 from trainer.evaluation.formats import places
 from trainer.evaluation.statistics import improvement
@@ -47,11 +47,12 @@ def by_atoms(line: Sequence[Arm], facts: Facts, title: str, look: Look, path: Pa
         x = np.arange(len(fine))
         for arm in line:
             errors = arm_errors(arm, facts)
-            means = np.array([np.nanmean(errors[:, inside], axis=1) for _, inside in fine])
-            right.plot(x, means.mean(1), markersize=5, label=look.name(arm), **look.line(arm))
+            means = np.array([means_inside(errors, inside) for _, inside in fine])
+            style = look.line(arm)
+            right.plot(x, np.nanmean(means, 1), markersize=5, label=look.name(arm), **style)
             if means.shape[1] > 1:
                 right.fill_between(
-                    x, means.min(1), means.max(1), color=look.line(arm)["color"], alpha=0.15,
+                    x, np.nanmin(means, 1), np.nanmax(means, 1), color=style["color"], alpha=0.15,
                     linewidth=0,
                 )  # fmt: skip
         right.tick_params(axis="x", labelbottom=False, length=0)
@@ -182,10 +183,11 @@ def _grouped(axes: Any, line: Sequence[Arm], facts: Facts, bins: Sequence[Bin], 
     x = np.arange(len(bins))
     for i, arm in enumerate(line):
         errors = arm_errors(arm, facts)
-        means = np.array([np.nanmean(errors[:, inside], axis=1) for _, inside in bins])
-        std = means.std(axis=1, ddof=1) if means.shape[1] > 1 else None
+        means = np.array([means_inside(errors, inside) for _, inside in bins])
+        std = [np.nanstd(m, ddof=1) if np.isfinite(m).sum() > 1 else 0.0 for m in means]
         axes.bar(
-            x + (i - (len(line) - 1) / 2) * width, means.mean(1), 0.92 * width, yerr=std,
+            x + (i - (len(line) - 1) / 2) * width, np.nanmean(means, 1), 0.92 * width,
+            yerr=std if means.shape[1] > 1 else None,
             color=look.color(arm), hatch=look.hatch(arm), edgecolor="white", linewidth=0,
             error_kw={"linewidth": 1, "capsize": 2, "ecolor": "#222222"}, label=look.name(arm),
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,26 +109,58 @@ def _read(dataset: Dataset, split: str, wanted: set[str], groups: bool) -> Facts
     )
 
 
+def facts_behind(line: Sequence[Arm], facts: Mapping[str, Facts]) -> Facts | None:
+    """Facts of all crystals that some arms were judged on: replicates may have data sets of their
+    own (folds). None where one of these is not there."""
+    behind = dict.fromkeys(r.fingerprint for a in line for r in a.results.values())
+    parts = [facts[f] for f in behind if f in facts]
+    if not parts or len(parts) < len(behind):
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    chosen: dict[str, tuple[int, int]] = {}  # part and row of each crystal
+    for number, part in enumerate(parts):
+        for id, row in part.row.items():
+            chosen.setdefault(id, (number, row))
+    return Facts(
+        {id: row for row, id in enumerate(chosen)},
+        *(
+            np.stack([getattr(parts[number], name)[row] for number, row in chosen.values()])
+            for name in ("atoms", "elements", "groups")
+        ),
+    )
+
+
 def arm_errors(arm: Arm, facts: Facts) -> np.ndarray:
     """Absolute errors of each replicate, [seeds, n]; NaN where it has none."""
     return np.stack([facts.errors(r) for r in arm.results.values()])
 
 
+def means_inside(errors: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """MAE of each replicate over the crystals inside, [seeds]; NaN of none, from [seeds, n]."""
+    count = np.isfinite(errors[:, inside]).sum(axis=1)
+    total = np.nansum(errors[:, inside], axis=1)
+    return np.divide(total, count, out=np.full(len(errors), np.nan), where=count > 0)
+
+
 def atoms_table(suite: Suite, arms: Sequence[Arm], facts: dict[str, Facts]) -> Table:
     """MAE of each arm by number of atoms per cell, without those whose data set is not there."""
-    known = [a for a in arms if a.results and a.first.fingerprint in facts]
+    known = [a for a in arms if a.results and facts_behind([a], facts)]
     factors = varying(known, [suite.compared])
     values = list(dict.fromkeys(a.values.get(suite.compared, "") for a in known))
     others = [v for v in values if v != suite.baseline] if suite.compared else []
     body: list[list[Entry]] = []
     for line in lines_of(suite, known):
-        facts_here = facts[line[0].first.fingerprint]
+        facts_here = facts_behind(line, facts)
+        assert facts_here is not None
         errors = {a.values.get(suite.compared, ""): arm_errors(a, facts_here) for a in line}
         for title, low, high in BUCKETS:
             inside = (facts_here.atoms >= low) & (facts_here.atoms <= high)
-            if not inside.any():
+            each = {v: means_inside(e, inside) for v, e in errors.items()}
+            each = {v: m[np.isfinite(m)] for v, m in each.items()}
+            found = {v: summarise(m.tolist()) for v, m in each.items() if len(m)}
+            if not found:
                 continue
-            found = {v: summarise(np.nanmean(e[:, inside], axis=1)) for v, e in errors.items()}
             digits, best = (
                 places([s.mean for s in found.values()]),
                 min(s.mean for s in found.values()),

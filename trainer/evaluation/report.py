@@ -19,7 +19,7 @@ from trainer.evaluation.compare import (
     varying,
 )
 from trainer.evaluation.costs import costs_table
-from trainer.evaluation.crystals import Facts, atoms_table, facts_of
+from trainer.evaluation.crystals import Facts, atoms_table, facts_behind, facts_of
 from trainer.evaluation.formats import Table
 from trainer.evaluation.published import Published, published
 from trainer.evaluation.results import gather
@@ -119,8 +119,8 @@ def evaluate(suite: Suite, config: EvaluateConfig) -> Report:
         tables.append(comparisons_table(suite, arms, comparisons, config.confidence))
     tables.append(scores_table(suite, arms, known, config.split, config.confidence))
     facts, notes = facts_of(results, config.data, config.split, config.space_groups)
-    if facts:
-        tables.append(atoms_table(suite, arms, facts))
+    by_atoms = atoms_table(suite, arms, facts)
+    tables += [by_atoms] if by_atoms.rows else []
     tables += [published_table(suite, arms, known, t) for t in known.tables]
     costs = costs_table(suite, known.costs)
     tables += [costs] if costs else []
@@ -191,7 +191,7 @@ def _draw(
             continue
         title = title_of(line[0], varying(arms, [suite.compared]))
         figures.parity(line, title, look, path(_slug("parity", title), f"Parity: {title}"))
-        known = facts.get(line[0].first.fingerprint)
+        known = facts_behind(line, facts)
         if known is None:
             continue
         if len(set(known.atoms.tolist())) > 1:
