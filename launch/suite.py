@@ -185,7 +185,7 @@ class Suite:
         chosen: Mapping[str, Any],
         values: Mapping[str, Any],
     ) -> Cell:
-        config = sweep.merge(base, dict(settings))
+        config = sweep.merge(base, dict(sweep.dotted(settings)))  # no more than they name
         if "data" not in config:
             raise ValueError(f"{name}: no factor or setting says which data set")
         config["data"] = self.path(self._known("data", str(config["data"]), self._data))

@@ -96,6 +96,20 @@ def test_every_combination_is_a_cell_after_the_run_it_starts_from(file):
         assert start.values == {"pretraining": "ours", "encoder": cell.values["encoder"]}
 
 
+def test_a_setting_changes_no_more_than_it_names(file, tmp_path):
+    """Also where a section of the config file has more in it, and however the key is written."""
+    (tmp_path / "fine.yaml").write_text("finetune: {lr: 0.005, epochs: 7}")
+    (tmp_path / "pre.yaml").write_text("vae: {lr: 0.006}")
+    settings = {"stages": ["vae"], "vae": {"max_steps": 2}}
+    runs = {"made": {**TINY["runs"]["made"], "config": ["pre.yaml"], "settings": settings}}
+    path = file(config=["fine.yaml"], runs=runs)
+    suite = Suite([path], ["settings.finetune.max_steps=3", "runs.made.settings.vae.epochs=1"])
+    found = {c.job: c.config for c in suite.cells}
+    changed = {"lr": 0.005, "epochs": 7, "max_steps": 3, "batch_size": 4}
+    assert found["finetune"]["finetune"] == changed
+    assert found["pretrain"]["vae"] == {"lr": 0.006, "max_steps": 2, "epochs": 1}
+
+
 def test_a_run_that_starts_from_a_run_comes_after_it(file):
     runs = {
         **TINY["runs"],
