@@ -83,7 +83,8 @@ def main() -> None:
             export_stage(directory.path / name, stage, weights, data, start=start)
             directory.finish(name)
             shown = ", ".join(f"{k} {v:.4g}" for k, v in result.validation.items())
-            print(f"{name}: finished after {result.steps} steps; validation {shown}", flush=True)
+            shown = f"validation {shown}" if shown else "no crystals to validate on"
+            print(f"{name}: finished after {result.steps} steps; {shown}", flush=True)
         world.barrier()
         encoder = open_model(directory.path, name).build_encoder()
         start = lineage(directory.path, name)

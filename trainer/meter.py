@@ -116,7 +116,8 @@ class Meter:
 def evaluate(
     engine: Engine, stream: Stream, progress: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Averages of all terms over one pass in evaluation mode, plus `loss`. Collective.
+    """Averages of all terms over one pass in evaluation mode, plus `loss`; none if there was no
+    crystal. Collective.
 
     Args:
         progress: called for every batch.
@@ -133,7 +134,8 @@ def evaluate(
             meter.add(list(terms), total_over_ranks(terms, (), world))
     stage.train()
     means = meter.means()
-    means["loss"] = sum(w * means.get(k, 0.0) for k, w in stage.weights.items())
+    if means:
+        means["loss"] = sum(w * means.get(k, 0.0) for k, w in stage.weights.items())
     return means
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datapipe.prototypes import prototypes
+from datapipe.shards import DatasetWriter
 from tests.launching import FINETUNE, PRETRAIN
 from trainer import load
 
@@ -88,6 +90,18 @@ def test_a_finished_run_is_not_run_again(runs, data, call):
     assert code == 0
     assert out.count("already finished") == 2
     assert (runs / "pre" / "metrics.jsonl").read_text() == before
+
+
+def test_without_crystals_to_validate_on_no_loss_is_reported(call, tmp_path):
+    with DatasetWriter(tmp_path / "data", []) as writer:
+        for crystal in islice(prototypes(size=200, seed=0), 16):
+            writer.add("train", crystal)
+        writer.finish({})
+    args = [f"data={tmp_path}/data", f"run_dir={tmp_path}/r", "stages=[vae]", "vae.max_steps=1"]
+    code, out, err = call("pretrain", *PRETRAIN, *args)
+    assert code == 0, err
+    assert "finished after 1 steps; no crystals to validate on" in out
+    assert "val/" not in (tmp_path / "r" / "metrics.jsonl").read_text()
 
 
 def test_dry_run_writes_nothing(data, call, tmp_path):
