@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from launch.submission import ROOT
 from models.encoders import build_encoder
 from tests.evaluation_runs import arms_and_seeds, finetuned, suite
+from trainer.config import read_yaml
 from trainer.evaluation.compare import arms_of
 from trainer.evaluation.costs import costs_table
 from trainer.evaluation.formats import (
@@ -173,6 +176,15 @@ def test_models_are_known_by_the_papers_titles_too(tmp_path):
     known = published().select("jarvis")
     arms = arms_of(found, *gather(found))
     assert [known.value(a, "model")[0] for a in arms] == [0.033, 0.045]
+
+
+def test_the_unified_suite_has_runs_for_every_published_row():
+    factors = read_yaml(ROOT / "configs" / "suites" / "unified.yaml")["factors"]
+    models = [*itertools.product(factors["encoder"], factors["objective"])]
+    tables = published().select("unified").tables
+    assert len(tables) == 2
+    for row in (row for table in tables for row in table.rows):
+        assert any(row.is_of(*model) for model in models), row.title
 
 
 # --- costs ---------------------------------------------------------------------------------------
