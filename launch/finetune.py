@@ -74,6 +74,7 @@ def main() -> None:
             "targets": config.targets,
             "labels": len(items["train"]),
             "finetune": jobs.settings_of(config.finetune),
+            **({"init_head": True} if config.init_head else {}),
         },
     )
     record = jobs.claim(directory, world, to_yaml(config), identity, config.resume)

@@ -89,6 +89,7 @@ def identity(
         "seed": config.seed,
         "encoder": encoder.section,
         "init_from": config.init_from,
+        **({"init_stage": config.init_stage} if config.init_stage else {}),
         **sections,
     }
     return json.loads(json.dumps(value))

@@ -127,6 +127,9 @@ MISTAKES = {
     "unfinished start": ("finetune", ["init_from={empty}"], ["{empty}", "no model"]),
     "unknown stage to start": (
         "finetune", ["init_from={runs}/pre", "init_stage=dpf"], ["'dpf'", "vae, joint"]),
+    "another stage to start": (
+        "finetune", ["run_dir={runs}/fine", "init_from={runs}/pre", "init_stage=vae"],
+        ["{runs}/fine", "another init_stage"]),
     "another encoder": (
         "finetune", ["init_from={runs}/pre", "encoder.name=matformer"], ["pddformer", "matformer"]),
     "too many labels": ("finetune", ["label_count=1000"], ["label_count=1000", "54"]),
