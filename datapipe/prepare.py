@@ -7,7 +7,6 @@ decides the splits; the second parses in parallel and writes shards as results c
 from __future__ import annotations
 
 import csv
-import hashlib
 import os
 import platform
 from collections import Counter
@@ -22,22 +21,16 @@ from tqdm import tqdm
 
 from datapipe import splits
 from datapipe.crystal import Crystal
-from datapipe.dedup import Duplicates
-from datapipe.filters import Filters, describe
+from datapipe.filters import describe
+from datapipe.inputs import PrepareConfig, Work, sha256
 from datapipe.manifest import SPLITS, Manifest
 from datapipe.shards import DatasetWriter
-from datapipe.sources import (
-    UNITS,
-    Failure,
-    Options,
-    Raw,
-    Reading,
-    read_raw,
-    resolve,
-)
+from datapipe.sources import Failure, Raw, Reading
 from datapipe.sources.base import nearest
 from datapipe.sources.parallel import Workers
 from datapipe.sources.parse import is_labelled
+
+__all__ = ["DROPPED", "PrepareConfig", "plan", "prepare", "reasons", "summary", "write"]
 
 DROPPED = "dropped.csv"
 
@@ -46,82 +39,6 @@ _LOOKED_AT = 1000
 
 _SHOWN = 10
 """Examples shown of a long list."""
-
-
-@dataclass(kw_only=True)
-class PrepareConfig:
-    """Settings of `prepare`."""
-
-    input: str = ""
-    """File, archive, folder or data set with the crystals; or "prototypes" (synthetic)."""
-    train: str = ""
-    """Input of the training split, in place of `input`, where the splits are files."""
-    val: str = ""
-    """Input of the validation split."""
-    test: str = ""
-    """Input of the test split."""
-    output: str = ""
-    """Directory of the data set; new or empty."""
-    format: str = "auto"
-    """Reader or data set by name; "auto" goes by what the input looks like."""
-    targets: list[str] = field(default_factory=list)
-    """Labels to keep, by their names in the input. None: those of a data set, else no labels, as
-    pretraining needs none."""
-    units: dict[str, str] = field(default_factory=dict)
-    """Units of targets, where they are not known from their names."""
-    id_column: str | None = None
-    """Column or field of the id; None guesses."""
-    structure_column: str | None = None
-    """Column or field of the structure; None guesses."""
-    size: int = 2000
-    """Number of crystals with input=prototypes."""
-    split: str | None = None
-    """ratio, count, ids, file, published-123, matbench, or keep (input is a data set); None: the
-    one whose settings are given, else keep for a data set and ratio for anything else."""
-    ratio: list[float] | None = None
-    """Shares of train, val, test; None: [0.8, 0.1, 0.1]."""
-    n_train: int | None = None
-    """Training records; None takes what val and test leave."""
-    n_val: int | None = None
-    """Validation records."""
-    n_test: int | None = None
-    """Test records."""
-    split_ids: str | None = None
-    """JSON file {train: [ids], val: …, test: …}, or folder of train.txt, val.txt, test.txt."""
-    split_target: str | None = None
-    """Label that published-123 goes by; None: the only target."""
-    fold: int | None = None
-    """Matbench's official fold to test on, 0 to 4."""
-    seed: int = 123
-    """Seed of the shuffle of ratio and count, of matbench's validation part, and of prototypes."""
-    filters: Filters = field(default_factory=Filters)
-    """Which crystals to keep."""
-    dedup: list[str] = field(default_factory=list)
-    """Data sets, or files that can be read, whose crystals are left out."""
-    duplicates: Duplicates = field(default_factory=Duplicates)
-    """What counts as a duplicate of those, and whether to look for duplicates within."""
-    on_bad: str = "drop"
-    """drop: leave bad crystals out and list them in dropped.csv; error: stop at the first."""
-    shard_size: int = 1000
-    """Crystals in a shard."""
-    workers: int = 0
-    """Processes that parse; 0: one for each core."""
-    progress: bool = True
-    """Whether to show progress bars."""
-    dry_run: bool = False
-    """Only say what would be done."""
-
-    def __post_init__(self) -> None:
-        if self.on_bad not in ("drop", "error"):
-            raise ValueError(f"on_bad must be drop or error, got {self.on_bad!r}")
-        if self.split is not None and self.split not in splits.RULES:
-            raise ValueError(f"unknown split {self.split!r}: {nearest(self.split, splits.RULES)}")
-        for name in ("shard_size", "size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in self.units:
-            if name not in self.targets:
-                raise ValueError(f"units.{name}: no such target: {nearest(name, self.targets)}")
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -143,7 +60,7 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 def write(config: PrepareConfig) -> Manifest:
     """`prepare` without a search for duplicates."""
-    work = _Work.of(config)
+    work = Work.of(config)
     config = work.config
     reading = Reading(work.labels, config.filters)
     with (  # processes first: they must not hold the writer's lock
@@ -161,7 +78,7 @@ def write(config: PrepareConfig) -> Manifest:
 
 def plan(config: PrepareConfig) -> str:
     """What `prepare` would do, in words: the rule and the records of each split. Parses nothing."""
-    work = _Work.of(config)
+    work = Work.of(config)
     config = work.config
     codes = _assign(work, _scan(work))
     counts = [f"{int((codes == code).sum())} {split}" for code, split in enumerate(SPLITS)]
@@ -171,64 +88,6 @@ def plan(config: PrepareConfig) -> str:
         + (f"\nleaving out duplicates of {', '.join(config.dedup)}" if config.dedup else "")
         + ("\nleaving out duplicates within" if config.duplicates.within else "")
     )
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A config, checked and completed."""
-
-    config: PrepareConfig
-    inputs: list[tuple[str | None, str, str]]
-    """(split or None, path, format)."""
-    rule: str
-    labels: tuple[str, ...]
-    """Targets, and what filters look at."""
-
-    @classmethod
-    def of(cls, config: PrepareConfig) -> _Work:
-        files: dict[str | None, str] = {
-            split: getattr(config, split) for split in SPLITS if getattr(config, split)
-        }
-        if bool(files) == bool(config.input):
-            raise ValueError(
-                "give either input=… or train=…, val=…, test=… (the last two optional)"
-            )
-        files = files or {None: config.input}
-        inputs: list[tuple[str | None, str, str]] = [
-            (split, path, resolve(path, config.format)) for split, path in files.items()
-        ]
-        default = "keep" if inputs[0][2] == "shards" else "ratio"
-        rule = splits.choose_rule(vars(config), config.split, default)
-        if not config.targets and inputs[0][2] == "shards":
-            known = list(Manifest.load(inputs[0][1]).targets)
-            config = replace(config, targets=known)
-        labels = dict.fromkeys([*config.targets, *config.filters.labels])
-        return cls(config, inputs, rule, tuple(labels))
-
-    def records(self) -> Iterator[Raw]:
-        """All records; those of a split's own file are marked with it."""
-        config = self.config
-        for split, path, format in self.inputs:
-            options = Options(
-                id_column=config.id_column,
-                structure_column=config.structure_column,
-                targets=tuple(config.targets),
-                prefix=split,
-                size=config.size,
-                seed=config.seed,
-            )
-            for raw in read_raw(path, format, options):
-                yield replace(raw, split=split) if split else raw
-
-    def units(self) -> dict[str, str]:
-        """Units of the targets: as the user says, else those of the source, else by name."""
-        known = dict(UNITS)
-        for _, path, format in self.inputs:
-            if format == "shards":
-                targets = Manifest.load(path).targets
-                known |= {name: t.unit for name, t in targets.items() if t.unit}
-        known |= self.config.units
-        return {name: known[name] for name in self.config.targets if name in known}
 
 
 @dataclass
@@ -244,7 +103,7 @@ class _Scan:
     """Number of a record whose id occurred before: number of the first with it."""
 
 
-def _scan(work: _Work) -> _Scan:
+def _scan(work: Work) -> _Scan:
     """Looks at ids and labels of all records.
 
     Raises:
@@ -289,7 +148,7 @@ def _may_be_label(value: Any) -> bool:
     return True
 
 
-def _assign(work: _Work, scan: _Scan) -> np.ndarray:
+def _assign(work: Work, scan: _Scan) -> np.ndarray:
     """Split code of every record, [n] int8."""
     config, n = work.config, len(scan.ids)
     n_val, n_test = config.n_val or 0, config.n_test or 0
@@ -315,14 +174,14 @@ def _assign(work: _Work, scan: _Scan) -> np.ndarray:
     return np.array(scan.own, dtype=np.int8)
 
 
-def _in_splits(work: _Work, scan: _Scan, codes: np.ndarray) -> Iterator[Raw | Failure]:
+def _in_splits(work: Work, scan: _Scan, codes: np.ndarray) -> Iterator[Raw | Failure]:
     """The records again, for parsing; those that are left out for sure are failures already."""
     number = -1
     for number, raw in enumerate(work.records()):
         if number >= len(codes) or raw.id != scan.ids[number]:
             raise ValueError(f"the input changed while it was read: {raw.where} is new")
         if number in scan.duplicates:
-            message = f"the id of record {scan.duplicates[number] + 1}, which is kept"
+            message = f"the id of record {scan.duplicates[number] + 1}, which comes first"
             yield Failure(raw.id, raw.where, "duplicate id", message)
         elif codes[number] == splits.NONE:
             yield Failure(raw.id, raw.where, "in no split", f"split {work.rule}", bad=False)
@@ -364,7 +223,7 @@ def _write(
 
 
 def _provenance(
-    work: _Work, scan: _Scan, writer: DatasetWriter, dropped: Counter[str]
+    work: Work, scan: _Scan, writer: DatasetWriter, dropped: Counter[str]
 ) -> dict[str, Any]:
     config = work.config
     settings = {s: getattr(config, s) for s in splits.RULES[work.rule] if s not in SPLITS}
@@ -373,10 +232,10 @@ def _provenance(
     if settings.get("split_ids"):
         settings["split_ids"] = {
             "name": Path(config.split_ids or "").name,
-            "sha256": _hash(Path(config.split_ids or "")),
+            "sha256": sha256(Path(config.split_ids or "")),
         }
     return {
-        "sources": [_source(work, *one) for one in work.inputs],
+        "sources": work.sources(),
         "split": {"rule": work.rule, **{k: v for k, v in settings.items() if v is not None}},
         "filters": dict(describe(config.filters)),
         "records": len(scan.ids),
@@ -387,37 +246,6 @@ def _provenance(
             **{name: version(name) for name in ("ase", "numpy", "pymatgen")},
         },
     }
-
-
-def identify(config: PrepareConfig) -> list[dict[str, Any]]:
-    """Name, format and hash of each input of a config."""
-    work = _Work.of(config)
-    return [_source(work, *one) for one in work.inputs]
-
-
-def _source(work: _Work, split: str | None, path: str, format: str) -> dict[str, Any]:
-    """What identifies an input; paths stay out, for they say more of a machine than of data."""
-    out: dict[str, Any] = {"name": Path(path).name, "format": format}
-    if split:
-        out["split"] = split
-    if format == "prototypes":
-        return out | {"size": work.config.size, "seed": work.config.seed}
-    if format == "shards":
-        return out | {"fingerprint": Manifest.load(path).fingerprint}
-    return out | {"sha256": _hash(Path(path))}
-
-
-def _hash(path: Path) -> str:
-    """SHA-256 of a file; of a folder, that of the lines "<sha256>  <name>" of its files."""
-    digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{_hash(file)}  {file.relative_to(path).as_posix()}\n".encode())
-        return digest.hexdigest()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def reasons(dropped: Counter[str] | dict[str, int]) -> str:

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from datapipe.crystal import BadCrystal
 from datapipe.dedup import WITHIN, Duplicates, Found, Reference, search
+from datapipe.inputs import PrepareConfig, Work
 from datapipe.manifest import MANIFEST, SPLITS, Manifest
-from datapipe.prepare import DROPPED, PrepareConfig, identify, write
+from datapipe.prepare import DROPPED, write
 from datapipe.shards import Dataset, DatasetWriter
 from datapipe.sources import resolve
 from datapipe.work import WorkDirectory
@@ -45,7 +46,7 @@ def prepare_unique(config: PrepareConfig) -> Manifest:
         pass  # says so at once if the output cannot be written
     identity: dict[str, Any] = {
         "settings": {k: v for k, v in asdict(config).items() if k not in _ASIDE},
-        "inputs": identify(config),
+        "inputs": Work.of(config).sources(),
         "references": [_origin(path) for path in config.dedup],
         "versions": _versions(),
     }
@@ -105,7 +106,7 @@ def _origin(path: str) -> dict[str, Any]:
     """What identifies a reference, whatever it is called here."""
     if _is_dataset(path):
         return {"fingerprint": Manifest.load(path).fingerprint}
-    (source,) = identify(PrepareConfig(input=path))
+    (source,) = Work.of(PrepareConfig(input=path)).sources()
     return {key: value for key, value in source.items() if key != "name"}
 
 
@@ -151,7 +152,7 @@ def _write(
             (first[item]["id"], source, reason, f"the same as {first[item]['other_id']}")
             for item, reason in reasons.items()
         )
-        dropped = (Path(data.root) / DROPPED).read_text("utf-8") + _table(listed)
+        dropped = (Path(data.root) / DROPPED).read_bytes().decode() + _table(listed)
         _save(writer.directory / DROPPED, dropped)
         counts = Counter(before["dropped"]) + Counter(reasons.values())
         return writer.finish(

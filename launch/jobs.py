@@ -38,7 +38,7 @@ def _finetune() -> type:
 
 
 def _prepare() -> type:
-    from datapipe.prepare import PrepareConfig
+    from datapipe.inputs import PrepareConfig
 
     return PrepareConfig
 

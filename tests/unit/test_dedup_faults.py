@@ -9,8 +9,8 @@ import pytest
 
 from datapipe import dedup, unique
 from datapipe.dedup import Decide, Duplicates
+from datapipe.inputs import PrepareConfig
 from datapipe.matcher import Reduced
-from datapipe.prepare import PrepareConfig
 from datapipe.shards import Dataset, DatasetWriter
 from datapipe.work import Journal, WorkDirectory
 from tests.duplicates import make_sets, polymorph, report, run, store
