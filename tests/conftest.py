@@ -24,6 +24,12 @@ def make_crystal(rng, n, id="crystal", targets=None):
     return Crystal.create(id, rng.integers(1, 95, n), rng.random((n, 3)), cell, targets)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def random_crystal():
     """The function `random_crystal(rng, n, id="crystal", targets=None) -> Crystal`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -121,17 +122,22 @@ def test_a_hanging_rank_ends_and_takes_the_other_with_it(run):
 def test_the_deepspeed_launcher_ends_with_the_ranks_code(data, tmp_path):
     deepspeed = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
     path, output = tmp_path / "run", tmp_path / "output"
-    args = [*VAE, "vae.max_steps=90", f"data={data}", f"run_dir={path}"]
+    endless = ["vae.max_steps=1000000", "vae.epochs=1000000"]
+    args = [*VAE, *endless, f"data={data}", f"run_dir={path}"]
     command = [str(deepspeed), "--num_gpus", "2", "--master_port", str(free_port())]
     with open(output, "w") as file:
         launcher = subprocess.Popen(
             [*command, "launch/pretrain.py", *args],
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
             stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
-    while not (path / "heartbeat.json").is_file():
-        assert launcher.poll() is None, output.read_text()[-3000:]
-        time.sleep(0.05)
-    os.kill(json.loads((path / "heartbeat.json").read_text())["pid"], signal.SIGUSR1)
-    assert launcher.wait(timeout=120) == REQUEUE, output.read_text()[-3000:]
+    try:
+        while not (path / "heartbeat.json").is_file():
+            assert launcher.poll() is None, output.read_text()[-3000:]
+            time.sleep(0.05)
+        os.kill(json.loads((path / "heartbeat.json").read_text())["pid"], signal.SIGUSR1)
+        assert launcher.wait(timeout=120) == REQUEUE, output.read_text()[-3000:]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
     assert list((path / "checkpoints").iterdir())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.jobs import curve, launch
-from tests.distributed.ranks import ROOT
+from tests.distributed.ranks import ROOT, free_port
 from trainer.export import open_model
 
 pytestmark = pytest.mark.distributed
@@ -83,6 +83,8 @@ def test_the_deepspeed_launcher(alone, data, tmp_path):
             deepspeed,
             "--num_gpus",
             "2",
+            "--master_port",
+            str(free_port()),
             "launch/pretrain.py",
             *TINY,
             f"data={data}",

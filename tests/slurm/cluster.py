@@ -214,14 +214,16 @@ class Cluster:
             raise RuntimeError(f"{error}\n{self.logs()}") from None
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 600) -> None:
-    """Returns when the condition holds; TimeoutError says what was waited for. The limit is for
-    what never comes; how long things take is no matter."""
+def wait_for(
+    condition: Callable[[], bool], what: str, seconds: float = 600, pause: float = 0.3
+) -> None:
+    """Returns when the condition holds, looked at again after every pause; TimeoutError says what
+    was waited for. The limit is for what never comes; how long things take is no matter."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds:.0f} s in vain until {what}")
-        time.sleep(0.3)
+        time.sleep(pause)
 
 
 def processes(root: Path, setting: str = "") -> list[int]:

@@ -59,6 +59,17 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
+@contextlib.contextmanager
+def working_directory(path: Path) -> Iterator[None]:
+    """`contextlib.chdir`, which Python 3.10 lacks."""
+    before = Path.cwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 @dataclass
 class Desk:
     """A user's desk on the login node: a working directory and the commands."""
@@ -72,7 +83,7 @@ class Desk:
         with (
             mock.patch.dict(os.environ, {**self.cluster.environ, "OMP_NUM_THREADS": "1"}),
             mock.patch.object(sys, "argv", ["submit.py", *args]),
-            contextlib.chdir(self.path),
+            working_directory(self.path),
             contextlib.redirect_stdout(printed),
         ):
             submit.main()
@@ -98,12 +109,15 @@ class Desk:
     def wait_for_step(self, output: str, step: int) -> None:
         """Returns when a run has logged so many steps."""
         run = self.path / output
-        self.wait_until(lambda: len(curve(run)) >= step, f"{output} is at step {step}", output)
+        what = f"{output} is at step {step}"
+        self.wait_until(lambda: len(curve(run)) >= step, what, output, pause=0.02)
 
-    def wait_until(self, condition: Callable[[], bool], what: str, output: str) -> None:
+    def wait_until(
+        self, condition: Callable[[], bool], what: str, output: str, pause: float = 0.3
+    ) -> None:
         """Returns when the condition holds; a failure shows the logs of a submission."""
         try:
-            wait_for(condition, what)
+            wait_for(condition, what, pause=pause)
         except TimeoutError as error:
             logs = Submission.folder_of(self.path / output).glob("logs/*_log.out")
             texts = [f"== {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in sorted(logs)]

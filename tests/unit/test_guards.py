@@ -215,9 +215,9 @@ def test_a_hang_ends_with_all_stacks(tmp_path, lock):
     code = (
         "import ctypes, sys, threading; from pathlib import Path\n"
         "from trainer.guards import Watchdog\n"
-        f"def stuck_here(): {hang}\n"
         f"Watchdog.GRACE_S = {0 if lock else 60}\n"
-        "dog = Watchdog(0.1, Path(sys.argv[1])); dog.feed(); stuck_here()"
+        f"def stuck_here(): dog = Watchdog(0.1, Path(sys.argv[1])); dog.feed(); {hang}\n"
+        "stuck_here()"
     )
     path = tmp_path / "stacks" / "rank.txt"
     done = subprocess.run(
