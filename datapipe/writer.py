@@ -131,8 +131,9 @@ class DatasetWriter:
     def _claim(self) -> None:
         """Takes the partial directory for this process and empties it."""
         path = self.directory / "lock"
-        try:
+        with contextlib.suppress(FileExistsError):  # another process has just moved it away
             self.directory.mkdir(parents=True, exist_ok=True)
+        try:
             self._lock = open(path, "ab")  # noqa: SIM115  (held until the end)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before may have moved or removed the file since we opened it.
