@@ -80,7 +80,7 @@ class Dataset:
             index = safetensors.load(data)
         except SafetensorError as error:
             raise ValueError(f"{url} is damaged: {error}") from None
-        if not _fits(index, manifest):
+        if not fits(index, manifest):
             raise ValueError(f"{url} does not belong to the manifest beside it")
         return cls(os.fspath(root), manifest, index, access)
 
@@ -182,7 +182,8 @@ class Dataset:
             return BadCrystal(f"{self.where(item)}: {error}"), {}
 
 
-def _fits(index: Mapping[str, np.ndarray], manifest: Manifest) -> bool:
+def fits(index: Mapping[str, np.ndarray], manifest: Manifest) -> bool:
+    """Whether an index is one of the crystals that a manifest tells of."""
     count = sum(manifest.splits.values())
     shapes = dict.fromkeys(COLUMNS, (count,)) | {"targets": (count, len(manifest.targets))}
     return (

@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from datapipe.bake import StoredGraphs
+from datapipe.bytes import local_path
 from datapipe.crystal import BadCrystal
 from datapipe.manifest import MANIFEST, SPLITS, Manifest, open_file
 from datapipe.schema import GraphSpec
-from datapipe.shards import INDEX, Dataset
+from datapipe.shards import INDEX, Dataset, fits
 from datapipe.sources.parallel import Workers
 
 _SAME = 1e-6
@@ -77,11 +78,9 @@ def _open(root: str, manifest: Manifest) -> tuple[Dataset | None, list[str]]:
         with open_file(root, INDEX) as file:
             data = file.read()
         index = safetensors.load(data)
-        n, t = sum(manifest.splits.values()), len(manifest.targets)
-        shapes = {k: v.shape for k, v in index.items()}
-        right = dict.fromkeys(("atoms", "volume", "offset", "crc32"), (n,)) | {"targets": (n, t)}
-        if shapes != right:
-            return None, [f"{INDEX}: arrays {shapes} should be {right}"]
+        if not fits(index, manifest):
+            shown = ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in sorted(index.items()))
+            return None, [f"{INDEX}: does not belong to the manifest: it holds {shown}"]
     except (OSError, SafetensorError) as error:
         return None, [f"{INDEX}: {error}"]
     if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
@@ -91,9 +90,10 @@ def _open(root: str, manifest: Manifest) -> tuple[Dataset | None, list[str]]:
 
 def _strays(root: str, manifest: Manifest) -> Iterator[str]:
     """Shards beside the data set that do not belong to it; of local directories."""
-    if "://" not in root:
+    local = local_path(root)
+    if local is not None:
         known = {shard.name for shard in manifest.shards}
-        for path in sorted(Path(root).glob("*.tar")):
+        for path in sorted(Path(local).glob("*.tar")):
             if path.name not in known:
                 yield f"{path.name}: is not in the manifest"
 

@@ -34,7 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datapipe.actions import MergeConfig, ReshardConfig, SubsetConfig, merge, reshard, subset
 from datapipe.bake import BakeConfig, bake
-from datapipe.prepare import PrepareConfig, plan, prepare, summary
+from datapipe.bytes import join_path, local_path
+from datapipe.inputs import PrepareConfig
+from datapipe.prepare import plan, prepare, summary
 from datapipe.schema import GraphSpec
 from datapipe.statistics import InspectConfig, columns, describe, statistics
 from datapipe.verify import VerifyConfig, verify
@@ -66,11 +68,12 @@ def check() -> None:
 def look() -> None:
     config = parse(InspectConfig, __doc__)
     required(config, "inspect")
-    if "://" in config.inspect:
+    local = local_path(config.inspect)
+    if local is None:
         required(config, "output")
     found = statistics(config)
     print(describe(found))
-    path = config.output or f"{config.inspect.rstrip('/')}/histograms.png"
+    path = config.output or join_path(local or "", "histograms.png")
     plots.histograms(found.atoms, found.elements, *columns(found), path)
     print(f"histograms: {path}")
 

@@ -228,6 +228,10 @@ DAMAGE = {
         lambda root: change_json(root, lambda m: m.update(index_sha256="0" * 64)),
         ["index.safetensors: its hash is not the manifest's"],
     ),
+    "index that points before the start": (
+        lambda root: change_index(root, lambda x: x["offset"].__setitem__(3, -5)),
+        ["index.safetensors: does not belong to the manifest: it holds atoms int32"],
+    ),
     "cut index": (
         lambda root: (root / "index.safetensors").write_bytes(b"\0" * 9), ["index.safetensors: "],
     ),
