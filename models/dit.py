@@ -46,6 +46,10 @@ class DiTConfig:
     """Path of attention: auto, grouped, jagged or padded; all give the same result."""
 
     def __post_init__(self) -> None:
+        if min(self.heads, self.layers) < 1:
+            raise ValueError(
+                f"dit.heads and dit.layers must be at least 1, got {self.heads} and {self.layers}"
+            )
         if self.width < 2 or self.width % 2 or self.width % self.heads:
             raise ValueError(
                 f"dit.width must be even and a multiple of dit.heads, "

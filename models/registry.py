@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -78,6 +79,7 @@ def configure(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
             `where` is the dotted prefix of the section, for the message.
     """
     prefix = f"{where}." if where else ""
+    _check_sections(cls, values, prefix)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), dict(values))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
@@ -94,9 +96,22 @@ def configure(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise ValueError(f"config key {key!r}: {reason}") from None
 
 
-def _fields_at(cls: Any, path: list[str]) -> list[str]:
-    import typing
+def _check_sections(cls: Any, values: Mapping[str, Any], prefix: str) -> None:
+    """Raises ValueError for a section that is given as a value, or a value as a section."""
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        options = [hints.get(key), *typing.get_args(hints.get(key))]
+        section = next((o for o in options if dataclasses.is_dataclass(o)), None)
+        has_keys = section is not None or any(typing.get_origin(o) is dict for o in options)
+        if isinstance(value, Mapping) and section is not None:
+            _check_sections(section, value, f"{prefix}{key}.")
+        elif isinstance(value, Mapping) and key in hints and not has_keys and Any not in options:
+            raise ValueError(f"config key {prefix + key!r} has no keys below it: give it a value")
+        elif has_keys and not isinstance(value, Mapping) and value is not None:
+            raise ValueError(f"config key {prefix + key!r} is a section: give {prefix}{key}.NAME=…")
 
+
+def _fields_at(cls: Any, path: list[str]) -> list[str]:
     for name in path:
         hint = typing.get_type_hints(cls).get(name)
         options = [hint, *typing.get_args(hint)]

@@ -88,6 +88,8 @@ def read_yaml(path: str | Path) -> DictConfig:
         config = OmegaConf.load(path)
     except FileNotFoundError:
         raise ValueError(f"config file {str(path)!r} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"config file {str(path)!r} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"config file {str(path)!r} is not valid YAML: {reason}") from None

@@ -37,6 +37,14 @@ from trainer.saver import Saver, newest
 from trainer.signals import Requeue, StopRequest
 from trainer.stage import Stage, StageConfig
 
+_LEAST = {
+    **dict.fromkeys(("log_every", "keep", "max_skipped"), 1),
+    **dict.fromkeys(("validate_every", "checkpoint_every", "checkpoint_minutes"), 0),
+    **dict.fromkeys(("milestone_every", "spike_factor", "step_timeout_s"), 0),
+    **dict.fromkeys(("walltime_minutes", "walltime_margin_minutes"), 0),
+}
+"""Least values of settings."""
+
 
 @dataclass(kw_only=True)
 class TrainerConfig(EngineConfig):
@@ -73,9 +81,10 @@ class TrainerConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("log_every", 1), ("keep", 1), ("max_skipped", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"trainer.{name} must be at least {least}")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"trainer.{name} must be at least {least}, got {value}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"trainer.ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.ema_decay and self.zero_stage == 3:

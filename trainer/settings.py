@@ -63,6 +63,14 @@ class PretrainJob(JobConfig):
     stages: list[str] = field(default_factory=lambda: ["vae", "joint"])
     """Stages to run, in order; each has a section of its own name."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.stages:
+            if self.stages.count(name) > 1:
+                raise ValueError(f"stages={list(self.stages)} names {name} more than once")
+            if name in STAGES and getattr(self, name).epochs == 0:
+                raise ValueError(f"{name}.epochs must be above 0: leave the stage out of stages")
+
 
 @dataclass(kw_only=True)
 class FinetuneJob(JobConfig):
@@ -85,6 +93,8 @@ class FinetuneJob(JobConfig):
         super().__post_init__()
         if not 0 < self.label_fraction <= 1:
             raise ValueError(f"label_fraction must be in (0, 1], got {self.label_fraction}")
+        if self.label_count is not None and self.label_count < 1:
+            raise ValueError(f"label_count must be at least 1, got {self.label_count}")
         if self.target and self.targets:
             raise ValueError("give target=NAME or targets=[…], not both")
         if self.init_head and not self.init_from:

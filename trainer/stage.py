@@ -6,6 +6,7 @@ count over all ranks, adds up those that `weights` names, and steps.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,19 @@ class StageConfig:
     """Fraction of the steps in which the learning rate rises."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("max_steps", 1), ("weight_decay", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in ("epochs", "grad_clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if not 0 <= self.pct_start <= 1:
+            raise ValueError(f"pct_start must be in [0, 1], got {self.pct_start}")
 
 
 class Stage(nn.Module):

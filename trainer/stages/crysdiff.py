@@ -29,6 +29,7 @@ class CrysDiffConfig(StageConfig):
     """Size of the denoiser."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.timesteps < 2:
             raise ValueError(f"timesteps must be at least 2, got {self.timesteps}")
         for name in ("coords_weight", "lattice_weight"):

@@ -39,6 +39,7 @@ class CrysGNNConfig(StageConfig):
     """Weight of the space group."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             "temperature",
             "adjacency_weight",

@@ -40,6 +40,7 @@ class CrystalTwinsConfig(StageConfig):
     """Share of the edges that are left out."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.variant not in VARIANTS:
             raise ValueError(f"unknown variant {self.variant!r}: {nearest(self.variant, VARIANTS)}")
         check_mask_ratio(self.mask_ratio)

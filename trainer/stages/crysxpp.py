@@ -25,6 +25,7 @@ class CrysXPPConfig(StageConfig):
     """Weight of the elements' features."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("adjacency_weight", "feature_weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -35,6 +35,7 @@ class DPFConfig(StageConfig):
     this loss stays); or `displacement`, how far each atom was moved, in Å."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_mask_ratio(self.mask_ratio)
         for name in ("position_noise", "lattice_noise"):
             if not 0 <= getattr(self, name) <= 5:

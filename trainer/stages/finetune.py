@@ -39,6 +39,7 @@ class FinetuneConfig(StageConfig):
     """Ends the training after so many validations in a row that brought nothing better; 0 never."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.head not in HEADS:
             raise ValueError(f"unknown finetune.head {self.head!r}: {nearest(self.head, HEADS)}")
         if self.patience < 0:

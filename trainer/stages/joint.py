@@ -43,6 +43,7 @@ class JointConfig(StageConfig):
     is kept, counts all atoms."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_mask_ratio(self.mask_ratio)
 
 

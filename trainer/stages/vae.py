@@ -26,6 +26,7 @@ class VAEConfig(StageConfig):
     """Width of the latents; None is the encoder's."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_mask_ratio(self.mask_ratio)
         if not self.kl_weight >= 0:
             raise ValueError(f"kl_weight must not be negative, got {self.kl_weight}")
