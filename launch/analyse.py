@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datapipe.shards import Dataset
 from trainer.analysis.report import AnalysisConfig, analyse
 from trainer.config import parse, required, run
-from trainer.distributed import usable_device
+from trainer.distributed import device_of
 from trainer.export import open_model
 
 
@@ -36,13 +36,13 @@ class AnalyseConfig(AnalysisConfig):
     output: str = ""
     """Directory to write; it must not exist."""
     device: str = "cpu"
-    """Where to run."""
+    """Where to run: cpu, cuda, cuda:1."""
 
 
 def main() -> None:
     config = parse(AnalyseConfig, __doc__)
     required(config, "checkpoint", "data", "output")
-    device = usable_device(config.device)
+    device = device_of(config.device)
     encoder = open_model(config.checkpoint, config.stage).build_encoder().to(device)
     analyse(encoder, Dataset.open(config.data), config, config.output, config.checkpoint)
     text = (Path(config.output) / "analysis.md").read_text(encoding="utf-8")

@@ -42,6 +42,10 @@ class PredictConfig:
     overwrite: bool = False
     """Whether an output file that is there may be replaced."""
 
+    def __post_init__(self) -> None:
+        if self.max_atoms < 1:
+            raise ValueError(f"max_atoms must be at least 1, got {self.max_atoms}")
+
 
 def main() -> None:
     config = parse(PredictConfig, __doc__)
@@ -49,18 +53,21 @@ def main() -> None:
     output = Path(config.output)
     if output.exists() and not config.overwrite:
         raise ValueError(f"{output} exists: choose another output, or overwrite=true")
+    if output.resolve() == Path(config.input).resolve():
+        raise ValueError(f"output {output} is the input: choose another output")
     model = load(config.checkpoint, device=config.device)
     model.require_head()
     crystals = read_crystals(config.input, config.format, workers=config.workers, progress=True)
     written, dropped = reports.predict_to_csv(model, crystals, output, config.max_atoms)
+    listed = reports.dropped_path(output)
+    if not written:
+        raise ValueError(f"no crystal of {config.input} could be used: {listed} says why")
     units = ", ".join(
         f"{n} ({u})" if u else n for n, u in zip(model.targets, model.units, strict=True)
     )
     print(f"{written} predictions of {units}: {output}")
     if dropped:
-        print(f"{dropped} crystals could not be used: {reports.dropped_path(output)}")
-    if not written:
-        raise ValueError(f"no crystal of {config.input} could be used")
+        print(f"{dropped} crystals could not be used: {listed}")
 
 
 if __name__ == "__main__":

@@ -80,18 +80,21 @@ def place(environ: Mapping[str, str]) -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def usable_device(name: str | torch.device) -> torch.device:
-    """The device of that name (`cpu`, `cuda`, `cuda:1`).
+def device_of(name: str | torch.device) -> torch.device:
+    """The device of that name: cpu, cuda, cuda:1.
 
     Raises:
-        ValueError: there is none of that name here.
+        ValueError: no such name, or this machine has no such GPU.
     """
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device {str(name)!r} cannot be used here: {reason}") from None
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name} is none to run on: give cpu, cuda or cuda:1")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device={name}, but this machine shows {count} GPU(s): give device=cpu")
     return device
 
 

@@ -13,7 +13,7 @@ from datapipe.crystal import BadCrystal, Crystal
 from datapipe.graph import build
 from datapipe.schema import CrystalBatch
 from models.encoders import Encoder
-from trainer.distributed import usable_device
+from trainer.distributed import device_of
 from trainer.ensemble import ENSEMBLE, Ensemble
 from trainer.export import Exported, open_model
 from trainer.reports import suffixes
@@ -30,7 +30,7 @@ class Predictor:
     """
 
     def __init__(self, exported: Exported, device: str | torch.device = "cpu") -> None:
-        self.device = usable_device(device)
+        self.device = device_of(device)
         self.targets: list[str] = []
         self.units: list[str] = []
         self.stage: FinetuneStage | None = None
@@ -117,8 +117,7 @@ def load(
         device: where to run.
 
     Raises:
-        ValueError: no finished model there, files that are not what a model has, or no such
-            device.
+        ValueError: no finished model there, or files that are not what a model has.
     """
     if (Path(path) / ENSEMBLE).is_file():
         return Ensemble(path, device)

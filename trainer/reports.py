@@ -157,11 +157,11 @@ def predict_to_csv(
     model: Predictor | Ensemble, crystals: Iterable[Crystal | Failure], output: Path, max_atoms: int
 ) -> tuple[int, int]:
     """Writes predictions as they come, and beside them the crystals that could not be used;
-    returns how many of each. The files appear when all are written."""
+    returns how many of each. The files appear when all are written; of predictions none does where
+    there is none."""
     counts = {"written": 0, "dropped": 0}
-    with _replacing(output) as file, _replacing(dropped_path(output)) as bad:
-        writer, drops = csv.writer(file), csv.writer(bad)
-        writer.writerow(["id", *model.columns])
+    with _replacing(dropped_path(output)) as bad, contextlib.suppress(_NothingWritten):
+        drops = csv.writer(bad)
         drops.writerow(["id", "where", "reason", "message"])
 
         def usable() -> Iterator[Crystal]:
@@ -172,12 +172,21 @@ def predict_to_csv(
                     counts["dropped"] += 1
                     drops.writerow([item.id, item.where, item.reason, item.message])
 
-        for crystal, values in model.iterate(usable(), max_atoms):
-            writer.writerow([crystal.id, *(_cell(v) for v in values)])
-            counts["written"] += 1
+        with _replacing(output) as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", *model.columns])
+            for crystal, values in model.iterate(usable(), max_atoms):
+                writer.writerow([crystal.id, *(_cell(v) for v in values)])
+                counts["written"] += 1
+            if not counts["written"]:
+                raise _NothingWritten
     if not counts["dropped"]:
         dropped_path(output).unlink()
     return counts["written"], counts["dropped"]
+
+
+class _NothingWritten(Exception):
+    """Keeps a file without a prediction from taking its place."""
 
 
 def dropped_path(output: Path) -> Path:

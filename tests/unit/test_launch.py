@@ -135,15 +135,25 @@ MISTAKES = {
     "too many labels": ("finetune", ["label_count=1000"], ["label_count=1000", "54"]),
     "no checkpoint": ("predict", ["checkpoint={empty}"], ["{empty}", "no model"]),
     "no head": ("predict", ["checkpoint={runs}/pre"], ["finetune it"]),
-    "no such device": ("predict", ["device=gpu"], ["'gpu'", "cannot be used"]),
-    "no such GPU": ("predict", ["device=cuda:99"], ["'cuda:99'", "cannot be used"]),
+    "no labels": ("finetune", ["label_count=-3"], ["label_count must be at least 1"]),
+    "a step of nothing": ("pretrain", ["joint.batch_size=0"], ["batch_size must be at least 1"]),
+    "no epoch": ("pretrain", ["joint.epochs=0"], ["joint.epochs"]),
+    "no rise": ("pretrain", ["joint.pct_start=2"], ["pct_start"]),
+    "a stage twice": ("pretrain", ["stages=[vae,vae]"], ["vae more than once"]),
+    "no attention": ("pretrain", ["joint.dit.heads=0"], ["dit.heads"]),
+    "no pause": ("pretrain", ["trainer.checkpoint_every=-5"], ["trainer.checkpoint_every"]),
+    "a section as a value": ("pretrain", ["encoder=pddformer"], ["'encoder'", "encoder.NAME=…"]),
+    "a value as a section": ("pretrain", ["vae.lr.max=1"], ["'vae.lr'", "give it a value"]),
+    "no GPU": ("predict", ["device=cuda:99"], ["device=cuda:99", "give device=cpu"]),
+    "no device": ("predict", ["device=gpu"], ["device=gpu", "cuda"]),
+    "output is input": ("predict", ["output={data}", "overwrite=true"], ["is the input"]),
     "no input": ("predict", ["input={empty}/x.csv"], ["x.csv", "does not exist"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(name, runs, data, call, tmp_path):
-    places = {"empty": tmp_path / "empty", "used": tmp_path / "used", "runs": runs}
+    places = {"empty": tmp_path / "empty", "used": tmp_path / "used", "runs": runs, "data": data}
     places["empty"].mkdir()
     places["used"].mkdir()
     (places["used"] / "notes.txt").write_text("mine")
@@ -163,3 +173,15 @@ def test_a_mistake_is_one_line_and_leaves_nothing(name, runs, data, call, tmp_pa
     assert not (tmp_path / "new").exists()
     assert list(places["empty"].iterdir()) == []
     assert [p.name for p in places["used"].iterdir()] == ["notes.txt"]
+
+
+def test_where_nothing_can_be_predicted_nothing_is_replaced(runs, call, tmp_path):
+    (tmp_path / "bad.cif").write_text("nonsense")
+    output = tmp_path / "out.csv"
+    output.write_text("mine")
+    arguments = [f"checkpoint={runs}/fine", f"input={tmp_path}/bad.cif", f"output={output}"]
+    code, _, err = call("predict", *arguments, "overwrite=true")
+    assert code == 2
+    assert f"bad.cif could be used: {tmp_path}/out.dropped.csv says why" in err.splitlines()[-1]
+    assert output.read_text() == "mine"
+    assert [row["reason"] for row in table(tmp_path / "out.dropped.csv")] == ["unreadable"]
