@@ -153,7 +153,7 @@ def finetune_stage(
             if unit and learned and unit.replace(" ", "") != learned.replace(" ", ""):
                 raise ValueError(
                     f"init_head=true: {config.init_from} predicts in {learned}, but {name} of "
-                    f"{config.data} is in {unit}"
+                    f"{config.data} is in {unit}: convert the labels"
                 )
         mean, std = known.scaler.mean, known.scaler.std
     seed_everything(config.seed, "finetune")
