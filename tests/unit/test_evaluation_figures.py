@@ -104,6 +104,12 @@ def test_errors_by_atoms_and_groups_are_means_of_their_crystals(tmp_path, saved)
     assert systems.patches[3].get_height() == pytest.approx(errors[:, ::2].mean())
 
 
+def test_crystals_too_few_for_any_group_are_drawn(tmp_path, saved):
+    arms, look = arms_at(arms_and_seeds(tmp_path, {"none": 0.2, "a": 0.1}))
+    crystal_figures.by_space_group(arms, facts(4), "gap", look, tmp_path / "g")
+    assert not any(axes.patches for axes in saved[0].axes)
+
+
 def test_elements_show_error_and_gain(tmp_path, saved):
     arms, look = arms_at(arms_and_seeds(tmp_path, {"none": 0.2, "a": 0.1}))
     crystal_figures.by_element(arms, facts(), "gap", look, tmp_path / "e")

@@ -184,6 +184,7 @@ def _grouped(axes: Any, line: Sequence[Arm], facts: Facts, bins: Sequence[Bin], 
     for i, arm in enumerate(line):
         errors = arm_errors(arm, facts)
         means = np.array([means_inside(errors, inside) for _, inside in bins])
+        means = means.reshape(len(bins), len(errors))  # also where no group is large enough
         std = [np.nanstd(m, ddof=1) if np.isfinite(m).sum() > 1 else 0.0 for m in means]
         axes.bar(
             x + (i - (len(line) - 1) / 2) * width, np.nanmean(means, 1), 0.92 * width,
