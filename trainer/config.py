@@ -4,6 +4,7 @@ dataclass."""
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import sys
 import traceback
@@ -133,6 +134,8 @@ def run(main: Callable[[], Any]) -> None:
 
     `CRYSFORGE_TRACEBACK=1` shows the traceback as well.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without Å must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError, RuntimeError) as found:

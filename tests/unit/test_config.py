@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from trainer.config import from_sources, help_text, parse, read_yaml, to_yaml
+from trainer.config import from_sources, help_text, parse, read_yaml, run, to_yaml
 
 
 @dataclass
@@ -76,3 +78,25 @@ def test_help_lists_every_setting():
     text = help_text(Outer, "How to.")
     assert "How to." in text
     assert "  inner.rate = 0.1" in text
+
+
+def test_a_terminal_without_a_letter_ends_no_run(monkeypatch):
+    bytes_ = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_, encoding="latin-1"))
+    run(lambda: print("5 Å → …", flush=True))
+    assert bytes_.getvalue() == "5 Å ".encode("latin-1") + b"\\u2192 \\u2026\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("inner=5", "'inner' is a section: give inner.NAME=…"),
+        ("free=a", "'free' is a section: give free.NAME=…"),
+        ("inner.rate.x=5", r"'inner\.rate' has no keys below it"),
+        ("parts.x=5", "'parts' has no keys below it"),
+    ],
+)
+def test_sections_and_values_are_told_apart(override, message):
+    with pytest.raises(ValueError, match=message):
+        from_sources(Outer, [], [override])
+    assert from_sources(Outer, [], ["free.a.b=1"]).free == {"a": {"b": 1}}
