@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -100,7 +101,9 @@ def _check_sections(cls: Any, values: Mapping[str, Any], prefix: str) -> None:
     """Raises ValueError for a section that is given as a value, or a value as a section."""
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
-        options = [hints.get(key), *typing.get_args(hints.get(key))]
+        hint = hints.get(key)
+        either = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        options = typing.get_args(hint) if either else (hint,)
         section = next((o for o in options if dataclasses.is_dataclass(o)), None)
         has_keys = section is not None or any(typing.get_origin(o) is dict for o in options)
         if isinstance(value, Mapping) and section is not None:

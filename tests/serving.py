@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import socket
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(fault, int) or not path.is_file():
             self.send_error(fault or 404)
         elif fault == "drop":
-            self.connection.close()
+            self.connection.shutdown(socket.SHUT_RDWR)  # a forked process may have it open, too
         else:
             self.send(name, path.read_bytes(), fault)
 
