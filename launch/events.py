@@ -7,6 +7,7 @@ EVENTS/<cell>/rank-0000.jsonl   start and end of a process: node, exit code
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
 import time
@@ -60,6 +61,12 @@ class EventLog:
     def starts(self, job: str) -> list[dict[str, Any]]:
         """The turns of a job so far."""
         return [e for e in self.read() if e["event"] == "start" and e["job"] == job]
+
+    def in_vain(self) -> int:
+        """Turns in a row, up to the last, that their time limit ended before they gained
+        anything."""
+        ends = [e for e in reversed(self.read()) if "code" in e]
+        return sum(1 for _ in itertools.takewhile(lambda e: e.get("in_vain"), ends))
 
     def crashes(self, progress: str) -> int:
         """Turns in a row, up to the last, that began where the cell still is and ended without

@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,6 +33,11 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from launch.events import EventLog, ends_of_turn, outcome_of, verdict
 
 _STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_TAG = re.compile(r"([a-z][a-z0-9_]*)-\d{8}")
+"""Name of a checkpoint (trainer/checkpoint.py)."""
+END = "SLURM_JOB_END_TIME"
+LATE_S = 600.0
+"""Seconds before its time limit from which on a turn that stops is taken to end for that."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,9 @@ class Task:
         turn = restarts() if env.name() == "slurm" else len(own.starts(env.job_id))
         here: dict[str, Any] = {"job": env.job_id, "turn": turn}
         if env.global_rank == 0:
-            environ.update(_end_of_job(env))
-            self._note_start(env, here)
+            ends = _end_of_job(env)
+            environ |= {} if ends is None else {END: str(ends)}
+            self._note_start(env, here, ends)
         here |= {"rank": env.global_rank, "node": _node(env)}
         own.note("start", **here, pid=os.getpid())
         code = run_to_end([sys.executable, *self.argv], environ)
@@ -78,22 +86,29 @@ class Task:
         """
         log = EventLog(self.folder, self.cell)
         here = {"job": env.job_id, "turn": turn}
-        if not any(e["turn"] == turn for e in log.starts(env.job_id)):  # rank 0 never began
+        start = next((e for e in log.starts(env.job_id) if e["turn"] == turn), None)
+        if start is None:  # rank 0 never began
             self._note_start(env, here)
         end = verdict(ends_of_turn(self.folder, self.cell, env.job_id, turn), code)
         open_end = end["event"] in ("stopped", "crashed")
         wanted = open_end and not cancelled(self.folder) and _still_wanted(env)
         if open_end and not wanted:  # what ended it made it crash, perhaps
             end["event"] = "stopped"
-        log.note(**{**end, **here, "progress": progress(self.output)})
+        end |= {**here, "progress": progress(self.output)}
+        if wanted and end["event"] == "stopped" and start is not None:
+            late = time.time() > (start.get("ends") or math.inf) - LATE_S
+            end["in_vain"] = late and end["progress"] == start["progress"]
+        log.note(**end)
         if wanted and (end["event"] == "stopped" or self._may_restart(log)):
             self._requeue(env, log)
         return end["event"]
 
-    def _note_start(self, env: JobEnvironment, here: Mapping[str, Any]) -> None:
+    def _note_start(
+        self, env: JobEnvironment, here: Mapping[str, Any], ends: int | None = None
+    ) -> None:
         nodes = os.environ.get("SLURM_JOB_NODELIST") or env.hostname
         log = EventLog(self.folder, self.cell)
-        log.note("start", **here, node=nodes, progress=progress(self.output))
+        log.note("start", **here, node=nodes, ends=ends, progress=progress(self.output))
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> DelayedSubmission:
         """submitit's own way of continuing a job: the same task again."""
@@ -103,10 +118,19 @@ class Task:
         return log.crashes(progress(self.output)) <= self.max_crashes
 
     def _requeue(self, env: JobEnvironment, log: EventLog) -> None:
-        """Asks the scheduler for another turn, unless the job had all it may have."""
+        """Asks the scheduler for another turn, unless the job had all it may have, or its turns are
+        too short to get anywhere."""
         left = self.max_requeues - len(log.starts(env.job_id))
+        reason = ""
         if left < 0:
-            log.note("gave up", job=env.job_id, after=self.max_requeues)
+            reason = f"it was started again {self.max_requeues} times (max_requeues)"
+        elif log.in_vain() >= 2:
+            where = progress(self.output) or "its start"
+            reason = f"twice its time was up before it got beyond {where}: raise the time limit, "
+            reason += "unless the log says why nothing was saved"
+        if reason:
+            log.note("gave up", job=env.job_id, reason=reason)
+            print(f"error: not started again: {reason}", flush=True)
             return
         log.note("requeue", job=env.job_id)
         if env.name() == "slurm":
@@ -191,12 +215,14 @@ def address(node: str) -> str:
 
 
 def progress(output: str) -> str:
-    """How far a run is: stages that are finished and its newest complete checkpoint."""
+    """How far a run is: stages that are finished, and the newest complete checkpoint of the one
+    under way (those of finished stages may stay, and some are set aside)."""
     path = Path(output)
     finished: list[str] = []
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         finished = json.loads((path / "run.json").read_text(encoding="utf-8"))["finished"]
-    complete = sorted(p.parent.name for p in path.glob("checkpoints/*/COMPLETE"))
+    tags = [_TAG.fullmatch(p.parent.name) for p in path.glob("checkpoints/*/COMPLETE")]
+    complete = sorted(t[0] for t in tags if t and t[1] not in finished)
     return ",".join([*finished, *complete[-1:]])
 
 
@@ -220,14 +246,17 @@ def _still_wanted(env: JobEnvironment) -> bool:
     return state == "RUNNING" or reason == "TimeLimit"
 
 
-def _end_of_job(env: JobEnvironment) -> dict[str, str]:
-    """SLURM_JOB_END_TIME, which Slurm sets itself from version 23 on."""
-    if env.name() != "slurm" or "SLURM_JOB_END_TIME" in os.environ:
-        return {}
-    text = _ask("squeue", "--noheader", "--jobs", env.job_id, "--format", "%e").strip()
+def _end_of_job(env: JobEnvironment) -> int | None:
+    """When the time of a Slurm job is up, in seconds since 1970. From version 23 on Slurm says so
+    in the environment."""
+    if env.name() != "slurm":
+        return None
     with contextlib.suppress(ValueError):
-        return {"SLURM_JOB_END_TIME": str(int(datetime.fromisoformat(text).timestamp()))}
-    return {}
+        if END in os.environ:
+            return int(os.environ[END])
+        text = _ask("squeue", "--noheader", "--jobs", env.job_id, "--format", "%e").strip()
+        return int(datetime.fromisoformat(text).timestamp())
+    return None
 
 
 def _ask(*command: str) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -71,11 +72,11 @@ def test_a_job_that_lost_its_peers_is_not_one_that_someone_has_to_mend(error, ou
 )
 def test_a_turn_ends_as_those_say_who_know_most(tmp_path, codes, outcome):
     """Ranks, in order of time, and their exit codes."""
-    for time, (rank, code) in enumerate(codes.items()):
+    for when, (rank, code) in enumerate(codes.items()):
         log = EventLog(tmp_path, "a", rank)
         log.note(outcome_of(75), job="1", turn=0, rank=rank, node="n", code=75)  # an earlier turn
         log.note("start", job="1", turn=1, rank=rank, node="n")
-        log.note(outcome_of(code), job="1", turn=1, rank=rank, node="n", code=code, time=time)
+        log.note(outcome_of(code), job="1", turn=1, rank=rank, node="n", code=code, time=when)
     end = verdict(ends_of_turn(tmp_path, "a", "1", 1), 137)
     assert (end["event"], end.get("rank")) == outcome
 
@@ -147,6 +148,18 @@ def test_progress_is_what_is_complete(tmp_path):
     assert progress(str(tmp_path)) == "vae,joint-00000010"
 
 
+def test_progress_is_of_the_stage_under_way(tmp_path):
+    """Checkpoints of finished stages may stay, and others are set aside."""
+    (tmp_path / "run.json").write_text('{"finished": ["vae"]}')
+    for name in ("vae-00000900", "joint-00000090.superseded", "joint-00000080.damaged"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "COMPLETE").touch()
+    assert progress(str(tmp_path)) == "vae"
+    (tmp_path / "checkpoints/joint-00000010").mkdir()
+    (tmp_path / "checkpoints/joint-00000010/COMPLETE").touch()
+    assert progress(str(tmp_path)) == "vae,joint-00000010"
+
+
 def test_crashes_count_where_nothing_was_gained(tmp_path):
     log = EventLog(tmp_path, "cell")
     log.note("start", job="1", progress="a")
@@ -167,6 +180,45 @@ def test_events_survive_a_cut_line(tmp_path):
     with open(log.path, "a") as file:
         file.write('{"event": "fini')
     assert [e["event"] for e in log.read()] == ["start"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "last"),
+    [
+        ([(75, 60, 0), (75, 60, 0)], "gave up"),
+        ([(-signal.SIGUSR2, 60, 0), (-signal.SIGUSR2, -60, 0)], "gave up"),  # could not listen yet
+        ([(75, 60, 0), (75, 60, 1)], "requeue"),  # it made a step
+        ([(75, 60, 0), (75, 60, 1), (75, 60, 0)], "requeue"),
+        ([(75, 60, 0), (75, 60, 1), (75, 60, 0), (75, 60, 0)], "gave up"),
+        ([(75, 80000, 0)] * 4, "requeue"),  # not for its time limit: others wanted the node
+        ([(75, None, 0)] * 4, "requeue"),  # no limit
+        ([(75, 60, 0), (1, 60, 0), (75, 60, 0)], "requeue"),
+    ],
+)
+def test_turns_too_short_to_get_anywhere_are_not_repeated(
+    tmp_path, monkeypatch, capsys, turns, last
+):
+    """Exit code of each turn, seconds that it had left, and whether it gained a checkpoint."""
+    monkeypatch.setattr("launch.task._ask", lambda *command: "RUNNING None")
+    env = SimpleNamespace(job_id="7", hostname="n", name=lambda: "slurm")
+    task = Task("a", ("script.py",), str(tmp_path), str(tmp_path / "run"), 1000, 3)
+    log = EventLog(tmp_path, "a")
+    for turn, (code, left, gained) in enumerate(turns):
+        ends = None if left is None else int(time.time() + left)
+        log.note("start", job="7", turn=turn, ends=ends, progress=progress(task.output))
+        if gained:
+            path = tmp_path / "run" / "checkpoints" / f"vae-{turn:08d}"
+            path.mkdir(parents=True)
+            (path / "COMPLETE").touch()
+        here = {"job": "7", "turn": turn, "rank": 0, "node": "n"}
+        EventLog(tmp_path, "a", 0).note(outcome_of(code), **here, code=code)
+        task.settle(env, turn, 0)
+        assert (log.read()[-1]["event"] == "requeue") == (
+            turn < len(turns) - 1 or last != "gave up"
+        )
+    assert log.read()[-1]["event"] == last
+    said = "error: not started again: twice its time was up before it got beyond "
+    assert (said in capsys.readouterr().out) == (last == "gave up")
 
 
 # --- after a turn --------------------------------------------------------------------------------
