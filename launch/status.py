@@ -208,37 +208,36 @@ def cancel(path: str | Path) -> int:
     """Ends all cells of a submission that wait or run; returns how many.
 
     Raises:
-        ValueError: there is no submission, or Slurm refuses.
+        ValueError: there is no submission, or Slurm refuses or does not answer.
     """
     submission = Submission.find(path)
     if submission is None:
         raise ValueError(f"{path} was not submitted: there is no {Submission.folder_of(path)}")
     replace_text(submission.folder / "cancelled", "")
-    rows = [r for r in of_submission(submission) if r.state != "finished"]
-    known = slurm_states(i for a in submission.attempts for i in a["ids"].values()) or {}
-    ended = 0
-    for row in rows:
-        cluster, id = submission.job_id(row.cell)
-        if cluster == "local":
-            ended += end_local(int(id), submission.folder)
-    ids = sorted(
-        id
-        for attempt in submission.attempts
-        if attempt["cluster"] == "slurm"
-        for id in attempt["ids"].values()
-        if known.get(id, ("COMPLETED",))[0] not in _OVER
-    )
-    if ids:
-        done = subprocess.run(["scancel", *ids], capture_output=True, text=True)
+    ids: dict[str, set[str]] = {"slurm": set(), "local": set(), "debug": set()}
+    for attempt in submission.attempts:
+        ids[attempt["cluster"]] |= set(attempt["ids"].values())
+    ended = sum(end_local(int(id), submission.folder) for id in ids["local"])
+    known = slurm_states(ids["slurm"])
+    if known is None:
+        raise ValueError(
+            "squeue does not answer: no Slurm job was cancelled, but none of them will ask for "
+            "another turn; try again"
+        )
+    left = sorted(id for id in ids["slurm"] if known.get(id, ("COMPLETED",))[0] not in _OVER)
+    if left:
+        done = subprocess.run(["scancel", *left], capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"scancel: {done.stderr.strip()}")
-    return ended + len(ids)
+    return ended + len(left)
 
 
 def _reason(submission: Submission, cell: str, id: str) -> str:
     """Which process ended a job and how, with the line of its log that names the error, or else the
     last one."""
     events = [e for e in EventLog(submission.folder, cell).read() if e.get("job") == id]
+    if events and events[-1].get("reason"):
+        return f"not started again: {events[-1]['reason']}"
     end: dict[str, Any] = next((e for e in reversed(events) if "code" in e), {})
     words = []
     if end.get("rank"):

@@ -220,6 +220,34 @@ def test_a_crash_names_the_rank_that_knows(tmp_path, monkeypatch):
     assert row.reason == "rank 3 on node2: killed by signal 9: error: of rank 3"
 
 
+def test_a_job_that_is_not_started_again_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(status, "slurm_states", lambda ids: {"1": ("FAILED", "")})
+    log = EventLog(submitted(tmp_path, {"a": "1"}).folder, "a")
+    log.note("start", job="1", turn=0, node="n", progress="")
+    log.note("stopped", job="1", turn=0, rank=0, node="n", code=75, progress="")
+    log.note("gave up", job="1", reason="its time was up")
+    row = status.statuses(tmp_path / "runs")[0]
+    assert (row.state, row.reason) == ("failed", "not started again: its time was up")
+
+
+def test_cancel_asks_slurm_of_its_own_jobs_and_says_if_it_does_not_answer(tmp_path, monkeypatch):
+    submission = submitted(tmp_path, {"a": "debug"}, cluster="debug")
+    submission.attempts += [new_attempt("local", ROOT, {"a": "0"})]
+    submission.attempts += [new_attempt("slurm", ROOT, {"a": "4"})]
+    submission.attempts += [new_attempt("slurm", ROOT, {"a": "5"})]
+    submission.write()
+    known, done = {"4": ("COMPLETED", ""), "5": ("RUNNING", "n")}, []
+    monkeypatch.setattr(status, "slurm_states", lambda ids: {i: known[i] for i in ids})
+    ended = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(status.subprocess, "run", lambda c, **_: done.append(c) or ended)
+    assert status.cancel(tmp_path / "runs") == 1
+    assert done == [["scancel", "5"]]
+    monkeypatch.setattr(status, "slurm_states", lambda ids: None)
+    with pytest.raises(ValueError, match="squeue does not answer: no Slurm job was cancelled"):
+        status.cancel(tmp_path / "runs")
+    assert (submission.folder / "cancelled").exists()
+
+
 def test_a_turn_that_nobody_summed_up_ended_as_its_processes_say(tmp_path, monkeypatch):
     """The batch script was killed before it could."""
     monkeypatch.setattr(status, "slurm_states", lambda ids: {})
