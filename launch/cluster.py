@@ -318,7 +318,7 @@ def _start_local(config: SubmitConfig, task: Task, folder: Path, slot: int) -> L
         gpus_per_node=config.gpus,
         visible_gpus=tuple(range(first, first + config.gpus)),
         timeout_min=minutes(config.time) if config.time else 60 * 24 * 365,
-        signal_delay_s=90,
+        signal_delay_s=min(90, 30 * minutes(config.time)) if config.time else 90,
         stderr_to_stdout=True,
     )
     job = executor.submit(task)
