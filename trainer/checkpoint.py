@@ -6,6 +6,7 @@
     RUN/tensorboard/<stage>/         event files
     RUN/events/rank-0000.jsonl       what happened to a rank: start, save, skip, warning, stop …
     RUN/heartbeat.json               where the run is and when it was last seen alive
+    RUN/owner.json                   the process that started it last, and may write here
     RUN/skipped/                     batches whose gradient was not finite
     RUN/checkpoints/<stage>-<step>/  tensors, state.json, config.yaml; COMPLETE is written last and
                                      holds the files' hashes; MILESTONE marks one that is kept
@@ -19,7 +20,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
+import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,11 +38,11 @@ from trainer.files import (
     check_space,
     code_version,
     load_tensors,
+    new_directory,
     read_json,
     remove_tree,
     save_tensors,
     sha256,
-    sync_directory,
     write_json,
     write_text,
 )
@@ -96,6 +100,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._owner: dict[str, Any] = {}
 
     @property
     def checkpoints(self) -> Path:
@@ -131,6 +136,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         run = {"schema": SCHEMA, "version": __version__, "identity": identity, "finished": []}
         write_json(marker, run)  # first: a kill in between leaves a run to be continued
+        self._own()
         write_text(self.path / "config.yaml", config_yaml)
         return run
 
@@ -148,8 +154,14 @@ class RunDirectory:
                     f"{self.path} holds a run with another {key}: {_brief(old, new)}; "
                     "choose another run_dir, or give the settings it was started with"
                 )
-        self._sweep()
         target = None if resume in ("auto", "must") else resume
+        there = [path.name for path in self._complete()]
+        if target not in (None, run.get("rewound"), *there):
+            raise ValueError(
+                f"{self.path} has no checkpoint {target!r}; it has: {', '.join(there) or 'none'}"
+            )
+        self._own()
+        self._sweep()
         if target != run.get("rewound"):
             if target is not None:
                 self._rewind(run, target)
@@ -160,25 +172,41 @@ class RunDirectory:
             write_text(config, config_yaml)
         return run
 
+    def _own(self) -> None:
+        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "id": secrets.token_hex(8)}
+        write_json(self.path / "owner.json", self._owner)
+
+    def check_owner(self) -> None:
+        """Makes sure that no other process has started the run since this one did: two would mix
+        what they write. A command may be given twice; a node that was given up may still be alive.
+
+        Raises:
+            ValueError: one has. It continues the run, and this process must end.
+        """
+        owner = self._owner
+        with contextlib.suppress(OSError, ValueError):
+            owner = read_json(self.path / "owner.json")
+        if self._owner and owner["id"] != self._owner["id"]:
+            raise ValueError(
+                f"{self.path} was started again, by process {owner['pid']} on {owner['host']}: "
+                "that one continues the run, this one ends"
+            )
+
     def _sweep(self) -> None:
         """Removes what a killed process left half-written or half-deleted."""
         if self.checkpoints.is_dir():
             for path in self.checkpoints.iterdir():
                 half = TAG.match(path.name) and not (path / "COMPLETE").is_file()
-                if half or path.name.endswith(".tmp"):
+                if half or path.name.endswith((".partial", ".tmp")):  # .tmp: earlier versions
                     log.warning("checkpoint not complete, removed: %s", path)
                     remove_tree(path)
 
     def _rewind(self, run: dict[str, Any], tag: str) -> None:
         """Makes a checkpoint the newest: what came later is renamed, its stage is open again."""
-        paths = self._complete()
-        if tag not in [path.name for path in paths]:
-            there = ", ".join(path.name for path in paths) or "none"
-            raise ValueError(f"{self.path} has no checkpoint {tag!r}; it has: {there}")
         stage = tag.rpartition("-")[0]
         if stage in run["finished"]:
             del run["finished"][run["finished"].index(stage) :]
-        for path in paths:
+        for path in self._complete():
             other = path.name.rpartition("-")[0]
             earlier = path.name <= tag if other == stage else other in run["finished"]
             if not earlier:
@@ -194,6 +222,7 @@ class RunDirectory:
     def finish(self, stage: str) -> None:
         """Notes that a stage is done, and drops its checkpoints but milestones: what it made is
         exported."""
+        self.check_owner()
         run = self.read()
         if stage not in run["finished"]:
             run["finished"].append(stage)
@@ -223,20 +252,13 @@ class RunDirectory:
         path = self.checkpoints / checkpoint.tag
         if (path / "COMPLETE").is_file():
             return path
-        work = self.checkpoints / f".{checkpoint.tag}.tmp"
-        remove_tree(work)
-        work.mkdir(parents=True)
-        try:
+        if path.exists():  # one that could not be deleted
+            _set_aside(path, "damaged")
+        with new_directory(path) as work:
             self._write(work, checkpoint)
             if milestone:
                 write_text(work / "MILESTONE", "")
             write_json(work / "COMPLETE", {p.name: sha256(p) for p in sorted(work.iterdir())})
-            remove_tree(path)
-            work.rename(path)
-        except OSError:
-            remove_tree(work)
-            raise
-        sync_directory(self.checkpoints)
         self._prune(checkpoint.stage, keep)
         return path
 
@@ -254,7 +276,7 @@ class RunDirectory:
     def _prune(self, stage: str, keep: int) -> None:
         tags = [p for p in self.tags(stage) if not (p / "MILESTONE").is_file()]
         for old in tags[: max(0, len(tags) - keep)]:
-            (old / "COMPLETE").unlink()
+            (old / "COMPLETE").unlink(missing_ok=True)
             remove_tree(old)
 
     def latest(self, stage: str) -> Checkpoint | None:
@@ -281,6 +303,12 @@ class RunDirectory:
         """A checkpoint from its directory. Raises ValueError naming a damaged file."""
         match = TAG.match(path.name)
         assert match is not None
+        try:
+            return self._load(path, match)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} is not complete, or being deleted: {error}") from None
+
+    def _load(self, path: Path, match: re.Match[str]) -> Checkpoint:
         hashes = read_json(path / "COMPLETE") if (path / "COMPLETE").stat().st_size else {}
         if not isinstance(hashes, dict):
             raise ValueError(f"{path / 'COMPLETE'} is damaged: it must hold the files' hashes")

@@ -281,7 +281,12 @@ def open_checkpoint(path: str | Path, tag: str = "") -> tuple[Exported, dict[str
     if chosen is None:
         there = ", ".join(p.name for p in tags) or "none"
         raise ValueError(f"{run.path} has no checkpoint {tag or 'yet'!r}; it has: {there}")
-    checkpoint = run.load(chosen)
+    try:
+        checkpoint = run.load(chosen)
+    except ValueError:
+        if (chosen / "COMPLETE").is_file():
+            raise
+        return open_checkpoint(path, tag)  # the run goes on, and has deleted it meanwhile
     exported = read_model(_stage_directory(run.path, checkpoint.stage))
     weights = checkpoint.best or {**checkpoint.model, **checkpoint.average}
     return exported, weights, checkpoint.tag
@@ -390,13 +395,3 @@ def take_encoder(exported: Exported, section: Mapping[str, Any]) -> Encoder:
                     f"with {key}={value!r}: make the 'encoder' section agree, or leave it out"
                 )
     return exported.build_encoder()
-
-
-def standardisation(labels: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-    """Mean and population standard deviation of each target's present labels, [labels, targets]."""
-    values = torch.tensor(labels, dtype=torch.float64)
-    present = ~values.isnan()
-    count = present.sum(0).clamp(min=1)
-    mean = values.nan_to_num().sum(0) / count
-    square = ((values - mean).nan_to_num() ** 2 * present).sum(0) / count
-    return mean.tolist(), square.sqrt().tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from models.encoders import Encoder, build_encoder
 from trainer.checkpoint import RunDirectory
 from trainer.distributed import World
 from trainer.engine import EngineConfig
-from trainer.export import Scaler, open_model, standardisation, take_encoder
+from trainer.export import Scaler, open_model, take_encoder
 from trainer.files import load_into
 from trainer.settings import FinetuneJob, JobConfig
 from trainer.stage import Stage, StageConfig
@@ -161,6 +161,16 @@ def finetune_stage(
     if known is not None:
         load_into(stage.readout, known.weights("readout."), str(known.file))
     return stage, Scaler(config.targets, units, mean, std)
+
+
+def standardisation(labels: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """Mean and population standard deviation of each target's present labels, [labels, targets]."""
+    values = torch.tensor(labels, dtype=torch.float64)
+    present = ~values.isnan()
+    count = present.sum(0).clamp(min=1)
+    mean = values.nan_to_num().sum(0) / count
+    square = ((values - mean).nan_to_num() ** 2 * present).sum(0) / count
+    return mean.tolist(), square.sqrt().tolist()
 
 
 def with_label(dataset: Dataset, split: str, targets: list[str]) -> np.ndarray:

@@ -161,6 +161,7 @@ def fit(
         )
         with closing(session.watchdog):
             session.begin(checkpoint, total)
+            del checkpoint  # as large as the run
             session.train(step, total)
     except Exception as error:
         logger.event("error", message=str(lost_process(error, world.rank) or error))
@@ -336,6 +337,8 @@ class _Session:
 
     def log(self, step: int, lr: float) -> None:
         """Averages since the last call, to the logger."""
+        if self.engine.world.main:
+            self.run.check_owner()
         means = self.meter.means()
         self.meter = Meter()
         weights = self.engine.stage.weights
@@ -384,6 +387,8 @@ class _Session:
     def save(self, step: int) -> None:
         """Begins to save all that the next process needs. Collective."""
         self.watchdog.feed(10)
+        if self.engine.world.main:
+            self.run.check_owner()
         self.check_losses(step)
         state = {
             "stream": self.stream.state_dict(),

@@ -47,13 +47,11 @@ class StopRequest:
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self.reason = ""
-        now = time.time()
-        self._deadline = _deadline(
-            now, walltime_minutes, os.environ if environ is None else environ
-        )
+        left = _time_left(walltime_minutes, os.environ if environ is None else environ)
+        self._deadline = None if left is None else time.monotonic() + left
         self._margin = 60 * margin_minutes
-        if self._deadline is not None:
-            self._margin = min(self._margin, max(0.0, self._deadline - now) / 5)
+        if left is not None:
+            self._margin = min(self._margin, max(0.0, left) / 5)
         self._asked: float | None = None
         self._longest = 0.0
         for number in SIGNALS:
@@ -65,7 +63,7 @@ class StopRequest:
     def wanted(self) -> bool:
         """Whether to stop now. Asked once per step: the longest time between two questions so far
         (a step, with validation and save) is what one more would take of the walltime."""
-        now = time.time()
+        now = time.monotonic()
         if self._asked is not None:
             self._longest = max(self._longest, now - self._asked)
         self._asked = now
@@ -75,9 +73,9 @@ class StopRequest:
         return bool(self.reason)
 
 
-def _deadline(now: float, minutes: float | None, environ: Mapping[str, str]) -> float | None:
-    """The earliest end that is known, in seconds since 1970."""
-    ends = [] if minutes is None else [now + 60 * minutes]
+def _time_left(minutes: float | None, environ: Mapping[str, str]) -> float | None:
+    """Seconds to the earliest end that is known."""
+    left = [] if minutes is None else [60 * minutes]
     if environ.get("SLURM_JOB_END_TIME", "").isdigit():
-        ends.append(float(environ["SLURM_JOB_END_TIME"]))
-    return min(ends, default=None)
+        left.append(float(environ["SLURM_JOB_END_TIME"]) - time.time())
+    return min(left, default=None)

@@ -108,8 +108,8 @@ SAVE = [
     Moment("tensors are written", "trainer.checkpoint:save_tensors", 8, main=True),
     Moment("JSON is written", "trainer.checkpoint:write_json", 9, main=True),
     Moment("files are hashed", "trainer.checkpoint:sha256", 14, main=True),
-    Moment("it is in place", "trainer.checkpoint:sync_directory", 4, main=True),
-    Moment("old ones are removed", "trainer.checkpoint:remove_tree", 9, main=True),
+    Moment("it is in place", "trainer.files:sync_directory", 8, main=True),
+    Moment("old ones are removed", "trainer.checkpoint:remove_tree", 4, main=True),
     Moment("a file is put in place", "trainer.files:os.replace", 20, main=True),
 ]
 BETWEEN = [

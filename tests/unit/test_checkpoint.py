@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trainer.checkpoint import BackgroundWriter, Checkpoint, RunDirectory
-from trainer.files import load_into, load_tensors, save_tensors
+from trainer.files import load_into, load_tensors, save_tensors, sha256
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -90,13 +90,45 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run):
 
 def test_what_a_killed_process_left_is_swept(run, caplog):
     run.save(checkpoint(1), keep=1)
-    for name in (".vae-00000002.tmp", "vae-00000003"):
+    for name in (".vae-00000002.partial", "vae-00000003"):
         (run.checkpoints / name).mkdir()
         save_tensors(run.checkpoints / name / "model.safetensors", checkpoint(2).model)
     (run.checkpoints / "notes").mkdir()
     run.start("a: 1\n", {"seed": 0, "vae": {"lr": 1}}, "auto")
     assert "not complete, removed" in caplog.text and "vae-00000003" in caplog.text
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["notes", "vae-00000001"]
+
+
+def test_a_run_is_its_last_starters(run):
+    other = RunDirectory(run.path)
+    identity = {"seed": 0, "vae": {"lr": 1}}
+    for seed, resume in ((1, "auto"), (0, "vae-00000009")):
+        with pytest.raises(ValueError, match=r"another seed|no checkpoint"):
+            other.start("a: 1\n", {**identity, "seed": seed}, resume)
+        run.check_owner()  # who is turned away takes nothing over
+    other.start("a: 1\n", identity, "auto")
+    other.finish("vae")
+    with pytest.raises(
+        ValueError, match=r"started again, by process \d+ on .*: that one continues"
+    ):
+        run.finish("joint")
+    assert run.read()["finished"] == ["vae"]
+    (run.path / "owner.json").unlink()  # as a run of an earlier version
+    run.check_owner()
+
+
+def test_what_could_not_be_deleted_is_no_obstacle(run):
+    (run.checkpoints / "vae-00000001").mkdir(parents=True)
+    (run.checkpoints / "vae-00000001" / ".nfs01").touch()
+    run.save(checkpoint(1), keep=1)
+    assert run.latest("vae").step == 1
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_named(run, monkeypatch):
+    path = run.save(checkpoint(1), keep=1)
+    monkeypatch.setattr("trainer.checkpoint.sha256", lambda file: file.unlink() or sha256(file))
+    with pytest.raises(ValueError, match="vae-00000001 is not complete, or being deleted"):
+        run.load(path)
 
 
 def test_a_checkpoint_says_what_made_it(run):

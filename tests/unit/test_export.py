@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from datapipe.prototypes import TARGETS, UNITS, prototypes
 from datapipe.shards import Dataset, DatasetWriter
 from trainer import load
+from trainer.checkpoint import RunDirectory
 from trainer.config import run
 from trainer.export import lineage, open_checkpoint, open_model
 
@@ -154,7 +155,19 @@ def test_a_pretrained_models_card(runs, call, tmp_path):
     assert "validation | step 2, " in card and "flow" in card
 
 
-def test_checkpoints_of_a_run_that_is_not_finished(runs, crystals, call, tmp_path):
+def pruned(patch):
+    """`RunDirectory.load` of a run that goes on: at the first call a newer one takes its place."""
+    load = RunDirectory.load
+
+    def gone(self, path):
+        patch.setattr(RunDirectory, "load", load)
+        path.rename(path.with_name("finetune-00000002"))
+        return load(self, path)
+
+    return gone
+
+
+def test_checkpoints_of_a_run_that_is_not_finished(runs, crystals, call, tmp_path, monkeypatch):
     for name, args in {
         "pre": ["pretrain", *PRETRAIN],
         "fine": ["finetune", *FINETUNE, f"init_from={runs / 'pre'}", "trainer.ema_decay=0.9"],
@@ -172,6 +185,10 @@ def test_checkpoints_of_a_run_that_is_not_finished(runs, crystals, call, tmp_pat
         assert all(torch.equal(kept[key], weights[key]) for key in kept | weights)
         assert np.isfinite(load(shared).embed(crystals)).all()
     assert np.isfinite(load(shared).predict(crystals)).all()
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "load", pruned(patch))
+        assert open_checkpoint(place)[2] == "finetune-00000002"
+    tag = "finetune-00000002"
     saved = load_file(place / "checkpoints" / tag / "average.safetensors")
     assert all(torch.equal(kept[key], saved[key]) for key in saved)
 

@@ -309,9 +309,27 @@ def test_a_request_before_the_first_step_ends_at_once(train, handlers):
         train(before=lambda call: pytest.fail("no step is taken"), stop=stop)
 
 
+def test_a_run_that_is_started_again_elsewhere_ends_here(train):
+    """Two processes would mix what they write; the later one has the run, and goes on with it."""
+    whole, (expected, _) = train("whole")
+    other = RunDirectory(whole.path.with_name("run"))
+
+    def start_again(call):
+        if call == 3:
+            other.start("a: 1\n", {}, "must")
+
+    with pytest.raises(ValueError, match=r"run was started again, by process .* this one ends"):
+        train(before=start_again, checkpoint_every=1)
+    other.check_owner()
+    assert {p.name[-1] for p in other.tags("vae")} <= {"1", "2"}
+    assert [step for step, _ in read_metrics(other.path, "vae")["train/loss"]] == [1, 2]
+    _, (engine, _) = train()
+    assert_equal(engine.weights(), expected.weights())
+
+
 def test_walltime_leaves_room_for_a_step_and_the_save(monkeypatch, handlers):
     now = [1000.0]
-    monkeypatch.setattr("trainer.signals.time.time", lambda: now[0])
+    monkeypatch.setattr("trainer.signals.time.monotonic", lambda: now[0])
     stop = StopRequest(60, 3, environ={})
 
     def ask(after):
@@ -331,6 +349,9 @@ def test_walltime_is_slurms_where_it_ends_earlier(monkeypatch, handlers):
     assert not StopRequest(None, 3, environ={}).wanted()
     assert not StopRequest(10, 3, environ={"SLURM_JOB_END_TIME": "9000"}).wanted()
     assert StopRequest(10, 3, environ={"SLURM_JOB_END_TIME": "1000"}).wanted()
+    stop = StopRequest(10, 3, environ={"SLURM_JOB_END_TIME": "9000"})
+    monkeypatch.setattr("trainer.signals.time.time", lambda: 9000.0)  # the clock is set
+    assert not stop.wanted()
     # of a job of one minute the margin takes a fifth, so that something gets done
     assert not StopRequest(1, 3, environ={}).wanted()
 
