@@ -25,7 +25,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -46,6 +45,7 @@ from datapipe.shards import Dataset
 from models.dit import SIZES
 from models.encoders import build_encoder
 from models.norm import BatchNorm
+from tests.distributed.ranks import free_port
 from trainer import stages  # noqa: F401 - registers them
 from trainer.config import parse, required, run
 from trainer.distributed import World
@@ -95,12 +95,6 @@ class BenchmarkConfig:
     """Added latency for every doubling of the nodes."""
     overlap: float = 0.7
     """Share of the backward pass that can hide the reduction of gradients."""
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def joint_stage(dit: str = "mini", width: int = 128):
