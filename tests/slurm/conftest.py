@@ -134,11 +134,11 @@ class Desk:
         assert submission is not None
         return submission.job_id(cell or Path(output).name)[1]
 
-    def processes(self, output: str, *scripts: bytes) -> list[int]:
+    def processes(self, output: str, *scripts: bytes, job: str = "") -> list[int]:
         """Processes of a job that run one of the scripts; not their children that are about to run
         something else."""
         found = []
-        for pid in self.cluster.processes(f"SLURM_JOB_ID={self.job(output)}"):
+        for pid in self.cluster.processes(f"SLURM_JOB_ID={job or self.job(output)}"):
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 if any(word.endswith(scripts) for word in words):
@@ -146,10 +146,10 @@ class Desk:
         return [pid for pid in found if parent(pid) not in found]
 
     @contextlib.contextmanager
-    def frozen(self, output: str) -> Iterator[list[int]]:
+    def frozen(self, output: str, job: str = "") -> Iterator[list[int]]:
         """Holds all processes that train a run in mid-step for as long as the block lasts, so that
         what happens meanwhile does not depend on the machine's speed."""
-        found = self.processes(output, b"launch/pretrain.py", b"launch/finetune.py")
+        found = self.processes(output, b"launch/pretrain.py", b"launch/finetune.py", job=job)
         assert found, f"{output} has no process that trains"
         for pid in found:
             os.kill(pid, signal.SIGSTOP)

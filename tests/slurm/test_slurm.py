@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.ranks import ROOT
 from tests.slurm.cluster import state, wait_for
 from tests.slurm.conftest import FINETUNE, PRETRAIN, Desk, board, curve
 
@@ -68,6 +71,39 @@ def test_a_node_fails_and_comes_back(desk, pretrained):
     wait_for(lambda: "down" in desk.cluster.node_states()[1], "Slurm misses the node")
     desk.cluster.start_node("node2")
     assert_unbroken(desk, output, pretrained)
+
+
+def test_a_script_of_ones_own(desk, pretrained):
+    """The one in docs/cluster.md, with what differs here put in; stopped once."""
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    script = text[text.index("#!/bin/bash") :].partition("```")[0]
+    output, args = "runs/by-hand", [a for a in PRETRAIN if a not in ("job=pretrain", "nodes=2")]
+    own = {
+        "--ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8": "--ntasks-per-node=1",
+        "export MASTER_ADDR": "[ $MASTER_ADDR = node1 ] && export MASTER_ADDR=127.0.0.1",
+        ".venv/bin/python launch/": shlex.join([sys.executable, f"{ROOT}/launch/"]),
+        "--config configs/pretrain/crysldnet.yaml": shlex.join(args),
+        "data=data/gnome run_dir=runs/gnome": f"run_dir={output}",
+    }
+    for theirs, ours in own.items():
+        assert script.count(theirs) == 1, theirs
+        script = script.replace(theirs, ours)
+    (desk.path / "job.sh").write_text(script)
+    options = (f"--chdir={desk.path}", "--output=by-hand.out", "--parsable")
+    job = desk.cluster.run("sbatch", *options, str(desk.path / "job.sh")).strip()
+    log = desk.path / "by-hand.out"
+    wait_for(lambda: len(curve(desk.path / output)) >= 3, "the run is at step 3")
+    with desk.frozen(output, job):
+        desk.cluster.run("scancel", "--signal=USR2", job)
+    wait_for(
+        lambda: job not in desk.cluster.run("squeue", "--noheader", "--format=%i").split(),
+        "it ends",
+    )
+    said = log.read_text()
+    assert "rank 1/2 on" in said and "the same command continues" in said, said[-3000:]
+    assert desk.cluster.run("scontrol", "show", "job", job).count("Restarts=1 ") == 1, said[-3000:]
+    assert curve(desk.path / output) == curve(pretrained)
+    assert board(desk.path / output) == board(pretrained)
 
 
 def test_an_operator_requeues(desk, finetuned):
