@@ -62,10 +62,10 @@ class EventLog:
         """The turns of a job so far."""
         return [e for e in self.read() if e["event"] == "start" and e["job"] == job]
 
-    def in_vain(self) -> int:
-        """Turns in a row, up to the last, that their time limit ended before they gained
+    def in_vain(self, job: str) -> int:
+        """Turns of a job in a row, up to the last, that their time limit ended before they gained
         anything."""
-        ends = [e for e in reversed(self.read()) if "code" in e]
+        ends = [e for e in reversed(self.read()) if "code" in e and e["job"] == job]
         return sum(1 for _ in itertools.takewhile(lambda e: e.get("in_vain"), ends))
 
     def crashes(self, progress: str) -> int:

@@ -124,7 +124,7 @@ class Task:
         reason = ""
         if left < 0:
             reason = f"it was started again {self.max_requeues} times (max_requeues)"
-        elif log.in_vain() >= 2:
+        elif log.in_vain(env.job_id) >= 2:
             where = progress(self.output) or "its start"
             reason = f"twice its time was up before it got beyond {where}: raise the time limit, "
             reason += "unless the log says why nothing was saved"

@@ -203,6 +203,7 @@ def test_turns_too_short_to_get_anywhere_are_not_repeated(
     env = SimpleNamespace(job_id="7", hostname="n", name=lambda: "slurm")
     task = Task("a", ("script.py",), str(tmp_path), str(tmp_path / "run"), 1000, 3)
     log = EventLog(tmp_path, "a")
+    log.note("stopped", job="6", turn=0, code=75, in_vain=True)  # submitted before, with less time
     for turn, (code, left, gained) in enumerate(turns):
         ends = None if left is None else int(time.time() + left)
         log.note("start", job="7", turn=turn, ends=ends, progress=progress(task.output))
