@@ -280,7 +280,9 @@ def open_checkpoint(path: str | Path, tag: str = "") -> tuple[Exported, dict[str
     chosen = next((p for p in reversed(tags) if tag in ("", p.name)), None)
     if chosen is None:
         there = ", ".join(p.name for p in tags) or "none"
-        raise ValueError(f"{run.path} has no checkpoint {tag or 'yet'!r}; it has: {there}")
+        raise ValueError(
+            f"{run.path} has no checkpoint{f' {tag!r}' if tag else ''}; it has: {there}"
+        )
     try:
         checkpoint = run.load(chosen)
     except ValueError:

@@ -76,6 +76,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    except RuntimeError:  # torch's word for a file that has gone since
+        if path.is_file():
+            raise
+        raise ValueError(f"{path} was deleted while it was read") from None
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

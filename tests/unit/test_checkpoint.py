@@ -10,8 +10,9 @@ import threading
 import pytest
 import torch
 
+from trainer import files
 from trainer.checkpoint import BackgroundWriter, Checkpoint, RunDirectory
-from trainer.files import load_into, load_tensors, save_tensors, sha256
+from trainer.files import load_into, load_tensors, save_tensors
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -125,10 +126,19 @@ def test_what_could_not_be_deleted_is_no_obstacle(run):
 
 
 def test_a_checkpoint_that_goes_while_it_is_read_is_named(run, monkeypatch):
-    path = run.save(checkpoint(1), keep=1)
-    monkeypatch.setattr("trainer.checkpoint.sha256", lambda file: file.unlink() or sha256(file))
-    with pytest.raises(ValueError, match="vae-00000001 is not complete, or being deleted"):
-        run.load(path)
+    def opened(file):  # by torch, after the header
+        return torch.UntypedStorage.from_file(str(file), False, 1)
+
+    for name, read, words in (
+        ("checkpoint.sha256", files.sha256, "vae-00000001 is not complete, or being deleted"),
+        ("files.load_file", opened, r"model\.safetensors was deleted while it was read"),
+    ):
+        path = run.save(checkpoint(1), keep=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(f"trainer.{name}", lambda file, read=read: file.unlink() or read(file))
+            with pytest.raises(ValueError, match=words):
+                run.load(path)
+        shutil.rmtree(path)
 
 
 def test_a_checkpoint_says_what_made_it(run):
