@@ -247,10 +247,10 @@ def _still_wanted(env: JobEnvironment) -> bool:
 
 
 def _end_of_job(env: JobEnvironment) -> int | None:
-    """When the time of a Slurm job is up, in seconds since 1970. From version 23 on Slurm says so
-    in the environment."""
-    if env.name() != "slurm":
-        return None
+    """When the time of a job is up, in seconds since 1970. From version 23 on Slurm says so in the
+    environment."""
+    if env.name() == "local":
+        return int(time.time()) + int(os.environ["SUBMITIT_LOCAL_TIMEOUT_S"])
     with contextlib.suppress(ValueError):
         if END in os.environ:
             return int(os.environ[END])

@@ -116,6 +116,14 @@ def test_turns_are_limited(tmp_path):
     assert status.statuses(tmp_path / "runs")[0].state == "failed"
 
 
+def test_turns_in_vain_are_not_repeated(tmp_path):
+    _, failed = local(tmp_path, {"a": [75]}, time="1")
+    assert failed == ["a"]
+    assert len((tmp_path / "runs/a/turns").read_text()) == 2
+    row = status.statuses(tmp_path / "runs")[0]
+    assert row.state == "failed" and "twice its time was up before it got" in row.reason
+
+
 def test_local_cells_may_stop_more_often_than_submitit_restarts_them(tmp_path):
     _, failed = local(tmp_path, {"a": [75] * 6 + [0]})
     assert not failed
