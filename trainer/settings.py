@@ -8,7 +8,7 @@ from typing import Any
 
 from datapipe.stream import LoaderConfig
 from trainer.checkpoint import TAG
-from trainer.loop import TrainerConfig
+from trainer.options import TrainerConfig
 from trainer.stage import STAGES
 from trainer.stages import FinetuneConfig
 

@@ -26,7 +26,8 @@ from trainer.distributed import World
 from trainer.files import load_tensors, save_tensors
 from trainer.guards import SpikeMonitor, Watchdog, dump_batch, load_batch, try_batch
 from trainer.logger import read_metrics
-from trainer.loop import TrainerConfig, fit
+from trainer.loop import fit
+from trainer.options import TrainerConfig
 from trainer.signals import REQUEUE, SIGNALS, Requeue, StopRequest
 from trainer.stages import VAEConfig, VAEStage
 

@@ -12,9 +12,10 @@ from models.encoders import build_encoder
 from trainer import stages  # noqa: F401 - registers them
 from trainer.distributed import World
 from trainer.engine import EngineConfig, build_engine
-from trainer.loop import TrainerConfig, fit
+from trainer.loop import fit
 from trainer.meter import total_over_ranks, weighted_loss
 from trainer.optim import param_groups
+from trainer.options import TrainerConfig
 from trainer.stage import STAGES
 
 
