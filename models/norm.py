@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -88,6 +89,8 @@ class BatchNorm(nn.Module):
 
     synchronised = True
     """Whether ranks share their statistics, where there are several."""
+    counted = True
+    """Whether the rows of this rank enter statistics."""
 
     def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
@@ -120,7 +123,8 @@ class BatchNorm(nn.Module):
     @torch.no_grad()
     def standard(self, parts: Sequence[Moments], weight: Tensor) -> Standard:
         """What normalises rows with weights [n] whose moments are the merged parts (training;
-        updates the running statistics) or the running statistics (eval; parts are not used)."""
+        updates the running statistics) or the running statistics (eval, where parts are not used;
+        and where no rank has rows that count)."""
         if not self.training:
             mean, var = self.running_mean.to(weight.dtype), self.running_var.to(weight.dtype)
             return Standard(
@@ -128,6 +132,8 @@ class BatchNorm(nn.Module):
             )
         synchronised = self.synchronised and is_synchronised()
         total, mean, m2 = merge(parts)
+        if not self.counted:
+            total, mean, m2, weight = (torch.zeros_like(t) for t in (total, mean, m2, weight))
         if synchronised:
             total, mean, m2 = merge_over_ranks(Moments(total, mean, m2))
         if len(weight) <= 1 and total == 1:  # reads the device in this rare case alone
@@ -141,7 +147,23 @@ class BatchNorm(nn.Module):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), step.to(self.running_mean.dtype))
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), step.to(self.running_var.dtype))
         self.num_batches_tracked += 1
-        return Standard(mean, torch.rsqrt(m2 / some + self.eps), weight / some, synchronised)
+        mean = torch.where(total > 0, mean, self.running_mean.to(mean.dtype))
+        var = torch.where(total > 0, m2 / some, self.running_var.to(mean.dtype))
+        return Standard(mean, torch.rsqrt(var + self.eps), weight / some, synchronised)
+
+
+@contextmanager
+def uncounted(module: nn.Module) -> Iterator[None]:
+    """Rows that pass through do not enter the statistics of the module's batch norms; they are
+    normalised by those of the other ranks' rows, or by the running ones."""
+    norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
+    for norm in norms:
+        norm.counted = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.counted = True
 
 
 class _Normalize(torch.autograd.Function):

@@ -27,7 +27,7 @@ from trainer.meter import (
     Window,
     evaluate,
     nan_unless_finite,
-    nothing,
+    terms_of,
     total_over_ranks,
     weighted_loss,
 )
@@ -237,9 +237,7 @@ class _Session:
             began = time.monotonic()
             batch = next(batches)
             waited = time.monotonic() - began
-            terms = engine.forward(batch.to(world.device, non_blocking=True))
-            if batch.filler:
-                terms = nothing(terms)
+            terms = terms_of(engine, batch)
             crystals, atoms = (0, 0) if batch.filler else (batch.num_crystals, batch.num_atoms)
             extra = (stop, len(self.stream.quarantined), crystals, atoms, waited)
             sums = total_over_ranks(terms, extra, world)

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from datapipe.schema import CrystalBatch
 from datapipe.stream import Stream
+from models.norm import uncounted
 from trainer.distributed import World
 from trainer.engine import Engine
 from trainer.stage import Term
@@ -36,8 +38,14 @@ def total_over_ranks(terms: Mapping[str, Term], extra: Sequence[float], world: W
     return own
 
 
-def nothing(terms: Mapping[str, Term]) -> dict[str, Term]:
-    """The terms of a batch whose crystals only keep this rank in step with the others."""
+def terms_of(engine: Engine, batch: CrystalBatch) -> dict[str, Term]:
+    """The stage's terms of a batch. Of a filler, which only keeps this rank in step with the
+    others, they are nothing, and no other rank sees its crystals."""
+    on_device = batch.to(engine.world.device, non_blocking=True)
+    if not batch.filler:
+        return engine.forward(on_device)
+    with uncounted(engine.stage):
+        terms = engine.forward(on_device)
     return {name: Term(term.total * 0, term.count * 0) for name, term in terms.items()}
 
 
@@ -128,9 +136,7 @@ def evaluate(
     with torch.no_grad():
         for batch in stream:
             progress()
-            terms = engine.forward(batch.to(world.device, non_blocking=True))
-            if batch.filler:
-                terms = nothing(terms)
+            terms = terms_of(engine, batch)
             meter.add(list(terms), total_over_ranks(terms, (), world))
     stage.train()
     means = meter.means()

@@ -41,6 +41,13 @@ def pretrain(data: Path, run: Path, ranks: int, *args: str) -> Path:
     return run
 
 
+def events_of(run: Path, name: str) -> list[list[dict]]:
+    """The events of that name, of each rank."""
+    files = sorted((run / "events").iterdir())
+    found = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    return [[event for event in some if event["event"] == name] for some in found]
+
+
 def test_two_ranks_quarantine_what_one_does_and_tensorboard_shows_the_sum(damaged, tmp_path):
     runs = {ranks: pretrain(damaged, tmp_path / str(ranks), ranks) for ranks in (1, 2)}
     for ranks, run in runs.items():
@@ -49,9 +56,7 @@ def test_two_ranks_quarantine_what_one_does_and_tensorboard_shows_the_sum(damage
         assert [step for step, _ in shown] == list(range(1, STEPS + 1))
         assert [n for _, n in shown] == sorted(n for _, n in shown)
         assert shown[-1][1] == len(BAD)
-        files = sorted((run / "events").iterdir())
-        lines = [[json.loads(x) for x in f.read_text().splitlines()] for f in files]
-        met = [[x for x in some if x["event"] == "quarantine"] for some in lines]
+        met = events_of(run, "quarantine")
         assert len(met) == ranks
         assert all(met)  # every rank met some of them
         assert sorted(x["item"] for some in met for x in some) == list(BAD)
@@ -59,6 +64,17 @@ def test_two_ranks_quarantine_what_one_does_and_tensorboard_shows_the_sum(damage
     one, other = (curve(run, "vae") for run in runs.values())
     assert [s for s, _ in one] == [s for s, _ in other]
     assert [v for _, v in other] == pytest.approx([v for _, v in one], rel=2e-4)
+
+
+def test_a_rank_without_a_crystal_changes_nothing(damaged, tmp_path):
+    """With two crystals per step, each that is damaged leaves its rank of two without any: the
+    other's losses, and the batch norms that validation goes by, are those of one rank."""
+    small = "vae.batch_size=2", f"vae.max_steps={4 * STEPS}"
+    one, two = (pretrain(damaged, tmp_path / str(n), n, *small) for n in (1, 2))
+    assert sum(map(len, events_of(two, "quarantine"))) >= 3
+    for name in ("train/loss", "val/loss"):
+        expected = {step: pytest.approx(v, rel=2e-4) for step, v in curve(one, "vae", name)}
+        assert dict(curve(two, "vae", name)) == expected
 
 
 def test_more_than_the_limit_end_all_ranks(damaged, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.norm import BatchNorm, Moments, merge, moments
+from models.norm import BatchNorm, Moments, merge, moments, uncounted
 
 
 def rows(n=7, dim=5, seed=0):
@@ -113,3 +113,19 @@ def test_empty_part_has_no_moments():
     part = moments(torch.zeros(0, 2), torch.zeros(0))
     assert isinstance(part, Moments)
     assert part.total == 0 and not part.mean.any() and not part.m2.any()
+
+
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_rows_that_do_not_count_are_seen_by_no_statistics(n):
+    ours, _ = pair()
+    before = {k: v.clone() for k, v in ours.state_dict().items() if k.startswith("running")}
+    x = rows()[0].detach()[:n].requires_grad_()
+    with uncounted(nn.Sequential(ours)):
+        y = ours(x)
+    y.sum().backward()
+    assert all(torch.equal(ours.state_dict()[name], value) for name, value in before.items())
+    slope = ours.weight / (ours.running_var + ours.eps).sqrt()
+    torch.testing.assert_close(x.grad, slope.expand_as(x))
+    torch.testing.assert_close(y, ours.eval()(x))
+    ours.train()(rows()[0])
+    assert not torch.equal(ours.running_mean, before["running_mean"])  # counted again

@@ -301,7 +301,7 @@ def _check_factors(arms: Sequence[Arm], factors: Sequence[str]) -> None:
         if factor and factor not in known:
             raise ValueError(
                 f"{factor!r} is no factor to lay a table out by (seeds are replicates): "
-                f"there are {', '.join(known)}"
+                f"there are {', '.join(known) or 'none'}"
             )
 
 
