@@ -92,7 +92,7 @@ def test_a_script_of_ones_own(desk, pretrained):
     options = (f"--chdir={desk.path}", "--output=by-hand.out", "--parsable")
     job = desk.cluster.run("sbatch", *options, str(desk.path / "job.sh")).strip()
     log = desk.path / "by-hand.out"
-    wait_for(lambda: len(curve(desk.path / output)) >= 3, "the run is at step 3")
+    wait_for(lambda: len(curve(desk.path / output)) >= 3, "the run is at step 3", pause=0.02)
     with desk.frozen(output, job):
         desk.cluster.run("scancel", "--signal=USR2", job)
     wait_for(
