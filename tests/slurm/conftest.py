@@ -33,14 +33,17 @@ _SMALL = (
     "loader.workers=0",
 )
 
+STEPS = 40
+"""Of every run: enough to be met half-way on a machine that is slow to look."""
+
 PRETRAIN = (
     *("job=pretrain", "--config", "configs/pretrain/tiny.yaml", *_SMALL),
-    *("nodes=2", "stages=[vae]", "vae.max_steps=16", "vae.batch_size=16"),
+    *("nodes=2", "stages=[vae]", f"vae.max_steps={STEPS}", "vae.batch_size=16"),
 )
 
 FINETUNE = (
     *("job=finetune", "--config", "configs/finetune/tiny.yaml", *_SMALL),
-    *("target=ewald_energy", "finetune.max_steps=24", "finetune.batch_size=16"),
+    *("target=ewald_energy", f"finetune.max_steps={STEPS}", "finetune.batch_size=16"),
 )
 
 

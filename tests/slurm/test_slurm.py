@@ -12,7 +12,7 @@ import pytest
 
 from tests.distributed.ranks import ROOT
 from tests.slurm.cluster import state, wait_for
-from tests.slurm.conftest import FINETUNE, PRETRAIN, Desk, board, curve
+from tests.slurm.conftest import FINETUNE, PRETRAIN, STEPS, Desk, board, curve
 
 pytestmark = pytest.mark.slurm
 
@@ -47,7 +47,7 @@ def assert_unbroken(desk: Desk, output: str, undisturbed: Path) -> None:
 
 def test_two_nodes_train_one_model(desk, pretrained):
     steps = [(stage, step) for stage, step, _ in curve(pretrained)]
-    assert steps == [("vae", step) for step in range(1, 17)]
+    assert steps == [("vae", step) for step in range(1, STEPS + 1)]
     log = f"{pretrained}.submit/logs/{desk.job('runs/pretrained')}_1_log.out"
     assert "rank 1/2" in Path(log).read_text()
 
