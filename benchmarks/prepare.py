@@ -33,7 +33,8 @@ from pymatgen.io.cif import CifWriter
 from benchmarks.tables import show
 from datapipe.crystal import Crystal
 from datapipe.filters import Filters
-from datapipe.prepare import PrepareConfig, prepare
+from datapipe.inputs import PrepareConfig
+from datapipe.prepare import prepare
 from datapipe.shards import Dataset
 from datapipe.sources import Options, Reading, read_raw, resolve
 from trainer.config import parse, required, run

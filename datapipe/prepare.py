@@ -30,8 +30,6 @@ from datapipe.sources.base import nearest
 from datapipe.sources.parallel import Workers
 from datapipe.sources.parse import is_labelled
 
-__all__ = ["DROPPED", "PrepareConfig", "plan", "prepare", "reasons", "summary", "write"]
-
 DROPPED = "dropped.csv"
 
 _LOOKED_AT = 1000

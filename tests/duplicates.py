@@ -12,8 +12,9 @@ from pymatgen.analysis.structure_matcher import StructureMatcher
 
 from datapipe.crystal import Crystal
 from datapipe.dedup import Duplicates
+from datapipe.inputs import PrepareConfig
 from datapipe.manifest import SPLITS
-from datapipe.prepare import PrepareConfig, prepare
+from datapipe.prepare import prepare
 from datapipe.shards import Dataset, DatasetWriter
 
 PLAIN = StructureMatcher(stol=0.1, angle_tol=10, ltol=0.3)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from datapipe import writer as writing
+from datapipe.inputs import PrepareConfig
 from datapipe.manifest import Manifest
-from datapipe.prepare import PrepareConfig, prepare
+from datapipe.prepare import prepare
 from datapipe.shards import Dataset
 from tests.damage import COUNT, lost, write
 

@@ -13,20 +13,10 @@ from datapipe.filters import Filters
 from datapipe.inputs import PrepareConfig
 from datapipe.manifest import Manifest
 from datapipe.prepare import plan, prepare
-from tests.tables import config, contents, leftovers, make_cifs, rows, write
+from tests.tables import config, contents, leftovers, rows, write
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "launch" / "prepare.py"
-
-
-@pytest.fixture(scope="module")
-def cifs() -> list[str]:
-    return make_cifs()
-
-
-@pytest.fixture
-def source(tmp_path, cifs) -> str:
-    return write(tmp_path / "all.csv", rows(cifs))
 
 
 @pytest.mark.parametrize(

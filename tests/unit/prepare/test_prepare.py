@@ -11,17 +11,7 @@ from datapipe.crystal import Crystal
 from datapipe.filters import Filters
 from datapipe.manifest import SPLITS, Manifest
 from datapipe.prepare import prepare, summary
-from tests.tables import config, contents, dropped, leftovers, make_cifs, read, rows, write
-
-
-@pytest.fixture(scope="module")
-def cifs() -> list[str]:
-    return make_cifs()
-
-
-@pytest.fixture
-def source(tmp_path, cifs) -> str:
-    return write(tmp_path / "all.csv", rows(cifs))
+from tests.tables import config, contents, dropped, leftovers, read, rows, write
 
 
 def test_csv_comes_back_as_pymatgen_reads_it(tmp_path, source, cifs):

@@ -9,17 +9,7 @@ import pytest
 from datapipe.filters import Filters
 from datapipe.manifest import SPLITS
 from datapipe.prepare import prepare
-from tests.tables import config, make_cifs, read, rows, write
-
-
-@pytest.fixture(scope="module")
-def cifs() -> list[str]:
-    return make_cifs()
-
-
-@pytest.fixture
-def source(tmp_path, cifs) -> str:
-    return write(tmp_path / "all.csv", rows(cifs))
+from tests.tables import config, read, rows, write
 
 
 def test_splits_by_file(tmp_path, cifs):
