@@ -312,13 +312,14 @@ def run_local(
 def _start_local(config: SubmitConfig, task: Task, folder: Path, slot: int) -> LocalJob:
     executor = LocalExecutor(folder / "logs", max_num_timeout=config.max_requeues)
     first = slot * config.gpus
+    limit = minutes(config.time) if config.time else 60 * 24 * 365
     executor.update_parameters(
         nodes=1,
         tasks_per_node=config.tasks_per_node,
         gpus_per_node=config.gpus,
         visible_gpus=tuple(range(first, first + config.gpus)),
-        timeout_min=minutes(config.time) if config.time else 60 * 24 * 365,
-        signal_delay_s=min(90, 30 * minutes(config.time)) if config.time else 90,
+        timeout_min=limit,
+        signal_delay_s=min(90, 30 * limit),
         stderr_to_stdout=True,
     )
     job = executor.submit(task)

@@ -179,14 +179,17 @@ class RunDirectory:
     def check_owner(self) -> None:
         """Makes sure that no other process has started the run since this one did: two would mix
         what they write. A command may be given twice; a node that was given up may still be alive.
+        Of a process that did not start it, as ranks above 0, there is nothing to check.
 
         Raises:
             ValueError: one has. It continues the run, and this process must end.
         """
+        if not self._owner:
+            return
         owner = self._owner
         with contextlib.suppress(OSError, ValueError):
             owner = read_json(self.path / "owner.json")
-        if self._owner and owner["id"] != self._owner["id"]:
+        if owner["id"] != self._owner["id"]:
             raise ValueError(
                 f"{self.path} was started again, by process {owner['pid']} on {owner['host']}: "
                 "that one continues the run, this one ends"

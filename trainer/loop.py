@@ -280,8 +280,7 @@ class _Session:
 
     def log(self, step: int, lr: float) -> None:
         """Averages since the last call, to the logger."""
-        if self.engine.world.main:
-            self.run.check_owner()
+        self.run.check_owner()
         means = self.meter.means()
         self.meter = Meter()
         weights = self.engine.stage.weights
@@ -330,8 +329,7 @@ class _Session:
     def save(self, step: int) -> None:
         """Begins to save all that the next process needs. Collective."""
         self.watchdog.feed(10)
-        if self.engine.world.main:
-            self.run.check_owner()
+        self.run.check_owner()
         self.check_losses(step)
         state = {
             "stream": self.stream.state_dict(),

@@ -109,13 +109,18 @@ def _read(dataset: Dataset, split: str, wanted: set[str], groups: bool) -> Facts
     )
 
 
+def _data_sets(line: Sequence[Arm]) -> list[str]:
+    """Fingerprints of what some arms were judged on."""
+    return list(dict.fromkeys(r.fingerprint for arm in line for r in arm.results.values()))
+
+
 def facts_behind(line: Sequence[Arm], facts: Mapping[str, Facts]) -> Facts | None:
     """Facts of all crystals that some arms were judged on: replicates may have data sets of their
     own (folds). None where one of these is not there."""
-    behind = dict.fromkeys(r.fingerprint for a in line for r in a.results.values())
-    parts = [facts[f] for f in behind if f in facts]
-    if not parts or len(parts) < len(behind):
+    behind = _data_sets(line)
+    if not behind or not facts.keys() >= set(behind):
         return None
+    parts = [facts[f] for f in behind]
     if len(parts) == 1:
         return parts[0]
     chosen: dict[str, tuple[int, int]] = {}  # part and row of each crystal
@@ -145,7 +150,7 @@ def means_inside(errors: np.ndarray, inside: np.ndarray) -> np.ndarray:
 
 def atoms_table(suite: Suite, arms: Sequence[Arm], facts: dict[str, Facts]) -> Table:
     """MAE of each arm by number of atoms per cell, without those whose data set is not there."""
-    known = [a for a in arms if a.results and facts_behind([a], facts)]
+    known = [a for a in arms if a.results and facts.keys() >= set(_data_sets([a]))]
     factors = varying(known, [suite.compared])
     values = list(dict.fromkeys(a.values.get(suite.compared, "") for a in known))
     others = [v for v in values if v != suite.baseline] if suite.compared else []
