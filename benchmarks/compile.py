@@ -31,11 +31,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from benchmarks.tables import show
-from datapipe.shards import Dataset
-from models import kernels
-from models.dit import SIZES, DiT
-from trainer.config import parse, required, run
-from trainer.engine import PRECISIONS, set_recompute
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.models import kernels
+from crysforge.models.denoisers.dit import SIZES, DiT
+from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.engines.base import PRECISIONS, set_recompute
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, list[int]]
 """Latents, times, crystal of each token, first token of each crystal, and sizes."""

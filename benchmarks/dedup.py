@@ -37,12 +37,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pymatgen.analysis.structure_matcher import StructureMatcher
 
 from benchmarks.tables import markdown
-from datapipe.crystal import BadCrystal, Crystal
-from datapipe.dedup import Decide, Duplicates, Formulas, Reference, Task
-from datapipe.manifest import SPLITS
-from datapipe.matcher import Match, Matcher, Reduced
-from datapipe.shards import Dataset
-from trainer.config import parse, required, run
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.preparing.dedup import Decide, Duplicates, Formulas, Reference, Task
+from crysforge.datapipe.preparing.matcher import Match, Matcher, Reduced
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.datapipe.storage.manifest import SPLITS
+from crysforge.trainer.base.command_line import parse, required, run
 
 
 @dataclass(kw_only=True)

@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tables import show
-from datapipe.crystal import Crystal
-from datapipe.shards import Dataset
-from trainer.config import parse, required, run
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.trainer.base.command_line import parse, required, run
 
 
 @dataclass(kw_only=True)

@@ -27,15 +27,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tables import show
-from datapipe.crystal import Crystal
-from datapipe.graph import build
-from datapipe.schema import CrystalBatch
-from datapipe.shards import Dataset
-from models.encoders import ENCODERS, Encoder, build_encoder
-from models.registry import configure
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.graphs.packing import build
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.models.encoders import ENCODERS, Encoder, build_encoder
+from crysforge.models.registry import configure
+from crysforge.trainer.base.command_line import parse, required, run
 from tests import reference_angles, reference_backbones
 from tests.reference_encoders import reference
-from trainer.config import parse, required, run
 
 PLAIN = {**reference_backbones.PLAIN, **reference_angles.PLAIN}
 Run = Callable[[CrystalBatch], Tensor]

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 
 from benchmarks.tables import show
-from datapipe.crystal import BadCrystal, Crystal
-from datapipe.graph import neighbours, pack
-from datapipe.schema import GraphSpec
-from datapipe.shards import Dataset
-from datapipe.transforms import MaskAtoms, Sample
-from trainer.config import parse, required, run
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.graphs.packing import neighbours, pack
+from crysforge.datapipe.graphs.transforms import MaskAtoms, Sample
+from crysforge.datapipe.schema import GraphSpec
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.trainer.base.command_line import parse, required, run
 
 T = TypeVar("T")
 

@@ -27,15 +27,15 @@ import numpy as np
 import torch
 
 from benchmarks.tables import show
-from datapipe.crystal import Crystal
-from datapipe.graph import build
-from datapipe.shards import Dataset
-from models import kernels
-from models.encoders import build_encoder
-from models.kernels import trial
-from models.ops import Edges
-from trainer.config import parse, required, run
-from trainer.engine import PRECISIONS
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.graphs.packing import build
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.models import kernels
+from crysforge.models.encoders import build_encoder
+from crysforge.models.kernels import self_test as trial
+from crysforge.models.ops.edges import Edges
+from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.engines.base import PRECISIONS
 
 
 @dataclass(kw_only=True)

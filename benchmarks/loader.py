@@ -41,16 +41,22 @@ import torch
 
 from benchmarks.processes import resident
 from benchmarks.tables import markdown
-from datapipe.actions import SubsetConfig, subset
-from datapipe.bake import BakeConfig, bake
-from datapipe.crystal import Crystal
-from datapipe.filters import Filters
-from datapipe.manifest import MANIFEST, SCHEMA_VERSION, Manifest, Shard, Target
-from datapipe.record import INDEX, encode
-from datapipe.schema import GraphSpec
-from datapipe.shards import Dataset
-from datapipe.stream import LoaderConfig, Stream
-from trainer.config import parse, run
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.filters import Filters
+from crysforge.datapipe.loading.stream import LoaderConfig, Stream
+from crysforge.datapipe.preparing.bake import BakeConfig, bake
+from crysforge.datapipe.preparing.edit import SubsetConfig, subset
+from crysforge.datapipe.schema import GraphSpec
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.datapipe.storage.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Manifest,
+    Shard,
+    Target,
+)
+from crysforge.datapipe.storage.record import INDEX, encode
+from crysforge.trainer.base.command_line import parse, run
 
 SPECS = {
     "pddformer": GraphSpec(neighbors=25, pdd=92, depth=4),

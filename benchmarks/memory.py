@@ -29,20 +29,21 @@ import torch
 
 from benchmarks.processes import resident
 from benchmarks.tables import show
-from datapipe.crystal import Crystal
-from datapipe.graph import build
-from datapipe.schema import CrystalBatch
-from datapipe.shards import Dataset
-from datapipe.transforms import Sample
-from models.encoders import build_encoder
-from trainer import stages  # noqa: F401 - registers them
-from trainer.config import parse, required, run
-from trainer.distributed import World
-from trainer.engine import EngineConfig, build_engine
-from trainer.memory import plan_memory
-from trainer.meter import total_over_ranks, weighted_loss
-from trainer.optim import param_groups
-from trainer.stage import STAGES, Stage
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.graphs.packing import build
+from crysforge.datapipe.graphs.transforms import Sample
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.models.encoders import build_encoder
+from crysforge.trainer import stages  # noqa: F401 - registers them
+from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.distributed import World
+from crysforge.trainer.engines.base import EngineConfig
+from crysforge.trainer.engines.build import build_engine
+from crysforge.trainer.loop.averages import total_over_ranks, weighted_loss
+from crysforge.trainer.loop.memory import plan_memory
+from crysforge.trainer.loop.optim import param_groups
+from crysforge.trainer.stages.base import STAGES, Stage
 
 PUBLISHED_MB = {"vae": 5986, "joint": 8482}
 

@@ -31,13 +31,13 @@ from pymatgen.core import Structure
 from pymatgen.io.cif import CifWriter
 
 from benchmarks.tables import show
-from datapipe.crystal import Crystal
-from datapipe.filters import Filters
-from datapipe.inputs import PrepareConfig
-from datapipe.prepare import prepare
-from datapipe.shards import Dataset
-from datapipe.sources import Options, Reading, read_raw, resolve
-from trainer.config import parse, required, run
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.filters import Filters
+from crysforge.datapipe.preparing.config import PrepareConfig
+from crysforge.datapipe.preparing.prepare import prepare
+from crysforge.datapipe.sources import Options, Reading, read_raw, resolve
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.trainer.base.command_line import parse, required, run
 
 
 @dataclass(kw_only=True)

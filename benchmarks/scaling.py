@@ -39,20 +39,21 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.tables import markdown
-from datapipe.crystal import Crystal
-from datapipe.graph import build
-from datapipe.shards import Dataset
-from models.dit import SIZES
-from models.encoders import build_encoder
-from models.norm import BatchNorm
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.graphs.packing import build
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.models.denoisers.dit import SIZES
+from crysforge.models.encoders import build_encoder
+from crysforge.models.ops.norm import BatchNorm
+from crysforge.trainer import stages  # noqa: F401 - registers them
+from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.distributed import World
+from crysforge.trainer.engines.base import EngineConfig
+from crysforge.trainer.engines.build import build_engine
+from crysforge.trainer.loop.averages import total_over_ranks, weighted_loss
+from crysforge.trainer.loop.optim import param_groups
+from crysforge.trainer.stages.base import STAGES
 from tests.distributed.ranks import free_port
-from trainer import stages  # noqa: F401 - registers them
-from trainer.config import parse, required, run
-from trainer.distributed import World
-from trainer.engine import EngineConfig, build_engine
-from trainer.meter import total_over_ranks, weighted_loss
-from trainer.optim import param_groups
-from trainer.stage import STAGES
 
 COLLECTIVES = (
     "all_reduce",

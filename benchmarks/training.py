@@ -25,11 +25,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tables import show
-from trainer.config import parse, required, run
-from trainer.evaluation.costs import built
-from trainer.export import open_model
-from trainer.jobs import count_parameters
-from trainer.logger import read_metrics
+from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.evaluation.costs import built
+from crysforge.trainer.runs.logger import read_metrics
+from crysforge.trainer.runs.model_directory import open_model
+from crysforge.trainer.stages.base import count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY, SKIPPED = 10, 2

@@ -22,12 +22,18 @@ import torch
 from benchmarks.memory import BenchmarkConfig as BatchConfig
 from benchmarks.memory import make
 from benchmarks.tables import show
-from models import kernels
-from trainer.config import parse, required, run
-from trainer.distributed import World
-from trainer.engine import EngineConfig, build_engine
-from trainer.meter import nan_unless_finite, peak_bytes, total_over_ranks, weighted_loss
-from trainer.optim import param_groups
+from crysforge.models import kernels
+from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.distributed import World
+from crysforge.trainer.engines.base import EngineConfig
+from crysforge.trainer.engines.build import build_engine
+from crysforge.trainer.loop.averages import (
+    nan_unless_finite,
+    peak_bytes,
+    total_over_ranks,
+    weighted_loss,
+)
+from crysforge.trainer.loop.optim import param_groups
 
 
 @dataclass(kw_only=True)

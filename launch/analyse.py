@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datapipe.shards import Dataset
-from trainer.analysis.report import AnalysisConfig, analyse
-from trainer.config import parse, required, run
-from trainer.distributed import device_of
-from trainer.export import open_model
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.trainer.analysis.report import AnalysisConfig, analyse
+from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.distributed import device_of
+from crysforge.trainer.runs.model_directory import open_model
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.config import parse, run
+from crysforge.trainer.base.command_line import parse, run
 
 TARGET = "ewald_energy"
 

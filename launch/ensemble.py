@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.config import parse, required, run
-from trainer.ensemble import create
+from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.serving.ensemble import create
 
 
 @dataclass(kw_only=True)

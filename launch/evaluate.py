@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.status import run_directories
-from launch.submission import SUFFIX, Submission
-from trainer.config import parse, required, run
-from trainer.evaluation.report import EvaluateConfig, evaluate
-from trainer.evaluation.suite import SUITE, Cell, Suite
+from crysforge.launch.cluster.status import run_directories
+from crysforge.launch.cluster.submission import SUFFIX, Submission
+from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.evaluation.report import EvaluateConfig, evaluate
+from crysforge.trainer.evaluation.suite import SUITE, Cell, Suite
 
 
 def find(path: Path) -> Suite:

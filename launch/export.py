@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.card import share
-from trainer.config import parse, required, run
-from trainer.export import open_checkpoint, open_model
+from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.runs.card import share
+from crysforge.trainer.runs.model_directory import open_checkpoint, open_model
 
 
 @dataclass(kw_only=True)

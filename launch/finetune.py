@@ -20,15 +20,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from datapipe.shards import Dataset
-from trainer import distributed, jobs, reports
-from trainer.checkpoint import RunDirectory
-from trainer.config import parse, required, run, to_yaml
-from trainer.export import describe_data, describe_stage, export_stage, lineage
-from trainer.files import copied_state, write_json
-from trainer.loop import Result, fit
-from trainer.settings import FinetuneJob
-from trainer.signals import StopRequest
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.trainer.base import distributed
+from crysforge.trainer.base.command_line import parse, required, run, to_yaml
+from crysforge.trainer.base.signals import StopRequest
+from crysforge.trainer.base.tensors import copied_state, write_json
+from crysforge.trainer.jobs import finetuning as reports
+from crysforge.trainer.jobs import setup as jobs
+from crysforge.trainer.jobs.schemas import FinetuneJob
+from crysforge.trainer.loop.fit import Result, fit
+from crysforge.trainer.runs.checkpoint import RunDirectory
+from crysforge.trainer.runs.model_directory import (
+    describe_data,
+    describe_stage,
+    export_stage,
+    lineage,
+)
 
 
 def main() -> None:

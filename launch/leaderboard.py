@@ -19,11 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.registry import nearest
-from trainer.config import parse, required, run
-from trainer.evaluation.suite import SUITE
-from trainer.leaderboards import jarvis, matbench
-from trainer.untrusted import read_object
+from crysforge.models.registry import nearest
+from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.safe_read import read_object
+from crysforge.trainer.evaluation.suite import SUITE
+from crysforge.trainer.serving.leaderboards import jarvis, matbench
 
 BOARDS = ("jarvis", "matbench")
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datapipe.sources import read_crystals
-from trainer import reports
-from trainer.config import parse, required, run
-from trainer.predictor import load
+from crysforge.datapipe.sources import read_crystals
+from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.jobs import finetuning as reports
+from crysforge.trainer.serving.load import load
 
 
 @dataclass(kw_only=True)

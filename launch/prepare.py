@@ -32,17 +32,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datapipe.actions import MergeConfig, ReshardConfig, SubsetConfig, merge, reshard, subset
-from datapipe.bake import BakeConfig, bake
-from datapipe.bytes import join_path, local_path
-from datapipe.inputs import PrepareConfig
-from datapipe.prepare import plan, prepare, summary
-from datapipe.schema import GraphSpec
-from datapipe.statistics import InspectConfig, columns, describe, statistics
-from datapipe.verify import VerifyConfig, verify
-from models.encoders import build_encoder
-from trainer import plots
-from trainer.config import parse, read_yaml, required, run
+from crysforge.datapipe.preparing.bake import BakeConfig, bake
+from crysforge.datapipe.preparing.config import PrepareConfig
+from crysforge.datapipe.preparing.edit import (
+    MergeConfig,
+    ReshardConfig,
+    SubsetConfig,
+    merge,
+    reshard,
+    subset,
+)
+from crysforge.datapipe.preparing.inspect import InspectConfig, columns, describe, statistics
+from crysforge.datapipe.preparing.prepare import prepare
+from crysforge.datapipe.preparing.verify import VerifyConfig, verify
+from crysforge.datapipe.preparing.write import plan, summary
+from crysforge.datapipe.schema import GraphSpec
+from crysforge.datapipe.storage.remote import join_path, local_path
+from crysforge.models.encoders import build_encoder
+from crysforge.trainer.base.command_line import parse, read_yaml, required, run
+from crysforge.trainer.figures import plots
 
 
 def make() -> None:

@@ -15,16 +15,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datapipe.shards import Dataset
-from trainer import distributed, jobs
-from trainer.checkpoint import RunDirectory
-from trainer.config import parse, required, run, to_yaml
-from trainer.export import describe_data, describe_stage, export_stage, lineage, open_model
-from trainer.loop import fit
-from trainer.memory import memory_text
-from trainer.settings import pretrain_schema
-from trainer.signals import StopRequest
-from trainer.stage import STAGES
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.trainer.base import distributed
+from crysforge.trainer.base.command_line import parse, required, run, to_yaml
+from crysforge.trainer.base.signals import StopRequest
+from crysforge.trainer.jobs import setup as jobs
+from crysforge.trainer.jobs.schemas import pretrain_schema
+from crysforge.trainer.loop.fit import fit
+from crysforge.trainer.loop.memory import memory_text
+from crysforge.trainer.runs.checkpoint import RunDirectory
+from crysforge.trainer.runs.model_directory import (
+    describe_data,
+    describe_stage,
+    export_stage,
+    lineage,
+    open_model,
+)
+from crysforge.trainer.stages.base import STAGES
 
 
 def main() -> None:

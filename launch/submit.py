@@ -24,20 +24,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch import status
-from launch.cluster import (
-    SubmitConfig,
+from crysforge.launch.cluster import status
+from crysforge.launch.cluster.config import SubmitConfig
+from crysforge.launch.cluster.executors import (
     run_here,
     run_local,
     script,
     slurm_executor,
     submit_slurm,
 )
-from launch.jobs import Cell, groups, settings_of, waves
-from launch.request import Request
-from launch.submission import ROOT, Submission, new_attempt
-from launch.task import Task
-from trainer.config import run
+from crysforge.launch.cluster.jobs import Cell, groups, settings_of, waves
+from crysforge.launch.cluster.request import Request
+from crysforge.launch.cluster.submission import ROOT, Submission, new_attempt
+from crysforge.launch.cluster.worker import Task
+from crysforge.trainer.base.command_line import run
 
 
 def main() -> None:

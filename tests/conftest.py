@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from datapipe.crystal import Crystal
+from crysforge.datapipe.crystals.crystal import Crystal
+from tests.runs import call, data, exploit, runs  # noqa: F401 - fixtures
 
 if not torch.cuda.is_available():  # read when Triton is imported, which needs a GPU otherwise
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from datapipe.crystal import BadCrystal
-from datapipe.shards import DatasetWriter
+from crysforge.datapipe.crystals.crystal import BadCrystal
+from crysforge.datapipe.storage.dataset import DatasetWriter
 
 COUNT, SHARD = 45, 15
 

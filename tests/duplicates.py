@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from pymatgen.analysis.structure_matcher import StructureMatcher
 
-from datapipe.crystal import Crystal
-from datapipe.dedup import Duplicates
-from datapipe.inputs import PrepareConfig
-from datapipe.manifest import SPLITS
-from datapipe.prepare import prepare
-from datapipe.shards import Dataset, DatasetWriter
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.preparing.config import PrepareConfig
+from crysforge.datapipe.preparing.dedup import Duplicates
+from crysforge.datapipe.preparing.prepare import prepare
+from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
+from crysforge.datapipe.storage.manifest import SPLITS
 
 PLAIN = StructureMatcher(stol=0.1, angle_tol=10, ltol=0.3)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from datapipe.shards import DatasetWriter
+from crysforge.datapipe.storage.dataset import DatasetWriter
+from crysforge.trainer.base.tensors import write_json, write_text
+from crysforge.trainer.jobs.tables import errors, write_predictions
 from tests.conftest import make_crystal
-from trainer.files import write_json, write_text
-from trainer.reports import errors, write_predictions
 
 
 def dataset(root: Path, count: int = 40, size: int | None = None, first: int = 0) -> str:

@@ -17,8 +17,8 @@ from pymatgen.core import Lattice, Structure
 from pymatgen.io.cif import CifWriter
 from pymatgen.io.vasp import Poscar
 
-from datapipe.crystal import Crystal
-from datapipe.shards import DatasetWriter
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.storage.dataset import DatasetWriter
 
 SYMBOLS = ("Li", "O", "Fe", "Sr", "Ti", "Cl", "H", "Kr", "Tb", "Pu")
 N = 5

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from datapipe.crystal import crystal_key
-from datapipe.graph import build
-from datapipe.transforms import Sample
-from models.cspnet import CSPNetConfig
-from models.encoders import build_encoder
-from trainer import stages  # noqa: F401 - registers them
-from trainer.stage import STAGES
+from crysforge.datapipe.crystals.crystal import crystal_key
+from crysforge.datapipe.graphs.packing import build
+from crysforge.datapipe.graphs.transforms import Sample
+from crysforge.models.denoisers.cspnet import CSPNetConfig
+from crysforge.models.encoders import build_encoder
+from crysforge.trainer import stages  # noqa: F401 - registers them
+from crysforge.trainer.stages.base import STAGES
 
 SMALL = CSPNetConfig(width=16, layers=2, frequencies=4)
 OBJECTIVES = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from models.encoders import ENCODERS
+from crysforge.models.encoders import ENCODERS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "encoders.md").read_text()
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from scipy.special import eval_legendre, spherical_jn
 from torch import Tensor, nn
 
-from datapipe.schema import CrystalBatch
-from models.encoders.alignn import GatedConv, ScalarEmbedding
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models.encoders.alignn import GatedConv, ScalarEmbedding
 from tests.reference_backbones import gaussians, linear, norm, one_hot, summed
 
 

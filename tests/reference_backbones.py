@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch_geometric.nn.models.schnet import GaussianSmearing
 from torch_geometric.utils import softmax
 
-from datapipe.schema import CrystalBatch
-from models.encoders.equiformer import leaky
-from models.irreps import coupling, gate
-from models.norm import BatchNorm
-from models.random import derive, keyed_dropout
-from models.spherical import spherical_harmonics
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models.encoders.equiformer import leaky
+from crysforge.models.layers.irreps import coupling, gate
+from crysforge.models.layers.spherical import spherical_harmonics
+from crysforge.models.ops.keyed_random import derive, keyed_dropout
+from crysforge.models.ops.norm import BatchNorm
 
 
 def norm(module: BatchNorm, x: Tensor) -> Tensor:

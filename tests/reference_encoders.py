@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datapipe.schema import CrystalBatch
-from models.random import keyed_dropout
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models.ops.keyed_random import keyed_dropout
 
 
 def aggregate(messages: Tensor, batch: CrystalBatch) -> Tensor:

@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
-from datapipe.crystal import Crystal
-from datapipe.schema import GraphSpec
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.schema import GraphSpec
 
 
 def cell(lengths, angles) -> np.ndarray:

@@ -23,10 +23,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from crysforge.trainer.base.command_line import parse, run  # noqa: E402
 from tests.distributed.conftest import write_data  # noqa: E402
 from tests.distributed.faults import Server  # noqa: E402
 from tests.distributed.trials import KINDS, Bench  # noqa: E402
-from trainer.config import parse, run  # noqa: E402
 
 BEGIN, END = "<!-- table: python tests/reliability.py -->\n", "<!-- end of table -->\n"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datapipe.shards import DatasetWriter
+from crysforge.datapipe.storage.dataset import DatasetWriter
 
 COUNT, SHARD = 60, 10
 SHARDS = [f"train-{i:06d}.tar" for i in range(COUNT // SHARD)]

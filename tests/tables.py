@@ -9,10 +9,10 @@ import numpy as np
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.cif import CifWriter
 
-from datapipe.crystal import Crystal
-from datapipe.inputs import PrepareConfig
-from datapipe.manifest import SPLITS
-from datapipe.shards import Dataset
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.preparing.config import PrepareConfig
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.datapipe.storage.manifest import SPLITS
 
 HEADER = ["material_id", "cif", "gap", "formula"]
 

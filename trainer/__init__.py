@@ -7,7 +7,7 @@ __all__ = ["load"]
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from trainer.predictor import load
+        from crysforge.trainer.serving.load import load
 
         return load
     raise AttributeError(f"module 'trainer' has no attribute {name!r}")

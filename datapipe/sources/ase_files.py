@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datapipe.sources.base import (
+from crysforge.datapipe.sources.base import (
     NO,
     SOURCES,
     SURE,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import bz2
 import csv
-import difflib
 import gzip
 import io
 import lzma
@@ -28,7 +27,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from datapipe.crystal import BadCrystal
+from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.crystals.crystal import BadCrystal
 
 Payload = tuple[str, Any]
 """(kind, data): what `datapipe.sources.parse` makes a crystal of. Data is plain and picklable."""
@@ -161,13 +161,6 @@ class Sources:
 
 
 SOURCES = Sources()
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """A phrase that lists the choices and names the nearest one."""
-    choices = sorted(choices)
-    match = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    return (f"did you mean {match[0]!r}? " if match else "") + f"valid: {', '.join(choices)}"
 
 
 _OPENERS: Mapping[str, Callable[..., Any]] = {

@@ -8,7 +8,7 @@ import re
 import numpy as np
 from ase.data import atomic_numbers
 
-from datapipe.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 
 _SYMMETRY = """\
 loop_

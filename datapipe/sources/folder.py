@@ -11,8 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datapipe.crystal import BadCrystal
-from datapipe.sources.base import MAYBE, NO, SOURCES, Look, Options, Payload, Raw, check_size
+from crysforge.datapipe.crystals.crystal import BadCrystal
+from crysforge.datapipe.sources.base import (
+    MAYBE,
+    NO,
+    SOURCES,
+    Look,
+    Options,
+    Payload,
+    Raw,
+    check_size,
+)
 
 _SUFFIXES = (".cif", ".vasp", ".poscar", ".contcar")
 _PLAIN = ("POSCAR", "CONTCAR")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from datapipe.crystal import Crystal
-from datapipe.manifest import MANIFEST, SPLITS
-from datapipe.sources.base import NO, SOURCES, SURE, Options, Raw
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.sources.base import NO, SOURCES, SURE, Options, Raw
+from crysforge.datapipe.storage.manifest import MANIFEST, SPLITS
 
 
 @SOURCES.register("prototypes", lambda look: SURE if str(look.path) == "prototypes" else NO)
 def read_prototypes(path: Path, options: Options) -> Iterator[Raw]:
     """SYNTHETIC crystals made here (`input=prototypes size=N seed=S`): see
-    `datapipe.prototypes`."""
-    from datapipe.prototypes import TARGETS, check_size
+    `datapipe.crystals.prototypes`."""
+    from crysforge.datapipe.crystals.prototypes import TARGETS, check_size
 
     check_size(options.size)
     labels = dict.fromkeys(TARGETS, "computed with the crystal")
@@ -25,7 +25,7 @@ def read_prototypes(path: Path, options: Options) -> Iterator[Raw]:
 @SOURCES.register("shards", lambda look: SURE if (look.path / MANIFEST).is_file() else NO)
 def read_shards(path: Path, options: Options) -> Iterator[Raw]:
     """A data set that `prepare` wrote, with its labels and splits."""
-    from datapipe.shards import Dataset
+    from crysforge.datapipe.storage.dataset import Dataset
 
     dataset = Dataset.open(path)
     for split in SPLITS:

@@ -6,19 +6,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datapipe.sources.base import (
+from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.sources.base import (
     NO,
     SOURCES,
     SURE,
     Options,
     Raw,
-    nearest,
     numbered,
     open_text,
     pick_id,
 )
-from datapipe.sources.jsontext import JsonText
-from datapipe.sources.table import NO_ID, TEXT_NAMES, text_payload
+from crysforge.datapipe.sources.csv_files import NO_ID, TEXT_NAMES, text_payload
+from crysforge.datapipe.sources.json_stream import JsonText
 
 _REMARKS = {"links", "meta", "query", "resource"}
 """What the API of the OQMD puts beside its records."""

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from ase.data import atomic_numbers
 
-from datapipe.crystal import BadCrystal, Crystal
-from datapipe.sources.base import Payload, check_size
-from datapipe.sources.cif import read_cif
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.sources.base import Payload, check_size
+from crysforge.datapipe.sources.cif import read_cif
 
 _NUMBERS = {**atomic_numbers, "D": 1, "T": 1}
 del _NUMBERS["X"]
@@ -203,7 +203,7 @@ def _expect(mapping: Any, *keys: str) -> None:
 
 
 def _prototype(place: tuple[int, int]) -> Crystal:
-    from datapipe.prototypes import prototype_crystal
+    from crysforge.datapipe.crystals.prototypes import prototype_crystal
 
     return prototype_crystal(*place)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datapipe.crystal import BadCrystal, Crystal
-from datapipe.filters import Filters
-from datapipe.sources.base import NO, READ_ERRORS, SOURCES, Look, Options, Raw
-from datapipe.sources.catalog import ORIGIN
-from datapipe.sources.parallel import CHUNK, Workers
-from datapipe.sources.parse import parse, parse_label
+from crysforge.datapipe.common.workers import CHUNK, Workers
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.filters import Filters
+from crysforge.datapipe.sources.base import NO, READ_ERRORS, SOURCES, Look, Options, Raw
+from crysforge.datapipe.sources.catalog import ORIGIN
+from crysforge.datapipe.sources.parse import parse, parse_label
 
 AUTO = "auto"
 

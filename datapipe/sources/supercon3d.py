@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datapipe.sources.base import NO, SOURCES, SURE, Look, Options, Raw, open_text
+from crysforge.datapipe.sources.base import NO, SOURCES, SURE, Look, Options, Raw, open_text
 
 _COLUMNS = {"tc", "family", "order"}
 

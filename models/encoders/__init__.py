@@ -1,6 +1,6 @@
 """Encoders by name: those of this package, and those that other packages register."""
 
-from models.encoders import (  # noqa: F401
+from crysforge.models.encoders import (  # noqa: F401
     alignn,
     cgcnn,
     dimenet,
@@ -13,6 +13,6 @@ from models.encoders import (  # noqa: F401
     potnet,
     schnet,
 )
-from models.encoders.base import ENCODERS, Encoder, build_encoder
+from crysforge.models.encoders.base import ENCODERS, Encoder, build_encoder
 
 __all__ = ["ENCODERS", "Encoder", "build_encoder"]

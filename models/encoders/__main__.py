@@ -1,4 +1,4 @@
-"""`python -m models.encoders` lists the encoders, one a line: name, parameters, graph.
+"""`python -m crysforge.models.encoders` lists the encoders, one a line: name, parameters, graph.
 
 A plug-in that cannot be used is a line with the reason."""
 
@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from datapipe.schema import GraphSpec
-from models.encoders import ENCODERS, build_encoder
+from crysforge.datapipe.schema import GraphSpec
+from crysforge.models.encoders import ENCODERS, build_encoder
 
 
 def describe(name: str) -> str:

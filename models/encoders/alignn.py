@@ -9,11 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datapipe.schema import CrystalBatch, GraphSpec
-from models.encoders.base import ENCODERS, Encoder, check_positive
-from models.layers import RBF, OneHotLinear, full_precision, line_graph, own_rows, row_weight
-from models.norm import BatchNorm
-from models.ops import Edges, gather_sum
+from crysforge.datapipe.schema import CrystalBatch, GraphSpec
+from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
+from crysforge.models.layers.basic import (
+    RBF,
+    OneHotLinear,
+    full_precision,
+    line_graph,
+    own_rows,
+    row_weight,
+)
+from crysforge.models.ops.edges import Edges
+from crysforge.models.ops.norm import BatchNorm
+from crysforge.models.ops.segments import gather_sum
 
 _BLOCK = 1 << 18
 """Elements of a block's buffers on CPU: 1 MB in fp32."""

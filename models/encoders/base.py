@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from datapipe.schema import CrystalBatch, GraphSpec
-from models.registry import Registry, configure
+from crysforge.datapipe.schema import CrystalBatch, GraphSpec
+from crysforge.models.registry import Registry, configure
 
 
 class Encoder(nn.Module):

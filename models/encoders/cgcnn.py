@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datapipe.schema import CrystalBatch, GraphSpec
-from models.encoders.base import ENCODERS, Encoder, check_positive
-from models.layers import RBF, EdgeLinear, OneHotLinear, full_precision
-from models.norm import BatchNorm
-from models.ops import Edges, segment_sum
+from crysforge.datapipe.schema import CrystalBatch, GraphSpec
+from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
+from crysforge.models.layers.basic import RBF, EdgeLinear, OneHotLinear, full_precision
+from crysforge.models.ops.edges import Edges
+from crysforge.models.ops.norm import BatchNorm
+from crysforge.models.ops.segments import segment_sum
 
 
 @dataclass(kw_only=True)

@@ -15,12 +15,13 @@ from torch_geometric.nn.models.dimenet import (
     OutputPPBlock,
 )
 
-from datapipe.schema import CrystalBatch, GraphSpec
-from models.encoders.base import ENCODERS, Encoder, check_positive
-from models.layers import EdgeLinear, OneHotLinear, full_precision
-from models.ops import Edges, segment_sum
-from models.spherical import SphericalBessel
-from models.turns import Turns
+from crysforge.datapipe.schema import CrystalBatch, GraphSpec
+from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
+from crysforge.models.layers.angle_sums import Turns
+from crysforge.models.layers.basic import EdgeLinear, OneHotLinear, full_precision
+from crysforge.models.layers.spherical import SphericalBessel
+from crysforge.models.ops.edges import Edges
+from crysforge.models.ops.segments import segment_sum
 
 
 @dataclass(kw_only=True)

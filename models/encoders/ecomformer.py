@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datapipe.schema import CrystalBatch, GraphSpec
-from models.encoders.base import ENCODERS, Encoder, check_positive
-from models.layers import RBF, ComformerConv, OneHotLinear, full_precision
-from models.norm import BatchNorm
-from models.ops import Edges, Incidence, RowSum, gather_source, segment_sum
-from models.spherical import spherical_harmonics
+from crysforge.datapipe.schema import CrystalBatch, GraphSpec
+from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
+from crysforge.models.layers.basic import RBF, ComformerConv, OneHotLinear, full_precision
+from crysforge.models.layers.spherical import spherical_harmonics
+from crysforge.models.ops.edges import Edges, Incidence, RowSum
+from crysforge.models.ops.norm import BatchNorm
+from crysforge.models.ops.segments import gather_source, segment_sum
 
 
 @dataclass(kw_only=True)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datapipe.schema import CrystalBatch, GraphSpec
-from models.encoders.base import ENCODERS, Encoder, check_positive
-from models.irreps import (
+from crysforge.datapipe.schema import CrystalBatch, GraphSpec
+from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
+from crysforge.models.layers.basic import OneHotLinear, full_precision
+from crysforge.models.layers.irreps import (
     Couplings,
     Features,
     IrrepLinear,
@@ -25,16 +26,15 @@ from models.irreps import (
     unflatten,
     unit_moment,
 )
-from models.layers import OneHotLinear, full_precision
-from models.ops import (
-    Edges,
+from crysforge.models.layers.spherical import spherical_harmonics
+from crysforge.models.ops.edges import Edges
+from crysforge.models.ops.keyed_random import keyed_dropout, member_keys
+from crysforge.models.ops.segments import (
     gather_source,
     gather_target,
     segment_softmax,
     segment_sum,
 )
-from models.random import keyed_dropout, member_keys
-from models.spherical import spherical_harmonics
 
 DROPOUT_SALT = 0x455155
 """Salt of the first layer's dropout; the next layers count up."""

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datapipe.schema import CrystalBatch, GraphSpec
-from models.encoders.base import ENCODERS, Encoder, check_positive
-from models.layers import (
+from crysforge.datapipe.schema import CrystalBatch, GraphSpec
+from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
+from crysforge.models.layers.basic import (
     RBF,
     ComformerConv,
     OneHotLinear,
@@ -21,8 +21,8 @@ from models.layers import (
     group_rows,
     own_rows,
 )
-from models.norm import BatchNorm
-from models.ops import Edges, Incidence
+from crysforge.models.ops.edges import Edges, Incidence
+from crysforge.models.ops.norm import BatchNorm
 
 
 @dataclass(kw_only=True)

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datapipe.schema import CrystalBatch, GraphSpec
-from models.encoders.base import ENCODERS, Encoder
-from models.layers import RBF, OneHotLinear
-from models.messages import matformer_messages
-from models.norm import BatchNorm
-from models.ops import Edges
+from crysforge.datapipe.schema import CrystalBatch, GraphSpec
+from crysforge.models.encoders.base import ENCODERS, Encoder
+from crysforge.models.layers.basic import RBF, OneHotLinear
+from crysforge.models.ops.edges import Edges
+from crysforge.models.ops.messages import matformer_messages
+from crysforge.models.ops.norm import BatchNorm
 
 
 @dataclass(kw_only=True)

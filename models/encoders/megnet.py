@@ -9,10 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datapipe.schema import CrystalBatch, GraphSpec
-from models.encoders.base import ENCODERS, Encoder, check_positive
-from models.layers import RBF, EdgeLinear, OneHotLinear, full_precision, group_rows, own_rows
-from models.ops import Edges, Incidence, mean_readout, segment_sum
+from crysforge.datapipe.schema import CrystalBatch, GraphSpec
+from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
+from crysforge.models.layers.basic import (
+    RBF,
+    EdgeLinear,
+    OneHotLinear,
+    full_precision,
+    group_rows,
+    own_rows,
+)
+from crysforge.models.ops.edges import Edges, Incidence
+from crysforge.models.ops.segments import mean_readout, segment_sum
 
 
 @dataclass(kw_only=True)

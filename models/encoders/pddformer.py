@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datapipe.schema import CrystalBatch, GraphSpec
-from models.encoders.base import ENCODERS, Encoder
-from models.layers import RBF, ComformerConv, OneHotLinear
-from models.norm import BatchNorm
-from models.ops import Edges
-from models.random import keyed_dropout
+from crysforge.datapipe.schema import CrystalBatch, GraphSpec
+from crysforge.models.encoders.base import ENCODERS, Encoder
+from crysforge.models.layers.basic import RBF, ComformerConv, OneHotLinear
+from crysforge.models.ops.edges import Edges
+from crysforge.models.ops.keyed_random import keyed_dropout
+from crysforge.models.ops.norm import BatchNorm
 
 DROPOUT_SALT = 0x5A454F
 """Salt of the first gating block's dropout; the next blocks count up."""

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datapipe.schema import CrystalBatch, GraphSpec
-from models.encoders.base import ENCODERS, Encoder, check_positive
-from models.layers import RBF, EdgeLinear, OneHotLinear, row_weight
-from models.messages import comformer_messages
-from models.norm import BatchNorm
-from models.ops import Edges
+from crysforge.datapipe.schema import CrystalBatch, GraphSpec
+from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
+from crysforge.models.layers.basic import RBF, EdgeLinear, OneHotLinear, row_weight
+from crysforge.models.ops.edges import Edges
+from crysforge.models.ops.messages import comformer_messages
+from crysforge.models.ops.norm import BatchNorm
 
 REPULSIONS = ("scaled", "exact")
 

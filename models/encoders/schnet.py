@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn.models.schnet import InteractionBlock
 
-from datapipe.schema import CrystalBatch, GraphSpec
-from models.encoders.base import ENCODERS, Encoder, check_positive
-from models.layers import RBF, OneHotLinear, full_precision
-from models.ops import Edges, gather_source, segment_sum
+from crysforge.datapipe.schema import CrystalBatch, GraphSpec
+from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
+from crysforge.models.layers.basic import RBF, OneHotLinear, full_precision
+from crysforge.models.ops.edges import Edges
+from crysforge.models.ops.segments import gather_source, segment_sum
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from models.registry import nearest
+from crysforge.models.registry import nearest
 
 CHOICES = ("auto", "torch", "triton")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,13 +72,13 @@ def _choose(choice: str, device: torch.device, dtype: torch.dtype) -> bool:
             )
         return False
     for module in _MODULES:
-        importlib.import_module(f"models.kernels.{module}")
+        importlib.import_module(f"crysforge.models.kernels.{module}")
     return choice == "triton" or _passes(device, dtype)
 
 
 def _passes(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the twins run on the device and agree with the definitions there."""
-    trial = importlib.import_module("models.kernels.trial")
+    trial = importlib.import_module("crysforge.models.kernels.self_test")
     try:
         trial.check(device, dtype)
     except Exception as failure:  # a compiler's errors are of many types

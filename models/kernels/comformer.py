@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from models import messages
-from models.kernels.segments import gather_silu, score_moments, silu_grad_, tile
-from models.norm import BatchNorm
-from models.ops import Edges
+from crysforge.models.kernels.segments import gather_silu, score_moments, silu_grad_, tile
+from crysforge.models.ops import messages
+from crysforge.models.ops.edges import Edges
+from crysforge.models.ops.norm import BatchNorm
 
 NODES = 8
 """Nodes whose sums for parameters one program adds up."""

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from models import messages
-from models.kernels.comformer import NODES
-from models.ops import Edges
+from crysforge.models.kernels.comformer import NODES
+from crysforge.models.ops import messages
+from crysforge.models.ops.edges import Edges
 
 
 @triton.jit

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models import dit
-from models.attention import Layout
+from crysforge.models.denoisers import dit
+from crysforge.models.ops.attention import Layout
 
 
 @triton.jit

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models import norm, ops
+from crysforge.models.ops import norm
+from crysforge.models.ops import segments as ops
 
 
 def tile(width: int, most: int = 128) -> int:

@@ -1,4 +1,4 @@
-"""Makes what tests/unit/test_kept.py holds on to: a data set, a finetuned and exported model, and a
+"""Makes what tests/trainer/runs/test_kept.py holds on to: a data set, a finetuned and exported model, and a
 run that stopped after its first step, all as small as they get.
 
     python tests/data/make.py tests/data/schema-N
@@ -19,12 +19,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from datapipe.prototypes import TARGETS, UNITS, prototypes
-from datapipe.shards import DatasetWriter
+from crysforge.datapipe.crystals.prototypes import TARGETS, UNITS, prototypes
+from crysforge.datapipe.storage.dataset import DatasetWriter
+from crysforge.trainer import load
+from crysforge.trainer.base.signals import REQUEUE
 from tests.distributed.ranks import ROOT
-from tests.unit.test_kept import ENCODER, STOPPED, crystals
-from trainer import load
-from trainer.signals import REQUEUE
+from tests.trainer.runs.test_kept import ENCODER, STOPPED, crystals
 
 FINETUNE = [
     *ENCODER, "data=set", "run_dir=tuned", "target=density", "finetune.epochs=2",

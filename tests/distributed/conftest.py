@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.prototypes import TARGETS, UNITS, prototypes
-from datapipe.shards import DatasetWriter
+from crysforge.datapipe.crystals.prototypes import TARGETS, UNITS, prototypes
+from crysforge.datapipe.storage.dataset import DatasetWriter
 from tests.distributed.faults import Server
 from tests.distributed.trials import Bench
 

@@ -2,7 +2,7 @@
 
 A server process imports torch and DeepSpeed once and forks every rank of every run, so that a run
 costs what it computes. A fault is armed in the forked rank alone, by wrapping a function of the
-product: `{"at": "trainer.engine:TorchEngine.step", "call": 3, "do": "SIGKILL"}` acts when the third
+product: `{"at": "crysforge.trainer.engines.torch_engine:TorchEngine.step", "call": 3, "do": "SIGKILL"}` acts when the third
 call begins (`"when": "after"`: ends). The product knows nothing of it.
 
 What `do` may be: the name of a signal; `group` and a signal, for the rank and its loader workers;
@@ -36,8 +36,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from crysforge.trainer.base.signals import REQUEUE
 from tests.distributed.ranks import ROOT, free_port, rank_environ
-from trainer.signals import REQUEUE
 
 KILLED = -signal.SIGKILL
 REACHED = "fault: "
@@ -123,7 +123,12 @@ def serve() -> None:
     """Answers orders from standard input until it closes."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for module in ("deepspeed", "torch.utils.tensorboard", "launch.pretrain", "launch.finetune"):
+    for module in (
+        "deepspeed",
+        "torch.utils.tensorboard",
+        "crysforge.launch.pretrain",
+        "crysforge.launch.finetune",
+    ):
         importlib.import_module(module)
     for line in sys.stdin:
         order = json.loads(line)
@@ -288,7 +293,7 @@ def _act(do: str) -> None:
 
 def _note_batches(rank: int) -> None:
     """Prints what training batches this process takes."""
-    from datapipe.stream import Stream
+    from crysforge.datapipe.loading.stream import Stream
 
     original = Stream._joined
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.encoders import ENCODERS, build_encoder
+from crysforge.models.encoders import ENCODERS, build_encoder
+from crysforge.trainer.base.signals import SIGNALS
+from crysforge.trainer.jobs import setup as jobs
+from crysforge.trainer.runs.model_directory import open_model, take_encoder
 from tests import plugin
 from tests.distributed.jobs import curve
-from trainer import jobs
-from trainer.export import open_model, take_encoder
-from trainer.signals import SIGNALS
 
 pytestmark = pytest.mark.distributed
 
@@ -59,7 +59,7 @@ def launched(monkeypatch):
 
     def launched(script: str, *args: str) -> None:
         monkeypatch.setattr(sys, "argv", [script, *args])
-        importlib.import_module(f"launch.{script}").main()
+        importlib.import_module(f"crysforge.launch.{script}").main()
 
     yield launched
     for number, handler in handlers.items():

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from crysforge.trainer.base import distributed
+from crysforge.trainer.engines.base import EngineConfig
+from crysforge.trainer.engines.build import build_engine
+from crysforge.trainer.loop.optim import param_groups
+from crysforge.trainer.stages.base import Stage, Term
 from tests.distributed.ranks import run_ranks
-from trainer import distributed
-from trainer.engine import EngineConfig, build_engine
-from trainer.optim import param_groups
-from trainer.stage import Stage, Term
 
 pytestmark = pytest.mark.distributed
 

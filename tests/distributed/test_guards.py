@@ -14,17 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from crysforge.trainer.base.signals import REQUEUE
+from crysforge.trainer.loop.guards import load_batch
+from crysforge.trainer.loop.watchdog import Watchdog
 from tests.distributed.faults import KILLED
 from tests.distributed.jobs import curve
 from tests.distributed.ranks import ROOT, free_port
 from tests.distributed.trials import ALONE
-from trainer.guards import Watchdog, load_batch
-from trainer.signals import REQUEUE
 
 pytestmark = pytest.mark.distributed
 
 VAE = [*ALONE.args, "stages=[vae]", "vae.max_steps=6", "trainer.validate_every=0"]
-STEP = "trainer.engine:DeepSpeedEngine.step"
+STEP = "crysforge.trainer.engines.deepspeed:DeepSpeedEngine.step"
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_one_ranks_nan_is_left_out_by_both(run, zero):
     """The rank that had it names its crystals and keeps its batch."""
     codes, output = run(
         f"trainer.zero_stage={zero}",
-        rank1={"at": "trainer.stages:VAEStage.forward", "call": 3, "do": "nan"},
+        rank1={"at": "crysforge.trainer.stages:VAEStage.forward", "call": 3, "do": "nan"},
     )
     assert codes == [0, 0], output
     skips = [events(run.path, "skip", rank) for rank in (0, 1)]
@@ -100,7 +101,11 @@ def test_a_lost_rank_is_one_line(run):
 
 
 def test_a_full_disk_costs_a_checkpoint_and_no_more(run):
-    full = {"at": "trainer.checkpoint:RunDirectory.save", "call": 2, "do": "disk full"}
+    full = {
+        "at": "crysforge.trainer.runs.checkpoint:RunDirectory.save",
+        "call": 2,
+        "do": "disk full",
+    }
     codes, output = run("trainer.checkpoint_every=2", "trainer.keep=9", rank0=full)
     assert codes == [0, 0], output
     assert "checkpoint not written: [Errno 27] File too large" in output  # how it is staged
@@ -110,7 +115,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(run):
 
 
 def test_a_hanging_rank_ends_and_takes_the_other_with_it(run):
-    hang = {"at": "trainer.loop:weighted_loss", "call": 2, "do": "hang"}
+    hang = {"at": "crysforge.trainer.loop.fit:weighted_loss", "call": 2, "do": "hang"}
     codes, output = run("trainer.step_timeout_s=2", rank1=hang)
     assert Watchdog.EXIT in codes and set(codes) <= {Watchdog.EXIT, 2}, (codes, output)
     # Rank 0 has written its own as well, unless rank 1 was gone before its time was up.

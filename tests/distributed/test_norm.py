@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from datapipe.crystal import Crystal
-from datapipe.graph import build
-from models.encoders import build_encoder
-from models.norm import BatchNorm
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.graphs.packing import build
+from crysforge.models.encoders import build_encoder
+from crysforge.models.ops.norm import BatchNorm
 from tests.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed

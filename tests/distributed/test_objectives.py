@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from models.contrastive import barlow_twins, gather_rows, nt_xent
+from crysforge.models.objectives.contrastive import barlow_twins, gather_rows, nt_xent
 from tests.distributed.jobs import curve, launch
 from tests.distributed.ranks import run_ranks
 

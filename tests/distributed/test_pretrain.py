@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from crysforge.trainer.runs.model_directory import open_model
 from tests.distributed.jobs import curve, launch
 from tests.distributed.ranks import ROOT, free_port
-from trainer.export import open_model
 
 pytestmark = pytest.mark.distributed
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datapipe.shards import Dataset
+from crysforge.datapipe.storage.dataset import Dataset
 from tests.distributed.jobs import curve, launch
 
 pytestmark = pytest.mark.distributed

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from crysforge.trainer.base.signals import REQUEUE
 from tests.distributed.faults import KILLED, Ended
 from tests.distributed.jobs import curve
 from tests.distributed.trials import ALONE, JOBS, KINDS, Blow, differences
-from trainer.signals import REQUEUE
 
 pytestmark = pytest.mark.distributed
 
@@ -34,7 +34,11 @@ def vae(steps: int, *args: str):
 def test_a_window_of_steps_is_averaged_across_a_kill(bench, tmp_path):
     """Averages over several steps count those from before the kill, too."""
     job = vae(5, "trainer.log_every=3")
-    fault = {"at": "trainer.engine:TorchEngine.step", "call": 3, "do": "SIGTERM"}
+    fault = {
+        "at": "crysforge.trainer.engines.torch_engine:TorchEngine.step",
+        "call": 3,
+        "do": "SIGTERM",
+    }
     assert bench.start(job, tmp_path / "run", Blow("", {0: fault})).codes == [REQUEUE]
     assert bench.start(job, tmp_path / "run").codes == [0]
     assert not differences(tmp_path / "run", bench.whole(job))
@@ -56,7 +60,7 @@ def test_other_ranks_and_another_zero_stage_go_on(bench, tmp_path):
     """2 → 1 → 2 ranks, ZeRO 3 → none → 1, stopped and killed: the same curve to rounding, and in
     every epoch each crystal once."""
     job = vae(12, "trainer.validate_every=0")
-    step = "trainer.engine:{}Engine.step"
+    step = "crysforge.trainer.engines.deepspeed:{}Engine.step"
     stopped = {"at": step.format("DeepSpeed"), "call": 3, "do": "SIGUSR1"}
     killed = {"at": step.format("Torch"), "call": 4, "do": "SIGKILL"}
     plan = [

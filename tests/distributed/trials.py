@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from crysforge.trainer.base.signals import REQUEUE
+from crysforge.trainer.loop.watchdog import Watchdog
+from crysforge.trainer.runs.checkpoint import RunDirectory
 from tests.distributed.faults import KILLED, REACHED, Ended, Server
 from tests.distributed.jobs import curve
-from trainer.checkpoint import RunDirectory
-from trainer.guards import Watchdog
-from trainer.signals import REQUEUE
 
 SAVE_EVERY = 4
 TRAINER = [
@@ -97,30 +97,49 @@ class Moment:
 
 
 STEP = [
-    Moment("forward is done", "trainer.loop:total_over_ranks", 15),
-    Moment("at the update", "trainer.engine:Engine.step", 15),
-    Moment("the step is judged", "trainer.loop:StepGuard.after", 15),
-    Moment("metrics are written", "trainer.logger:Logger.scalars", 15),
+    Moment("forward is done", "crysforge.trainer.loop.fit:total_over_ranks", 15),
+    Moment("at the update", "crysforge.trainer.engines.base:Engine.step", 15),
+    Moment("the step is judged", "crysforge.trainer.loop.fit:StepGuard.after", 15),
+    Moment("metrics are written", "crysforge.trainer.runs.logger:Logger.scalars", 15),
 ]
-SHARDS = [Moment("a shard is opened", "datapipe.shards:Dataset._scan", 120)]
-VALIDATION = [Moment("in validation", "trainer.meter:Meter.add", 9, "trainer.loop:evaluate")]
+SHARDS = [Moment("a shard is opened", "crysforge.datapipe.storage.dataset:Dataset._scan", 120)]
+VALIDATION = [
+    Moment(
+        "in validation",
+        "crysforge.trainer.loop.averages:Meter.add",
+        9,
+        "crysforge.trainer.loop.fit:evaluate",
+    )
+]
 SAVE = [
-    Moment("tensors are written", "trainer.checkpoint:save_tensors", 8, main=True),
-    Moment("JSON is written", "trainer.checkpoint:write_json", 9, main=True),
-    Moment("files are hashed", "trainer.checkpoint:sha256", 14, main=True),
-    Moment("it is in place", "trainer.files:sync_directory", 8, main=True),
-    Moment("old ones are removed", "trainer.checkpoint:remove_tree", 4, main=True),
-    Moment("a file is put in place", "trainer.files:os.replace", 20, main=True),
+    Moment("tensors are written", "crysforge.trainer.runs.checkpoint:save_tensors", 8, main=True),
+    Moment("JSON is written", "crysforge.trainer.runs.checkpoint:write_json", 9, main=True),
+    Moment("files are hashed", "crysforge.trainer.runs.checkpoint:sha256", 14, main=True),
+    Moment("it is in place", "crysforge.trainer.base.tensors:sync_directory", 8, main=True),
+    Moment("old ones are removed", "crysforge.trainer.runs.checkpoint:remove_tree", 4, main=True),
+    Moment("a file is put in place", "crysforge.trainer.base.tensors:os.replace", 20, main=True),
 ]
 BETWEEN = [
-    Moment("the model is exported", "trainer.export:save_tensors", 2, main=True),
-    Moment("the model is described", "trainer.export:write_text", 2, main=True),
-    Moment("the stage is finished", "trainer.checkpoint:RunDirectory.finish", 2, main=True),
+    Moment(
+        "the model is exported", "crysforge.trainer.runs.model_directory:save_tensors", 2, main=True
+    ),
+    Moment(
+        "the model is described", "crysforge.trainer.runs.model_directory:write_text", 2, main=True
+    ),
+    Moment(
+        "the stage is finished",
+        "crysforge.trainer.runs.checkpoint:RunDirectory.finish",
+        2,
+        main=True,
+    ),
 ]
 FORWARD = Moment(
-    "forward", "trainer.stages:VAEStage.forward", 12, "trainer.loop:_Session.train_step"
+    "forward",
+    "crysforge.trainer.stages:VAEStage.forward",
+    12,
+    "crysforge.trainer.loop.fit:_Session.train_step",
 )
-START = [Moment("the run is claimed", "trainer.checkpoint:write_text", 1, main=True)]
+START = [Moment("the run is claimed", "crysforge.trainer.runs.checkpoint:write_text", 1, main=True)]
 
 
 @dataclass(frozen=True)
@@ -240,7 +259,7 @@ KINDS = [
     ),
     Kind(
         "the disk is full at a save",
-        hit([Moment("a save", "trainer.checkpoint:RunDirectory.save", 4, main=True)], "disk full"),
+        hit([Moment("a save", "crysforge.trainer.runs.checkpoint:RunDirectory.save", 4, main=True)], "disk full"),
         {0}, said=("checkpoint not written",),
     ),
     Kind(

@@ -15,9 +15,10 @@ from unittest import mock
 
 import pytest
 
-from launch import status, submit
-from launch.events import EventLog
-from launch.submission import Submission
+from crysforge.launch import submit
+from crysforge.launch.cluster import status
+from crysforge.launch.cluster.events import EventLog
+from crysforge.launch.cluster.submission import Submission
 from tests.distributed.conftest import write_data
 from tests.distributed.ranks import ROOT
 from tests.slurm.cluster import Cluster, missing, parent, wait_for

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from launch.submission import Submission
+from crysforge.launch.cluster.submission import Submission
 from tests.distributed.ranks import ROOT
 from tests.slurm.conftest import FINETUNE
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from datapipe.crystal import Crystal, crystal_key, wrap
-from models.encoders import Encoder
-from trainer.analysis.latents import latents
+from crysforge.datapipe.crystals.crystal import Crystal, crystal_key, wrap
+from crysforge.models.encoders import Encoder
+from crysforge.trainer.analysis.latents import latents
 
 SIGMAS = (0.01, 0.02, 0.05, 0.1, 0.2)
 """Standard deviations of Cartesian displacements in Å."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.analysis.latents import Latents
-from trainer.logger import read_metrics
+from crysforge.trainer.analysis.latents import Latents
+from crysforge.trainer.runs.logger import read_metrics
 
 DEAD = 1e-6
 """Channels of a smaller variance, relative to the mean square of all, count as dead."""

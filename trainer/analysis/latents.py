@@ -9,11 +9,11 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from datapipe.crystal import Crystal, crystal_key
-from datapipe.graph import build
-from datapipe.shards import Dataset
-from datapipe.transforms import MaskAtoms, Sample
-from models.encoders import Encoder
+from crysforge.datapipe.crystals.crystal import Crystal, crystal_key
+from crysforge.datapipe.graphs.packing import build
+from crysforge.datapipe.graphs.transforms import MaskAtoms, Sample
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.models.encoders import Encoder
 
 
 @dataclass

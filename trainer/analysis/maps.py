@@ -13,8 +13,8 @@ from ase.formula import Formula
 from matplotlib.colors import Normalize
 from torch.utils.tensorboard import SummaryWriter
 
-from trainer.analysis.latents import Latents
-from trainer.drawing import STYLE, new_figure, save_png, with_unit
+from crysforge.trainer.analysis.latents import Latents
+from crysforge.trainer.figures.style import STYLE, new_figure, save_png, with_unit
 
 TAG = "latents"
 

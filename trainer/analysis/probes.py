@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.analysis.latents import Latents
+from crysforge.trainer.analysis.latents import Latents
 
 PENALTIES = (1e-6, 1e-4, 1e-2, 1e0)
 """Ridge penalties tried, in units of the latents' variance."""

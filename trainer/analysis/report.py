@@ -10,17 +10,17 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from datapipe.shards import Dataset
-from models.encoders import Encoder
-from models.registry import nearest
-from trainer.analysis.geometry import invariance, smoothness
-from trainer.analysis.health import collapse, variance_over_training
-from trainer.analysis.information import mutual_information
-from trainer.analysis.latents import Latents, latents, sample
-from trainer.analysis.maps import latent_map, projector
-from trainer.analysis.probes import reconstruction
-from trainer.drawing import STYLE, TRAIN, VAL, new_figure, save_png
-from trainer.files import new_directory, write_json, write_text
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.models.encoders import Encoder
+from crysforge.models.registry import nearest
+from crysforge.trainer.analysis.geometry import invariance, smoothness
+from crysforge.trainer.analysis.health import collapse, variance_over_training
+from crysforge.trainer.analysis.information import mutual_information
+from crysforge.trainer.analysis.latents import Latents, latents, sample
+from crysforge.trainer.analysis.maps import latent_map, projector
+from crysforge.trainer.analysis.probes import reconstruction
+from crysforge.trainer.base.tensors import new_directory, write_json, write_text
+from crysforge.trainer.figures.style import STYLE, TRAIN, VAL, new_figure, save_png
 
 ANALYSES = ("probes", "information", "smoothness", "variance", "invariance", "collapse", "map")
 

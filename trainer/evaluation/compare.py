@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trainer.evaluation.results import Missing, Result
-from trainer.evaluation.statistics import (
+from crysforge.trainer.evaluation.results import Missing, Result
+from crysforge.trainer.evaluation.statistics import (
     NAN,
     Bootstrap,
     PairedTest,
@@ -19,7 +19,7 @@ from trainer.evaluation.statistics import (
     paired_test,
     summarise,
 )
-from trainer.evaluation.suite import SEED, TARGET, Suite, shown
+from crysforge.trainer.evaluation.suite import SEED, TARGET, Suite, shown
 
 Key = tuple[str, ...]
 """Values of some factors, as shown."""

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-import trainer.stages  # noqa: F401  (registers them)
-from models.registry import configure
-from trainer.evaluation.formats import NOTHING, Entry, Number, Table
-from trainer.evaluation.suite import Cell, Suite, shown
-from trainer.export import Exported, open_model
-from trainer.files import read_json
-from trainer.jobs import count_parameters
-from trainer.logger import read_metrics
-from trainer.stage import STAGES, Stage
+import crysforge.trainer.stages  # noqa: F401  (registers them)
+from crysforge.models.registry import configure
+from crysforge.trainer.base.tensors import read_json
+from crysforge.trainer.evaluation.formats import NOTHING, Entry, Number, Table
+from crysforge.trainer.evaluation.suite import Cell, Suite, shown
+from crysforge.trainer.runs.logger import read_metrics
+from crysforge.trainer.runs.model_directory import Exported, open_model
+from crysforge.trainer.stages.base import STAGES, Stage, count_parameters
 
 
 def costs_table(suite: Suite, published: Sequence[dict[str, Any]] = ()) -> Table | None:

@@ -14,13 +14,19 @@ from ase.data import chemical_symbols
 from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from datapipe.schema import MAX_Z
-from trainer.drawing import WIDTH, new_figure, place_of
-from trainer.evaluation.compare import Arm
-from trainer.evaluation.crystals import BUCKETS, SYSTEMS, Facts, arm_errors, means_inside
-from trainer.evaluation.figures import STYLE, Look, headline, mae_label, save
-from trainer.evaluation.formats import places
-from trainer.evaluation.statistics import improvement
+from crysforge.datapipe.schema import MAX_Z
+from crysforge.trainer.evaluation.compare import Arm
+from crysforge.trainer.evaluation.crystals import (
+    BUCKETS,
+    SYSTEMS,
+    Facts,
+    arm_errors,
+    means_inside,
+)
+from crysforge.trainer.evaluation.figures import STYLE, Look, headline, mae_label, save
+from crysforge.trainer.evaluation.formats import places
+from crysforge.trainer.evaluation.statistics import improvement
+from crysforge.trainer.figures.style import WIDTH, new_figure, place_of
 
 _WHISKERS = "bars: means over seeds, with their standard deviation"
 FEWEST = 5

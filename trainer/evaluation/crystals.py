@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from datapipe.crystal import Crystal
-from datapipe.shards import Dataset
-from datapipe.symmetry import space_group
-from trainer.evaluation.compare import Arm, lines_of, varying
-from trainer.evaluation.formats import NOTHING, Entry, Number, Table, places
-from trainer.evaluation.results import Result
-from trainer.evaluation.statistics import improvement, summarise
-from trainer.evaluation.suite import Suite
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.symmetry import space_group
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.trainer.evaluation.compare import Arm, lines_of, varying
+from crysforge.trainer.evaluation.formats import NOTHING, Entry, Number, Table, places
+from crysforge.trainer.evaluation.results import Result
+from crysforge.trainer.evaluation.statistics import improvement, summarise
+from crysforge.trainer.evaluation.suite import Suite
 
 BUCKETS = (("N ≤ 5", 1, 5), ("5 < N < 10", 6, 9), ("N ≥ 10", 10, 10**9))
 """Number of atoms per cell, both ends included. Source: Fig. 8 of the CrysLDNet paper, where

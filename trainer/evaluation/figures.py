@@ -12,12 +12,19 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from trainer import drawing
-from trainer.drawing import WIDTH, crowding, new_figure, pretty_unit, save_png, with_unit
-from trainer.evaluation.compare import Arm
-from trainer.evaluation.formats import places
-from trainer.evaluation.statistics import improvement
-from trainer.evaluation.suite import Suite
+from crysforge.trainer.evaluation.compare import Arm
+from crysforge.trainer.evaluation.formats import places
+from crysforge.trainer.evaluation.statistics import improvement
+from crysforge.trainer.evaluation.suite import Suite
+from crysforge.trainer.figures import style as drawing
+from crysforge.trainer.figures.style import (
+    WIDTH,
+    crowding,
+    new_figure,
+    pretty_unit,
+    save_png,
+    with_unit,
+)
 
 BASELINE = "#9a9a9a"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

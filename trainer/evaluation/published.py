@@ -10,9 +10,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from trainer.config import read_yaml
-from trainer.evaluation.compare import Arm
-from trainer.evaluation.suite import shown
+from crysforge.trainer.base.command_line import read_yaml
+from crysforge.trainer.evaluation.compare import Arm
+from crysforge.trainer.evaluation.suite import shown
 
 PATH = Path(__file__).with_name("published.yaml")
 ENCODER, PRETRAINING, NONE = "encoder", "pretraining", "none"

@@ -8,8 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.evaluation import crystal_figures, figures
-from trainer.evaluation.compare import (
+from crysforge.trainer.base.tensors import (
+    code_version,
+    remove_tree,
+    sync_directory,
+    write_text,
+)
+from crysforge.trainer.evaluation import crystal_figures, figures
+from crysforge.trainer.evaluation.compare import (
     Arm,
     arms_of,
     compare,
@@ -18,20 +24,19 @@ from trainer.evaluation.compare import (
     title_of,
     varying,
 )
-from trainer.evaluation.costs import costs_table
-from trainer.evaluation.crystals import Facts, atoms_table, facts_behind, facts_of
-from trainer.evaluation.formats import Table
-from trainer.evaluation.published import Published, published
-from trainer.evaluation.results import gather
-from trainer.evaluation.suite import Suite
-from trainer.evaluation.tables import (
+from crysforge.trainer.evaluation.costs import costs_table
+from crysforge.trainer.evaluation.crystals import Facts, atoms_table, facts_behind, facts_of
+from crysforge.trainer.evaluation.formats import Table
+from crysforge.trainer.evaluation.published import Published, published
+from crysforge.trainer.evaluation.results import gather
+from crysforge.trainer.evaluation.suite import Suite
+from crysforge.trainer.evaluation.tables import (
     comparisons_table,
     missing_table,
     published_table,
     results_table,
     scores_table,
 )
-from trainer.files import code_version, remove_tree, sync_directory, write_text
 
 REPORT = "report.md"
 _LABELS = ("label_fraction", "label_count")

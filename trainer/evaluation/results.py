@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import read_yaml
-from trainer.evaluation.suite import TARGET, Cell, Suite
-from trainer.files import read_json
+from crysforge.trainer.base.command_line import read_yaml
+from crysforge.trainer.base.tensors import read_json
+from crysforge.trainer.evaluation.suite import TARGET, Cell, Suite
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _progress(run: Path) -> str:
 
 
 def _read_predictions(path: Path, suffix: str) -> Predictions:
-    """The labelled rows of a predictions CSV; see `trainer.reports.write_predictions`."""
+    """The labelled rows of a predictions CSV; see `trainer.jobs.tables.write_predictions`."""
     columns = ("id", f"target{suffix}", f"prediction{suffix}")
     try:
         with open(path, newline="", encoding="utf-8") as file:

@@ -6,8 +6,15 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 
-from trainer.evaluation.compare import Arm, Comparison, Key, mean_improvements, most_labels, varying
-from trainer.evaluation.formats import (
+from crysforge.trainer.evaluation.compare import (
+    Arm,
+    Comparison,
+    Key,
+    mean_improvements,
+    most_labels,
+    varying,
+)
+from crysforge.trainer.evaluation.formats import (
     NOTHING,
     Entry,
     Interval,
@@ -16,7 +23,7 @@ from trainer.evaluation.formats import (
     Table,
     places,
 )
-from trainer.evaluation.published import (
+from crysforge.trainer.evaluation.published import (
     ANY,
     ENCODER,
     OWN,
@@ -25,9 +32,9 @@ from trainer.evaluation.published import (
     PublishedTable,
     model_of,
 )
-from trainer.evaluation.results import Missing
-from trainer.evaluation.statistics import NAN, Summary, one_sample_p
-from trainer.evaluation.suite import Suite
+from crysforge.trainer.evaluation.results import Missing
+from crysforge.trainer.evaluation.statistics import NAN, Summary, one_sample_p
+from crysforge.trainer.evaluation.suite import Suite
 
 FEW = 6
 """Replicates below which a test over them is called weak."""

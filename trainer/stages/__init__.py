@@ -1,13 +1,13 @@
 """Training objectives. Importing this package registers the pretraining stages in `STAGES`."""
 
-from trainer.stages.crysdiff import CrysDiffConfig, CrysDiffStage
-from trainer.stages.crysgnn import CrysGNNConfig, CrysGNNStage
-from trainer.stages.crystal_twins import CrystalTwinsConfig, CrystalTwinsStage
-from trainer.stages.crysxpp import CrysXPPConfig, CrysXPPStage
-from trainer.stages.dpf import DPFConfig, DPFStage
-from trainer.stages.finetune import FinetuneConfig, FinetuneStage
-from trainer.stages.joint import JointConfig, JointStage
-from trainer.stages.vae import VAEConfig, VAEStage
+from crysforge.trainer.stages.crysdiff import CrysDiffConfig, CrysDiffStage
+from crysforge.trainer.stages.crysgnn import CrysGNNConfig, CrysGNNStage
+from crysforge.trainer.stages.crystal_twins import CrystalTwinsConfig, CrystalTwinsStage
+from crysforge.trainer.stages.crysxpp import CrysXPPConfig, CrysXPPStage
+from crysforge.trainer.stages.dpf import DPFConfig, DPFStage
+from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
+from crysforge.trainer.stages.joint import JointConfig, JointStage
+from crysforge.trainer.stages.vae import VAEConfig, VAEStage
 
 __all__ = [
     "CrysDiffConfig",

@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from datapipe.schema import CrystalBatch
-from datapipe.transforms import Diffuse, Transform
-from models.cspnet import CSPNet, CSPNetConfig
-from models.diffusion import cosine_alpha_bar, score_norm, wrapped_score, wrapped_sigma
-from models.encoders.base import Encoder
-from trainer.stage import STAGES, Stage, StageConfig, Term
+from crysforge.datapipe.graphs.transforms import Diffuse, Transform
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models.denoisers.cspnet import CSPNet, CSPNetConfig
+from crysforge.models.encoders.base import Encoder
+from crysforge.models.objectives.diffusion import (
+    cosine_alpha_bar,
+    score_norm,
+    wrapped_score,
+    wrapped_sigma,
+)
+from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
 
 
 @dataclass(kw_only=True)

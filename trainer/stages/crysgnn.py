@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datapipe.schema import CrystalBatch
-from datapipe.transforms import Chain, CountPairEdges, SpaceGroup, Transform
-from models.connectivity import ConnectivityDecoder
-from models.contrastive import nt_xent
-from models.encoders.base import Encoder
-from models.ops import mean_readout
-from models.vae import WideLinear
-from trainer.stage import STAGES, Stage, StageConfig, Term
+from crysforge.datapipe.graphs.transforms import Chain, CountPairEdges, SpaceGroup, Transform
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models.encoders.base import Encoder
+from crysforge.models.objectives.connectivity import ConnectivityDecoder
+from crysforge.models.objectives.contrastive import nt_xent
+from crysforge.models.objectives.vae import WideLinear
+from crysforge.models.ops.segments import mean_readout
+from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
 
 SPACE_GROUPS = 230
 LAST_OF_SYSTEM = (2, 15, 74, 142, 167, 194)

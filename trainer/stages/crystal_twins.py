@@ -8,14 +8,27 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from datapipe.schema import CrystalBatch
-from datapipe.transforms import Chain, DropEdges, MaskAtoms, ShiftAtoms, Step, Transform, TwoViews
-from models.contrastive import Predictor, Projector, barlow_twins, negative_cosine
-from models.encoders.base import Encoder
-from models.ops import mean_readout
-from models.registry import nearest
-from trainer.stage import STAGES, Stage, StageConfig, Term
-from trainer.stages.vae import check_mask_ratio
+from crysforge.datapipe.graphs.transforms import (
+    Chain,
+    DropEdges,
+    MaskAtoms,
+    ShiftAtoms,
+    Step,
+    Transform,
+    TwoViews,
+)
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models.encoders.base import Encoder
+from crysforge.models.objectives.contrastive import (
+    Predictor,
+    Projector,
+    barlow_twins,
+    negative_cosine,
+)
+from crysforge.models.ops.segments import mean_readout
+from crysforge.models.registry import nearest
+from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
+from crysforge.trainer.stages.vae import check_mask_ratio
 
 VARIANTS = ("barlow", "simsiam")
 SPREAD_WARNING = 0.05

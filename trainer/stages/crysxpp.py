@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from datapipe.schema import CrystalBatch
-from datapipe.transforms import CountPairEdges, Transform
-from models.connectivity import ConnectivityDecoder
-from models.encoders.base import Encoder
-from trainer.stage import STAGES, Stage, StageConfig, Term
+from crysforge.datapipe.graphs.transforms import CountPairEdges, Transform
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models.encoders.base import Encoder
+from crysforge.models.objectives.connectivity import ConnectivityDecoder
+from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
 
 
 @dataclass(kw_only=True)

@@ -7,12 +7,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from datapipe.schema import CrystalBatch
-from datapipe.transforms import Chain, MaskAtoms, NoiseLattice, NoisePositions, Step, Transform
-from models.encoders.base import Encoder
-from models.vae import Reconstruct, ReconstructionHeads, WideLinear
-from trainer.stage import STAGES, Stage, StageConfig, Term
-from trainer.stages.vae import check_mask_ratio
+from crysforge.datapipe.graphs.transforms import (
+    Chain,
+    MaskAtoms,
+    NoiseLattice,
+    NoisePositions,
+    Step,
+    Transform,
+)
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models.encoders.base import Encoder
+from crysforge.models.objectives.vae import Reconstruct, ReconstructionHeads, WideLinear
+from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
+from crysforge.trainer.stages.vae import check_mask_ratio
 
 POSITION_TARGETS = ("coordinates", "displacement")
 

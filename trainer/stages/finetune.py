@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from datapipe.schema import CrystalBatch
-from models.encoders.base import Encoder
-from models.heads import ReadoutHead
-from models.property_diffusion import DiffusionReadout
-from models.registry import nearest
-from trainer.stage import Stage, StageConfig, Term
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models.encoders.base import Encoder
+from crysforge.models.layers.readout import ReadoutHead
+from crysforge.models.objectives.property_diffusion import DiffusionReadout
+from crysforge.models.registry import nearest
+from crysforge.trainer.stages.base import Stage, StageConfig, Term
 
 HEADS = ("regression", "linear", "diffusion")
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from datapipe.schema import CrystalBatch
-from datapipe.transforms import MaskAtoms, Transform
-from models.dit import DiT, DiTConfig
-from models.encoders.base import Encoder
-from models.flow import flow_losses
-from models.vae import Reconstruct, ReconstructionHeads
-from trainer.stage import STAGES, Stage, StageConfig, Term
-from trainer.stages.vae import check_mask_ratio
+from crysforge.datapipe.graphs.transforms import MaskAtoms, Transform
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models.denoisers.dit import DiT, DiTConfig
+from crysforge.models.encoders.base import Encoder
+from crysforge.models.objectives.flow import flow_losses
+from crysforge.models.objectives.vae import Reconstruct, ReconstructionHeads
+from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
+from crysforge.trainer.stages.vae import check_mask_ratio
 
 TIME_BINS = 5
 COLLAPSE = 0.1

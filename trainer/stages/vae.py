@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from datapipe.schema import CrystalBatch
-from datapipe.transforms import MaskAtoms, Transform
-from models.encoders.base import Encoder
-from models.vae import Posterior, Reconstruct, ReconstructionHeads, posterior_noise
-from trainer.stage import STAGES, Stage, StageConfig, Term
+from crysforge.datapipe.graphs.transforms import MaskAtoms, Transform
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models.encoders.base import Encoder
+from crysforge.models.objectives.vae import (
+    Posterior,
+    Reconstruct,
+    ReconstructionHeads,
+    posterior_noise,
+)
+from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
 
 
 @dataclass(kw_only=True)

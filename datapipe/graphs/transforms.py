@@ -1,0 +1,244 @@
+"""What a stage does to a crystal before its graph is built.
+
+A transform turns a `Sample` into another one, or into several views of it, with draws from a
+generator that is seeded by the crystal's key, so that the result depends on (seed, epoch, crystal
+id) alone. The clean crystal stays in `Sample.crystal` as the target; what the encoder sees is
+`Sample.seen` and `Sample.masked`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+
+from crysforge.datapipe.crystals.crystal import Crystal, wrap
+from crysforge.datapipe.crystals.lattice import (
+    from_log_metric,
+    lattice_constants,
+    log_metric,
+    standard_lattice,
+)
+from crysforge.datapipe.crystals.symmetry import space_group
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A crystal on its way into a batch."""
+
+    crystal: Crystal
+    """The clean crystal: targets of reconstruction, labels, id."""
+    key: int
+    """Seed of everything random about it in this epoch."""
+    masked: np.ndarray
+    """[n] bool: atoms whose element the encoder must not see."""
+    seen: Crystal
+    """The structure whose graph is built; `crystal` itself unless a transform moved atoms."""
+    labels: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Rows that the batch carries in its `labels`; all samples of a batch have the same names."""
+    dropped_edges: float = 0.0
+    """Share of the graph's edges that are left out, drawn from the key."""
+    pair_edges: bool = False
+    """Whether the batch's labels say how many edges join each pair of atoms (`pair_edges`, uint8:
+    for every crystal n² rows, atom i's pairs with all j first)."""
+
+    @classmethod
+    def clean(cls, crystal: Crystal, key: int = 0) -> Sample:
+        """A sample that shows the encoder everything."""
+        return cls(crystal, key, np.zeros(len(crystal), dtype=bool), crystal)
+
+
+Transform = Callable[[Sample, np.random.Generator], "Sample | tuple[Sample, ...]"]
+"""Several samples are several views of one crystal; they follow one another in the batch. Such a
+transform says how many they are in `views`."""
+
+Step = Callable[[Sample, np.random.Generator], Sample]
+"""A transform that gives one sample."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Steps one after another."""
+
+    steps: tuple[Step, ...]
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        for step in self.steps:
+            sample = step(sample, rng)
+        return sample
+
+
+@dataclass(frozen=True)
+class TwoViews:
+    """Two draws of a step; each view has a key of its own."""
+
+    step: Step
+    views: ClassVar[int] = 2
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Sample, ...]:
+        keys = rng.integers(2**63, size=2).tolist()
+        return tuple(self.step(replace(sample, key=k), np.random.default_rng(k)) for k in keys)
+
+
+@dataclass(frozen=True)
+class MaskAtoms:
+    """Hides the element of at least one atom, chosen without replacement."""
+
+    ratio: float
+    """Share of the atoms."""
+    round_up: bool = True
+    """Whether a fraction of an atom counts as one, or as none."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"mask ratio must be in (0, 1], got {self.ratio}")
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        n = len(sample.crystal)
+        count = max(1, (math.ceil if self.round_up else math.floor)(self.ratio * n))
+        masked = np.zeros(n, dtype=bool)
+        masked[rng.choice(n, size=count, replace=False)] = True
+        return replace(sample, masked=masked)
+
+
+@dataclass(frozen=True)
+class DropEdges:
+    """Leaves a share of the edges out of the graph."""
+
+    share: float
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return replace(sample, dropped_edges=self.share)
+
+
+@dataclass(frozen=True)
+class CountPairEdges:
+    """Has the batch say how many edges join each pair of atoms."""
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return replace(sample, pair_edges=True)
+
+
+@dataclass(frozen=True)
+class NoisePositions:
+    """Adds normal noise to the Cartesian coordinates of what is seen."""
+
+    std: float
+    """Å."""
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return _displaced(sample, self.std * rng.standard_normal((len(sample.seen), 3)))
+
+
+@dataclass(frozen=True)
+class ShiftAtoms:
+    """Moves every atom of what is seen in a random direction by a uniform random distance."""
+
+    most: float
+    """Longest distance in Å."""
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        direction = rng.standard_normal((len(sample.seen), 3))
+        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+        return _displaced(sample, direction * rng.uniform(0, self.most, (len(direction), 1)))
+
+
+def _displaced(sample: Sample, shift: np.ndarray) -> Sample:
+    """The sample with atoms moved by Cartesian vectors [n, 3] in Å."""
+    seen = sample.seen
+    frac = seen.frac_coords + np.linalg.solve(seen.lattice.T, shift.T).T
+    return replace(sample, seen=replace(seen, frac_coords=wrap(frac)))
+
+
+@dataclass(frozen=True)
+class NoiseLattice:
+    """Adds normal noise to the six lattice constants of what is seen: a, b, c in Å and the angles
+    in degrees alike. Fractional coordinates stay as they are. A cell that is none, or whose volume
+    has more than doubled or halved, is drawn again.
+    """
+
+    std: float
+    """Å and degrees."""
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        seen = sample.seen
+        constants = lattice_constants(seen.lattice)
+        for _ in range(MOST_DRAWS):
+            lattice = standard_lattice(constants + self.std * rng.standard_normal(6))
+            if lattice is not None and 0.5 < np.linalg.det(lattice) / seen.volume < 2:
+                return replace(sample, seen=replace(seen, lattice=lattice))
+        raise ValueError(
+            f"{MOST_DRAWS} draws of lattice noise {self.std} gave no sound cell: the lattice is "
+            "too small or too flat for so much noise"
+        )
+
+
+MOST_DRAWS = 1000
+"""Draws of lattice noise before it is taken for impossible."""
+
+
+@dataclass(frozen=True, eq=False)
+class Diffuse:
+    """Noises what is seen to a random level of a diffusion: fractional coordinates by wrapped
+    normal noise, the lattice by a variance-preserving one in its log-metric coordinates, so that
+    every level is a sound cell.
+
+    Labels: `timestep` [1] int64 in 1..T, `lattice_state` [1, 6] and `lattice_noise` [1, 6] float32.
+    """
+
+    alpha_bar: np.ndarray
+    """[T+1] share of the lattice signal's variance at each level, 1 at level 0."""
+    sigma: np.ndarray
+    """[T+1] standard deviation of the fractional coordinates' noise, 0 at level 0."""
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        seen = sample.seen
+        t = int(rng.integers(1, len(self.sigma)))
+        noise = rng.standard_normal(6)
+        keep = self.alpha_bar[t]
+        clean = log_metric(seen.lattice, len(seen))
+        state = math.sqrt(keep) * clean + math.sqrt(1 - keep) * noise
+        frac = seen.frac_coords + self.sigma[t] * rng.standard_normal(seen.frac_coords.shape)
+        noisy = replace(seen, frac_coords=wrap(frac), lattice=from_log_metric(state, len(seen)))
+        labels = {
+            "timestep": np.array([t]),
+            "lattice_state": state[None].astype(np.float32),
+            "lattice_noise": noise[None].astype(np.float32),
+        }
+        return replace(sample, seen=noisy, labels={**sample.labels, **labels})
+
+
+@dataclass(frozen=True)
+class SpaceGroup:
+    """Labels the crystal with the number of its space group: `space_group` [1] int64.
+
+    A label `space_group` of the data set is taken as it is. Without one spglib finds the number of
+    the clean crystal, which takes several times as long as its graph; each worker remembers what
+    it found.
+    """
+
+    _known: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        labels = {"space_group": np.array([self._number(sample.crystal)])}
+        return replace(sample, labels={**sample.labels, **labels})
+
+    def _number(self, crystal: Crystal) -> int:
+        given = crystal.targets.get("space_group", math.nan)
+        if not math.isnan(given):
+            if given not in range(1, 231):
+                raise ValueError(f"label 'space_group' must be a number 1..230, got {given:g}")
+            return int(given)
+        if (known := self._known.get(crystal.id)) is not None:
+            return known
+        number = space_group(crystal)
+        if len(self._known) < MOST_REMEMBERED:
+            self._known[crystal.id] = number
+        return number
+
+
+MOST_REMEMBERED = 2**18
+"""Crystals whose space group a worker remembers: about 30 MB."""

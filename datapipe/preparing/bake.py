@@ -1,0 +1,103 @@
+"""Graphs that are stored with their crystals, so that a loader reads them and builds none.
+
+They belong to the rule that made them: a reader takes those whose key is that of the graph its
+encoder asks for, and builds all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from crysforge.datapipe.common.workers import Workers
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.graphs.neighbours import neighbours
+from crysforge.datapipe.graphs.stored import StoredGraphs, graph_key
+from crysforge.datapipe.schema import GraphSpec
+from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
+from crysforge.datapipe.storage.manifest import SPLITS, Manifest
+from crysforge.datapipe.storage.record import Tensors
+
+
+@dataclass(kw_only=True)
+class BakeConfig:
+    """Settings of `bake`."""
+
+    bake: str = ""
+    """Data set: directory or URL."""
+    output: str = ""
+    """Directory of the new data set."""
+    shard_size: int | None = None
+    """Crystals in a shard; None: as many as there are, so that the order of training is the
+    same."""
+    workers: int = 0
+    """Processes that build graphs; 0: one for each core."""
+    progress: bool = True
+    """Whether to show a progress bar."""
+
+
+class Baker:
+    """Builds the graphs of a crystal, in a worker process."""
+
+    def __init__(self, specs: Iterable[GraphSpec]) -> None:
+        self.graphs = {graph_key(spec): StoredGraphs(spec) for spec in specs}
+
+    def __call__(self, crystal: Crystal) -> tuple[Crystal, Tensors | str]:
+        """The crystal and its graphs, or why it has none."""
+        tensors: Tensors = {}
+        try:
+            for stored in self.graphs.values():
+                tensors |= stored.tensors(neighbours(crystal, stored.spec))
+        except ValueError as error:
+            return crystal, str(error)
+        return crystal, tensors
+
+
+def bake(config: BakeConfig, specs: Iterable[GraphSpec]) -> Manifest:
+    """Writes a data set with the graphs of its crystals under some specs.
+
+    Raises:
+        ValueError: no spec, a crystal that cannot be read or has no graph.
+    """
+    baker = Baker(specs)
+    if not baker.graphs:
+        raise ValueError("there is no graph to bake: name an encoder")
+    dataset = Dataset.open(config.bake)
+    manifest = dataset.manifest
+    units = {name: t.unit for name, t in manifest.targets.items() if t.unit}
+    splits = [s for s in SPLITS for _ in range(manifest.splits[s])]
+    size = config.shard_size or max(shard.count for shard in manifest.shards)
+    with (  # processes first: they must not hold the writer's lock
+        Workers(baker, config.workers) as workers,
+        DatasetWriter(config.output, dataset.names, units, size) as writer,
+    ):
+        results = zip(splits, workers.map(_crystals(dataset)), strict=True)
+        bar = tqdm(results, "baking", len(dataset), unit=" crystals", disable=not config.progress)
+        for split, (crystal, tensors) in bar:
+            if isinstance(tensors, str):
+                raise ValueError(f"{dataset.root}: {crystal.id} has no graph: {tensors}")
+            writer.add(split, crystal, tensors)
+        graphs = {key: dataclasses.asdict(g.spec) for key, g in baker.graphs.items()}
+        return writer.finish(_provenance(dataset), graphs)
+
+
+def _crystals(dataset: Dataset) -> Iterator[Crystal]:
+    for _, crystal in dataset.read(range(len(dataset))):
+        if isinstance(crystal, BadCrystal):
+            raise ValueError(f"{dataset.root}: {crystal}; see all with verify={dataset.root}")
+        yield crystal
+
+
+def _provenance(dataset: Dataset) -> dict[str, Any]:
+    source = {
+        "name": Path(dataset.root.rstrip("/")).name,
+        "format": "shards",
+        "fingerprint": dataset.manifest.fingerprint,
+        "provenance": dataset.manifest.provenance,
+    }
+    return {"action": "bake", "settings": {}, "sources": [source]}

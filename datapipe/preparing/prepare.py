@@ -1,0 +1,30 @@
+"""From files of crystals to a data set: read, filter, split, write.
+
+Two passes over the input, so that memory is flat: the first only looks at ids and labels and
+decides the splits; the second parses in parallel and writes shards as results come.
+"""
+
+from __future__ import annotations
+
+from crysforge.datapipe.preparing.config import PrepareConfig
+from crysforge.datapipe.preparing.write import write
+from crysforge.datapipe.storage.manifest import Manifest
+
+
+def prepare(config: PrepareConfig) -> Manifest:
+    """Writes the data set that a config asks for. All of it appears at once; after an error or a
+    kill at any moment nothing does, and the same call can be made again.
+
+    Raises:
+        ValueError: an input cannot be read, a target or split setting does not fit it, the output
+            holds files; a bad crystal with `on_bad=error`; every crystal is dropped.
+    """
+    if not config.output:
+        raise ValueError("setting 'output' is required: the directory of the data set")
+    if config.dedup or config.duplicates.within:
+        from crysforge.datapipe.preparing.deduplicate import (
+            prepare_unique,  # which calls `write` for its parts
+        )
+
+        return prepare_unique(config)
+    return write(config)

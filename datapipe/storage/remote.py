@@ -1,0 +1,196 @@
+"""Where the bytes of a data set come from: a local path, or any URL, copied whole with retries.
+
+| root | read by |
+|---|---|
+| `/a/path`, `file:///a/path` | opening it |
+| `http(s)://…`, `s3://…`, `gs://…` and whatever else fsspec knows | fsspec |
+| `pipe:COMMAND` | running COMMAND, which prints the file; no shell: `pipe:sh -c '…'` for one |
+
+The name of a file is put in place of `{}` in a URL or command, or at its end after a slash.
+A remote file is complete and checked before anything of it is used.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem
+
+log = logging.getLogger(__name__)
+
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
+"""Seconds before the second try, doubled from try to try, and the most; up to half is random."""
+
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """How files of a data set are reached."""
+
+    tries: int = 5
+    """Attempts at a remote file."""
+    timeout_s: float = 300.0
+    """Seconds after which an attempt is given up."""
+    cache_dir: str | None = None
+    """Directory for copies of shards; see `datapipe.storage.cache`."""
+    cache_gb: float = 20.0
+    """Size that the copies are kept below."""
+
+
+DEFAULT = Access()
+
+
+def local_path(url: str | os.PathLike) -> str | None:
+    """The path that a URL stands for; None if the file is elsewhere."""
+    text = os.fspath(url)
+    if text.startswith("file:"):
+        return text.removeprefix("file:").removeprefix("//")
+    return None if text.startswith("pipe:") or "://" in text else text
+
+
+def join_path(root: str | os.PathLike, name: str) -> str:
+    """Path or URL of file `name` of the data set at `root`."""
+    text = os.fspath(root)
+    if local_path(text) is None and "{}" in text:
+        return text.replace("{}", name)
+    return f"{text.rstrip('/')}/{name}"
+
+
+def open_file(
+    root: str | os.PathLike,
+    name: str,
+    access: Access = DEFAULT,
+    check: Callable[[Path], None] | None = None,
+) -> BinaryIO:
+    """File `name` of the data set at `root`, opened for reading bytes; a remote one is copied to
+    the temporary directory, whence it goes when it is closed.
+
+    Args:
+        check: raises ValueError if a copy is not what it should be.
+
+    Raises:
+        OSError: missing, or not readable; after all tries.
+        ValueError: the protocol is unknown, or its package is not installed.
+    """
+    url = join_path(root, name)
+    path = local_path(url)
+    if path is not None:
+        return open(path, "rb")
+    with tempfile.TemporaryDirectory(prefix="crysforge-") as folder:
+        copy = Path(folder) / name
+        download(url, copy, access, check)
+        return open(copy, "rb")
+
+
+def download(
+    url: str, path: Path, access: Access, check: Callable[[Path], None] | None = None
+) -> None:
+    """Copies what is at a URL to `path`, again and again until it is there and passes the check.
+
+    Raises:
+        OSError: missing (FileNotFoundError), refused, or all tries failed; it says which URL.
+        ValueError: the protocol is unknown, or its package is not installed.
+    """
+    copy = _copier(url, access.timeout_s)
+    for tried in range(1, access.tries + 1):
+        try:
+            copy(path)
+            if check is not None:
+                check(path)
+            return
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except Exception as error:  # every protocol has its own
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise
+            reason = f"{type(error).__name__}: {error}".rstrip(": ")
+            if _is_refusal(error) or tried == access.tries:
+                tries = f" (try {tried} of {access.tries})" if tried > 1 else ""
+                raise OSError(f"cannot read {url}{tries}: {reason}") from error
+        wait = min(FIRST_WAIT * 2 ** (tried - 1), LONGEST_WAIT)
+        wait *= random.SystemRandom().uniform(0.5, 1.0)  # seeded generators are not ours to use
+        log.warning("cannot read %s (%s), trying again in %.1f s", url, reason, wait)
+        time.sleep(wait)
+
+
+def _copier(url: str, timeout_s: float) -> Callable[[Path], Any]:
+    """A function that copies what is at the URL to a path."""
+    local = local_path(url)
+    if local is not None:
+        return lambda path: shutil.copyfile(local, path)
+    if url.startswith("pipe:"):
+        command = shlex.split(url.removeprefix("pipe:"))
+        if not command or shutil.which(command[0]) is None:
+            raise ValueError(f"cannot read {url}: there is no such command")
+        return lambda path: _run(command, path, timeout_s)
+    protocol = url.split("://")[0]
+    options = _no_limit_of_its_own() if protocol in ("http", "https") else {}
+    try:
+        system, remote = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        package = _PACKAGES.get(protocol)
+        remedy = f"it needs the package {package}: pip install {package}" if package else error
+        raise ValueError(f"cannot read {url}: {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"cannot read {url}: {error}") from None
+    limit = {"timeout": timeout_s} if isinstance(system, AsyncFileSystem) else {}
+    return lambda path: system.get_file(remote, str(path), **limit)
+
+
+def _no_limit_of_its_own() -> dict[str, Any]:
+    from aiohttp import ClientTimeout
+
+    return {"client_kwargs": {"timeout": ClientTimeout(total=None)}}
+
+
+def _run(command: list[str], path: Path, timeout_s: float) -> None:
+    """Runs a command and keeps what it prints.
+
+    Raises:
+        OSError: it cannot be run, fails, or takes longer than it may.
+    """
+    with open(path, "wb") as output, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            start_new_session=True,  # so that all it starts can be ended with it
+        )
+        try:
+            status = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{command[0]} has not ended after {timeout_s:g} s") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if status:
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise OSError(f"{command[0]} ended with status {status}: {''.join(said)}")
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the server would refuse another try as well."""
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in (408, 425, 429)
+    return isinstance(error, PermissionError)

@@ -1,0 +1,292 @@
+"""Writes a data set: WebDataset tars, the index and, last, the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy as safetensors
+from webdataset.writer import TarWriter
+
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.schema import MAX_Z
+from crysforge.datapipe.storage.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    SPLITS,
+    Manifest,
+    Shard,
+    Target,
+)
+from crysforge.datapipe.storage.record import COLUMNS, INDEX, Tensors, encode
+from crysforge.datapipe.storage.remote import DISK_FULL
+
+
+class _OpenShard:
+    """A tar that is being written: hashes what passes through."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self._file = open(path, "wb")  # noqa: SIM115  (closed by `close` or `abort`)
+        self._digest = hashlib.sha256()
+        self.count = self.bytes = 0
+        self.tar = TarWriter(self, encoder=False, mtime=0)
+
+    def write(self, data: bytes) -> int:  # what the tar library calls
+        if self._file.closed:  # it flushes once more when an aborted shard is collected
+            return len(data)
+        self._digest.update(data)
+        self.bytes += len(data)
+        return self._file.write(data)
+
+    def add(self, key: str, data: bytes) -> int:
+        """Adds an entry; returns the byte where it starts."""
+        offset = self.tar.tarstream.offset
+        self.tar.write({"__key__": key, "safetensors": data})
+        self.count += 1
+        return offset
+
+    def close(self, split: str) -> Shard:
+        try:
+            self.tar.close()
+            _sync(self._file)
+        finally:
+            self._file.close()
+        return Shard(self.name, split, self.count, self.bytes, self._digest.hexdigest())
+
+    def abort(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+class DatasetWriter:
+    """Writes a data set that appears at `root` complete, or not at all.
+
+        with DatasetWriter("data/mp20", ["e_form"], {"e_form": "eV/atom"}) as writer:
+            for split, crystal in crystals:
+                writer.add(split, crystal)
+            manifest = writer.finish({"source": "mp20.csv"})
+
+    Everything is written to the sibling directory `.NAME.partial`, which a lock guards, and moved
+    in one rename. Leaving the block without `finish` discards it; so does the next writer with
+    what a killed one left.
+
+    Args:
+        root: local directory that does not exist or is empty.
+        targets: names of the labels to keep, in the order of the index.
+        units: unit per target.
+        shard_size: crystals per tar.
+
+    Raises:
+        ValueError: `root` holds files already, or another process is writing to it.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        targets: Sequence[str],
+        units: Mapping[str, str] | None = None,
+        shard_size: int = 1000,
+    ) -> None:
+        units = dict(units or {})
+        if shard_size < 1:
+            raise ValueError(f"shard_size must be at least 1, got {shard_size}")
+        if len(set(targets)) < len(targets) or not set(units) <= set(targets):
+            raise ValueError(f"targets {list(targets)} must be unique and name every unit {units}")
+        self.root = Path(root).resolve()
+        self.targets, self.units, self.shard_size = list(targets), units, shard_size
+        self.directory = self.root.parent / f".{self.root.name}.partial"
+        """Where files that should lie beside the shards (`dropped.csv`) are put before `finish`."""
+        self._ids: set[str] = set()
+        self._elements = np.zeros(MAX_Z + 1, dtype=bool)
+        self._open: dict[str, _OpenShard] = {}
+        self._shards: dict[str, list[Shard]] = {s: [] for s in SPLITS}
+        self._index: dict[str, dict[str, array]] = {
+            s: {k: array(code) for k, code in COLUMNS.items()} for s in SPLITS
+        }
+        self._refuse_used_root()
+        self._claim()
+
+    def _refuse_used_root(self) -> None:
+        if not self.root.exists():
+            return
+        if not self.root.is_dir():
+            raise ValueError(f"{self.root} is a file: give a new directory for the data set")
+        if os.path.ismount(self.root):
+            raise ValueError(f"{self.root} is a mount point: give a directory below it")
+        if any(self.root.iterdir()):
+            kind = "a data set" if (self.root / MANIFEST).exists() else "files"
+            raise ValueError(f"{self.root} already holds {kind}: give another or remove it")
+
+    def _claim(self) -> None:
+        """Takes the partial directory for this process and empties it."""
+        path = self.directory / "lock"
+        with contextlib.suppress(FileExistsError):  # another process has just moved it away
+            self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = open(path, "ab")  # noqa: SIM115  (held until the end)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before may have moved or removed the file since we opened it.
+            mine = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(path))
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:
+            raise ValueError(f"another process is writing {self.root}: let it finish")
+        try:
+            self._refuse_used_root()
+        except ValueError:
+            self._discard()
+            raise
+        for path in self.directory.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not self._lock.closed:
+            self._discard()
+        if isinstance(error, OSError) and error.errno in DISK_FULL and error.filename is None:
+            # A failing write does not say where.
+            raise OSError(error.errno, error.strerror, str(self.root)) from error
+
+    def _discard(self) -> None:
+        for shard in self._open.values():
+            shard.abort()
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self._lock.close()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, split: str, crystal: Crystal, more: Tensors | None = None) -> None:
+        """Appends a crystal to a split, with more tensors in its record if there are any.
+
+        Raises:
+            ValueError: unknown split, an id that was added before, an infinite label.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: valid: {', '.join(SPLITS)}")
+        if crystal.id in self._ids:
+            raise ValueError(f"duplicate id {crystal.id!r}: ids must be unique in a data set")
+        labels = [float(crystal.targets.get(name, np.nan)) for name in self.targets]
+        if np.isinf(labels).any():
+            raise ValueError(f"{crystal.id}: a label is infinite: {dict(crystal.targets)}")
+        shard = self._open.get(split)
+        if shard is None:
+            number = len(self._shards[split])
+            shard = _OpenShard(self.directory / f"{split}-{number:06d}.tar")
+            self._open[split] = shard
+        index, data = self._index[split], encode(crystal, self.targets, more)
+        index["offset"].append(shard.add(f"{len(index['atoms']):09d}", data))
+        index["atoms"].append(len(crystal))
+        index["volume"].append(crystal.volume)
+        index["crc32"].append(zlib.crc32(data))
+        index["targets"].extend(labels)
+        self._ids.add(crystal.id)
+        self._elements[crystal.numbers] = True
+        if shard.count == self.shard_size:
+            self._shards[split].append(self._open.pop(split).close(split))
+
+    def finish(
+        self,
+        provenance: Mapping[str, Any],
+        graphs: Mapping[str, dict[str, Any]] | None = None,
+    ) -> Manifest:
+        """Completes the data set, moves it to `root` and returns its manifest, which has the
+        `provenance` and says whose `graphs` are stored with the crystals.
+
+        Raises:
+            ValueError: no crystal was added, or another writer was faster.
+        """
+        if not self._ids:
+            raise ValueError(f"no crystal to write to {self.root}")
+        for split in list(self._open):
+            self._shards[split].append(self._open.pop(split).close(split))
+        parts = {s: {k: np.array(v) for k, v in self._index[s].items()} for s in SPLITS}
+        for columns in parts.values():
+            columns["targets"] = columns["targets"].reshape(
+                len(columns["atoms"]), len(self.targets)
+            )
+        data = safetensors.save({k: np.concatenate([parts[s][k] for s in SPLITS]) for k in COLUMNS})
+        self._write(INDEX, data)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            created_by=_created_by(),
+            splits={s: len(parts[s]["atoms"]) for s in SPLITS},
+            shards=[shard for s in SPLITS for shard in self._shards[s]],
+            index_sha256=hashlib.sha256(data).hexdigest(),
+            elements=np.flatnonzero(self._elements).tolist(),
+            targets={
+                name: _describe(
+                    {s: parts[s]["targets"][:, i] for s in SPLITS}, self.units.get(name)
+                )
+                for i, name in enumerate(self.targets)
+            },
+            provenance=dict(provenance),
+            graphs=dict(graphs or {}),
+        )
+        text = json.dumps(asdict(manifest), indent=1, allow_nan=False, ensure_ascii=False)
+        self._write(MANIFEST, text.encode())
+        try:
+            os.rename(self.directory, self.root)
+        except OSError as error:
+            self._discard()
+            raise ValueError(f"cannot move the data set to {self.root}: {error}") from None
+        _sync_directory(self.root.parent)
+        os.unlink(self.root / "lock")
+        self._lock.close()
+        return manifest
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Writes one file so that its name never stands for a part of it."""
+        temporary = self.directory / f"{name}.partial"
+        with open(temporary, "wb") as file:
+            file.write(data)
+            _sync(file)
+        os.replace(temporary, self.directory / name)
+        _sync_directory(self.directory)
+
+
+def _describe(labels: Mapping[str, np.ndarray], unit: str | None) -> Target:
+    known = {split: values[~np.isnan(values)] for split, values in labels.items()}
+    train = known["train"]
+    return Target(
+        unit=unit,
+        mean=float(train.mean()) if len(train) else None,
+        std=float(train.std()) if len(train) else None,
+        labelled={split: len(values) for split, values in known.items()},
+    )
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _created_by() -> str:
+    try:
+        return f"crysforge {version('crysforge')}"
+    except PackageNotFoundError:
+        return "crysforge (source tree)"

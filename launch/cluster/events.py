@@ -1,0 +1,109 @@
+"""What happened to a cell, as JSON lines: one file for its job, and one for each of its processes.
+
+EVENTS/<cell>.jsonl             turns: start, how it ended, requeue
+EVENTS/<cell>/rank-0000.jsonl   start and end of a process: node, exit code
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REQUEUE = 75
+"""Exit code of a job that stopped before its end and can be continued (trainer/base/signals.py)."""
+
+USER_ERROR = 2
+"""Exit code of a job that a person has to mend (trainer/base/command_line.py)."""
+
+
+def outcome_of(code: int) -> str:
+    """How a process with this exit code (negative: signal) ended: `finished`; `stopped`: asked to,
+    and can be continued; `failed`: someone has to mend something; `crashed`: anything else, perhaps
+    only since another process went away."""
+    if code == 0:
+        return "finished"
+    if code == REQUEUE or -code in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        return "stopped"  # a signal perhaps before the script could listen
+    return "failed" if code == USER_ERROR else "crashed"
+
+
+class EventLog:
+    """Events of a cell's job, or of one of its processes, one JSON object a line."""
+
+    def __init__(self, folder: str | Path, cell: str, rank: int | None = None) -> None:
+        events = Path(folder) / "events"
+        self.path = events / f"{cell}.jsonl"
+        if rank is not None:
+            self.path = events / cell / f"rank-{rank:04d}.jsonl"
+
+    def note(self, event: str, **values: Any) -> None:
+        """Appends an event with the time (seconds since 1970)."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **values})
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All events, oldest first; lines that a kill cut off are left out."""
+        events = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    events.append(json.loads(line))
+        return events
+
+    def starts(self, job: str) -> list[dict[str, Any]]:
+        """The turns of a job so far."""
+        return [e for e in self.read() if e["event"] == "start" and e["job"] == job]
+
+    def in_vain(self, job: str) -> int:
+        """Turns of a job in a row, up to the last, that their time limit ended before they gained
+        anything."""
+        ends = [e for e in reversed(self.read()) if "code" in e and e["job"] == job]
+        return sum(1 for _ in itertools.takewhile(lambda e: e.get("in_vain"), ends))
+
+    def crashes(self, progress: str) -> int:
+        """Turns in a row, up to the last, that began where the cell still is and ended without
+        having been asked to."""
+        count = 0
+        for event in reversed(self.read()):
+            if event["event"] in ("stopped", "finished"):
+                break
+            if event["event"] == "start":
+                if event["progress"] != progress:
+                    break
+                count += 1
+        return count
+
+
+def ends_of_turn(folder: str | Path, cell: str, job: str, turn: int) -> list[dict[str, Any]]:
+    """How the processes of a job ended in a turn, those that have said so, in order of time."""
+    ends = []
+    for path in (Path(folder) / "events" / cell).glob("rank-*.jsonl"):
+        events = EventLog(folder, cell, int(path.stem.removeprefix("rank-"))).read()
+        ends += [e for e in events if (e["job"], e["turn"]) == (job, turn) and "code" in e]
+    return sorted(ends, key=lambda e: e["time"])
+
+
+def verdict(ends: Sequence[dict[str, Any]], code: int) -> dict[str, Any]:
+    """The event that sums up the ends of a job's processes: `event`, `rank`, `node`, `code`.
+
+    Rank 0 finishes when all is done. A process that knows what is wrong outweighs those that only
+    lost it, and an orderly stop what happens on the way out of it; else the first crash counts.
+
+    Args:
+        code: exit code of the whole step.
+    """
+    if any(e["rank"] == 0 and e["event"] == "finished" for e in ends):
+        return {"event": "finished", "code": 0}
+    for outcome in ("failed", "stopped", "crashed"):
+        for end in ends:
+            if end["event"] == outcome:
+                return {key: end[key] for key in ("event", "rank", "node", "code")}
+    return {"event": "crashed", "code": code or 1}

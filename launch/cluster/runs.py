@@ -1,0 +1,157 @@
+"""What run directories say about themselves while they are written: how far, how fast, where."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crysforge.launch.cluster.submission import SUFFIX
+
+SILENT_S = 900.0
+"""Seconds without a step after which a run that should be training is named."""
+
+
+@dataclass
+class RunState:
+    """A run as its files show it; empty where they say nothing."""
+
+    step: str = ""
+    """Stage, newest step, and how many there are: `vae 120/5000`."""
+    value: str = ""
+    """MAE on the test or validation split, or the loss."""
+    seconds: str = ""
+    """Seconds per step."""
+    wait: str = ""
+    """Share of that time spent waiting for data."""
+    skipped: str = ""
+    """Updates left out, as loss or gradient were not finite."""
+    quarantined: str = ""
+    """Crystals that could not be used."""
+    memory: str = ""
+    """Peak memory of rank 0, in GB."""
+    nodes: str = ""
+    devices: str = ""
+    """What it ran on when it last started: `2 cpu`, `8 NVIDIA L40`."""
+    silent: float = 0.0
+    """Seconds since the last step of a run that was neither finished nor stopped."""
+
+
+def read_run(run: Path) -> RunState:
+    """The state of a run directory, as far as its files can be understood."""
+    state = RunState()
+    for read in (_from_metrics, _from_events, _from_heartbeat, _from_results):
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            read(run, state)
+    return state
+
+
+def _from_metrics(run: Path, state: RunState) -> None:
+    """The newest stage's newest numbers: validation MAE before validation loss before loss."""
+    stage: str = ""
+    last: dict[str, Any] = {}
+    for line in read_tail(run / "metrics.jsonl"):
+        if line.get("stage") != stage:
+            stage, last = line.get("stage", ""), {}
+        last.update(line)
+    if not last:
+        return
+    state.step = f"{stage} {last.get('step', '')}"
+    maes = [v for k, v in last.items() if k.startswith("val/mae")]
+    for values, name in (
+        (maes, "val MAE"),
+        ([last.get("val/loss")], "val loss"),
+        ([last.get("train/loss")], "loss"),
+    ):
+        if values and values[0] is not None:
+            state.value = f"{name} {values[0]:.4g}"
+            break
+    if last.get("speed/steps_per_s"):
+        state.seconds = f"{1 / last['speed/steps_per_s']:.3g}"
+    if "speed/data_wait" in last:
+        state.wait = f"{last['speed/data_wait']:.0%}"
+    if "memory/peak_gb" in last:
+        state.memory = f"{last['memory/peak_gb']:.3g}"
+    state.skipped = f"{last['optim/skipped']:.0f}" if last.get("optim/skipped") else ""
+
+
+def _from_events(run: Path, state: RunState) -> None:
+    """What every rank has noted: where it last started, and the crystals it left out."""
+    starts: dict[int, dict[str, Any]] = {}
+    bad = set()
+    for path in (run / "events").glob("rank-*.jsonl"):
+        for event in _lines(path):
+            if event["event"] in ("start", "resume"):
+                starts[event["rank"]] = event
+            elif event["event"] == "quarantine":
+                bad.add((event["stage"], event["item"]))
+    ranks = starts[0]["ranks"] if 0 in starts else 0
+    places = [starts[rank] for rank in sorted(starts) if rank < ranks]
+    devices = Counter(p.get("gpu") or p["device"].split(":")[0] for p in places)
+    state.nodes = ",".join(dict.fromkeys(place["host"] for place in places))
+    state.devices = ", ".join(f"{n} {device}" for device, n in devices.items())
+    state.quarantined = str(len(bad)) if bad else ""
+
+
+def _from_heartbeat(run: Path, state: RunState) -> None:
+    beat = read_json(run / "heartbeat.json")
+    if beat:
+        state.step = f"{beat['stage']} {beat['step']}/{beat['total']}"
+        if beat["status"] == "running":
+            state.silent = max(0.0, time.time() - beat["time"])
+
+
+def _from_results(run: Path, state: RunState) -> None:
+    """The final MAE of a finetuning, with its unit."""
+    metrics = read_json(run / "metrics.json")
+    for split in ("val", "test"):
+        if "mae" in metrics.get(split, {}):
+            unit = " ".join(metrics.get("units", {}).values())
+            state.value = f"{split} MAE {metrics[split]['mae']:.4g} {unit}".strip()
+
+
+def run_directories(path: Path) -> dict[str, Path]:
+    """Runs at a path, in it or one level further down, by name."""
+    if (path / "run.json").is_file():
+        return {path.name: path}
+    found = [*path.glob("*/run.json"), *path.glob("*/*/run.json")]
+    return {
+        str(p.parent.relative_to(path)): p.parent
+        for p in sorted(found)
+        if not any(part.endswith(SUFFIX) for part in p.parts)
+    }
+
+
+def read_tail(path: Path, size: int = 65536) -> Iterator[dict[str, Any]]:
+    """The last lines of a JSONL file, as many as fit the size."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        yield from _objects(file.read())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with contextlib.suppress(OSError):
+        yield from _objects(path.read_bytes())
+
+
+def _objects(content: bytes) -> Iterator[dict[str, Any]]:
+    """JSON objects, one a line; lines that are cut off are left out."""
+    for line in content.decode("utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                yield value

@@ -1,0 +1,311 @@
+"""Suites: pretraining runs and a grid of finetunings that start from them, as one submission.
+
+A suite is a YAML file (configs/suites/, schema `SuiteConfig`):
+
+    title: What a pretrained encoder is worth
+    baseline: pretraining=none          # what `evaluate` compares with
+    data:                               # prepared data sets that the suite needs, in data_dir
+      corpus: {source: where it comes from and how it is prepared}
+      mp20: {source: …}
+    runs:                               # runs that others start from
+      crysldnet: {job: pretrain, data: corpus, config: [configs/pretrain/small.yaml]}
+    config: [configs/finetune/small.yaml]
+    factors:                            # every combination is one finetuning, or cell
+      task:                             # name of each value → its settings
+        formation energy: {data: mp20, target: formation_energy_per_atom}
+      pretraining:
+        none: {init_from: none}
+        crysldnet: {init_from: crysldnet}
+      seed: [0, 1, 2, 3, 4]             # a setting of the same name
+
+In a suite `data` and `init_from` name one of its data sets and runs. A run with `per: [encoder]`
+is made once for each value of that factor, with those of the value's settings that the run's job
+has. In a setting, `{fold}` stands for the value of a factor `fold`. `include: [FILE]` starts from
+other suite files, given relative to this one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from crysforge.datapipe.storage.remote import local_path
+from crysforge.launch.cluster import sweep
+from crysforge.launch.cluster.jobs import JOBS, Cell, check
+from crysforge.launch.cluster.submission import replace_text
+from crysforge.models.registry import configure, nearest
+from crysforge.trainer.base.command_line import merge_sources, read_yaml
+from crysforge.trainer.evaluation.suite import SCHEMA, SUITE
+
+_NONE = "none"
+
+
+@dataclass(kw_only=True)
+class DataSource:
+    """A prepared data set that a suite needs."""
+
+    path: str = ""
+    """Directory or URL; default its name in `data_dir`."""
+    source: str = ""
+    """Where the crystals come from and the command that prepares them."""
+
+
+@dataclass(kw_only=True)
+class StartRun:
+    """A run that cells, or other runs, start from."""
+
+    job: str = "pretrain"
+    """`pretrain` or `finetune`."""
+    data: str = ""
+    """Name of a data set."""
+    config: list[str] = field(default_factory=list)
+    """Config files."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings on top of them."""
+    per: list[str] = field(default_factory=list)
+    """Factors for each of whose values the run is made anew."""
+
+
+@dataclass(kw_only=True)
+class SuiteConfig:
+    """Settings of a suite."""
+
+    title: str = ""
+    """What is compared."""
+    include: list[str] = field(default_factory=list)
+    """Suite files to start from, relative to the one that includes them."""
+    output: str = ""
+    """Directory of all runs."""
+    baseline: str = ""
+    """`FACTOR=VALUE` that others are compared with."""
+    replicate: str = "seed"
+    """Factor whose values are repetitions of the same."""
+    paper: str = ""
+    """Name of the published table to show beside (launch/evaluate.py)."""
+    data_dir: str = "data"
+    """Where the data sets lie, each in a directory of its name."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Data sets by name: `path` and `source`."""
+    runs: dict[str, Any] = field(default_factory=dict)
+    """Runs to start from, by name: `job`, `data`, `config`, `settings`, `per`."""
+    config: list[str] = field(default_factory=list)
+    """Config files of every finetuning."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of every finetuning, on top of them."""
+    factors: dict[str, Any] = field(default_factory=dict)
+    """Factor → its values: a list of values of the setting of that name, or names with the settings
+    of each. The last varies fastest."""
+    exclude: list[dict[str, Any]] = field(default_factory=list)
+    """Combinations, or parts of some, that are no cells."""
+    skip_missing: bool = False
+    """Leave out the cells whose data set is not there, instead of stopping."""
+
+
+class Suite:
+    """A suite as its cells.
+
+    Attributes:
+        config: its settings.
+        cells: the runs to start from, then the finetunings; each after those it needs.
+        missing: data sets that are not there, with what their absence costs.
+
+    Raises:
+        ValueError: an unknown key or name anywhere, a setting that a job would refuse, a factor
+            without values, a data set that is not there.
+    """
+
+    def __init__(self, files: Sequence[str], overrides: Sequence[str]) -> None:
+        included = [f for file in files for f in _with_included(file)]
+        self.config: SuiteConfig = configure(SuiteConfig, merge_sources(included, overrides))
+        if not self.config.output:
+            raise ValueError("setting 'output' is required: give output=DIR for the suite's runs")
+        self.output = Path(self.config.output)
+        self._data = {k: configure(DataSource, v or {}) for k, v in self.config.data.items()}
+        self._runs = {k: configure(StartRun, v or {}) for k, v in self.config.runs.items()}
+        self._factors = {k: _values(k, v) for k, v in self.config.factors.items()}
+        self._check()
+        self._start: dict[str, Cell] = {}
+        cells = list(self._cells())
+        self.missing = self._missing(cells)
+        absent = {str(self.path(name)) for name in self.missing}
+        gone = {c.name for c in [*self._start.values(), *cells] if c.config["data"] in absent}
+        kept = [c for c in cells if not gone & {c.name, *self._needs(c)}]
+        needed = {name for cell in kept for name in self._needs(cell)}
+        self.cells = [c for c in self._start.values() if c.name in needed] + kept
+        if not kept:
+            raise ValueError("the suite has no cell left")
+        alike = {_checked(cell): cell for cell in reversed(self.cells)}
+        for cell in reversed(alike.values()):
+            try:
+                check(JOBS[cell.job], cell.config)
+            except ValueError as error:
+                raise ValueError(f"{cell.job} {cell.name}: {error}") from None
+
+    def path(self, data: str) -> str:
+        """Where a data set lies."""
+        return self._data[data].path or str(Path(self.config.data_dir) / data)
+
+    def write(self) -> None:
+        """Writes what `evaluate` has to know; cells of earlier submissions stay."""
+        path = self.output / SUITE
+        known = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else {}
+        cells = {c.name: {"run": c.name, "job": c.job, "values": c.values} for c in self.cells}
+        record = {
+            "schema": SCHEMA,
+            "title": self.config.title,
+            "baseline": self.config.baseline,
+            "factors": list(self._factors),
+            "replicate": self.config.replicate,
+            "paper": self.config.paper or None,
+            "cells": {**known, **cells},
+        }
+        self.output.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(record, indent=1) + "\n")
+
+    def _cells(self) -> Iterator[Cell]:
+        """The finetunings; the runs they start from are noted on the way."""
+        base = merge_sources(self.config.config)
+        combinations = list(itertools.product(*self._factors.values()))
+        values = [dict(zip(self._factors, c, strict=True)) for c in combinations]
+        values = [v for v in values if not any(v.items() >= x.items() for x in self.config.exclude)]
+        for name, chosen in zip(sweep.names(values), values, strict=True):
+            settings = {**self.config.settings, **self._settings(chosen)}
+            yield self._cell(name, "finetune", base, settings, chosen, chosen)
+
+    def _cell(
+        self,
+        name: str,
+        job: str,
+        base: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        chosen: Mapping[str, Any],
+        values: Mapping[str, Any],
+    ) -> Cell:
+        config = sweep.merge(base, dict(sweep.dotted(settings)))  # no more than they name
+        if "data" not in config:
+            raise ValueError(f"{name}: no factor or setting says which data set")
+        config["data"] = self.path(self._known("data", str(config["data"]), self._data))
+        start = str(config.get("init_from") or _NONE)
+        after: tuple[str, ...] = ()
+        if start != _NONE:
+            run = self._start_run(self._known("init_from", start, self._runs), chosen)
+            config["init_from"], after = run.output, (run.name,)
+        output = str(self.output / name)
+        return Cell(name, output, dict(values), {**config, "run_dir": output}, job, after)
+
+    def _start_run(self, key: str, chosen: Mapping[str, Any]) -> Cell:
+        """The cell of a run to start from."""
+        run = self._runs[key]
+        per = {factor: chosen[factor] for factor in run.per}
+        name = ",".join([key, *(sweep.names([per]) if per else [])])
+        if name in self._start:
+            return self._start[name]
+        valid = {f.name for f in fields(JOBS[run.job].schema())} - {"init_from"}
+        theirs = self._settings(per).items()
+        shared = {k: v for k, v in theirs if k.split(".")[0] in valid and k != "data"}
+        base = {**merge_sources(run.config), "data": run.data}
+        values = {
+            factor: value
+            for factor, names in self._factors.items()
+            for value, given in names.items()
+            if _filled(given.get("init_from"), chosen) == key
+        }
+        cell = self._cell(name, run.job, base, {**shared, **run.settings}, chosen, values | per)
+        self._start[name] = cell  # after what it starts from itself
+        return cell
+
+    def _settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: _filled(value, chosen)
+            for factor, name in chosen.items()
+            for key, value in self._factors[factor][name].items()
+        }
+
+    def _needs(self, cell: Cell) -> set[str]:
+        """All runs that have to be there before a cell."""
+        names = set(cell.after)
+        return names.union(*(self._needs(self._start[n]) for n in names))
+
+    def _missing(self, cells: Sequence[Cell]) -> dict[str, str]:
+        """Data sets that are not there → what they are.
+
+        Raises:
+            ValueError: there are some, and they are not to be skipped.
+        """
+        used = {c.config["data"] for c in [*self._start.values(), *cells]}
+        missing = {}
+        for name, data in self._data.items():
+            path = self.path(name)
+            here = local_path(path)
+            if path in used and here and not (Path(here) / "manifest.json").is_file():
+                missing[name] = f"{name} is not at {path} — {data.source or 'no source is given'}"
+        if missing and not self.config.skip_missing:
+            listed = "\n  ".join(" ".join(text.split()) for text in missing.values())
+            raise ValueError(
+                f"data sets are missing (say where with data.NAME.path=DIR, or leave their cells "
+                f"out with skip_missing=true):\n  {listed}"
+            )
+        return missing
+
+    def _check(self) -> None:
+        if not self._factors:
+            raise ValueError("a suite needs factors: what to compare")
+        for key, run in self._runs.items():
+            if run.job not in ("pretrain", "finetune"):
+                raise ValueError(f"runs.{key}.job must be pretrain or finetune, got {run.job!r}")
+            for factor in run.per:
+                self._known(f"runs.{key}", factor, self._factors)
+        factor, _, value = self.config.baseline.partition("=")
+        if self.config.baseline:
+            names = [str(v) for v in self._factors[self._known("baseline", factor, self._factors)]]
+            self._known("baseline", value, names)
+        for part in self.config.exclude:
+            for key in part:
+                self._known("exclude", key, self._factors)
+
+    def _known(self, what: str, name: str, names: Collection[str]) -> str:
+        if name not in names:
+            raise ValueError(f"{what}: unknown name {name!r}: {nearest(name, names)}")
+        return name
+
+
+def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
+    """A setting with the factors' values in the places of their names."""
+    if isinstance(value, str):
+        for factor, name in chosen.items():
+            value = value.replace(f"{{{factor}}}", str(name))
+    return value
+
+
+def _checked(cell: Cell) -> str:
+    """What the check of a cell's config depends on."""
+    set_here = ("data", "init_from", "run_dir")
+    config = {k: v for k, v in cell.config.items() if k not in set_here}
+    seed = {"seed": type(config.get("seed")).__name__}
+    return json.dumps([cell.job, bool(cell.after), config | seed], sort_keys=True)
+
+
+def _with_included(file: str) -> list[str]:
+    """The files that a suite's file includes, then itself."""
+    names = read_yaml(file).get("include") or []
+    included = [str(Path(file).parent / name) for name in names]
+    return [f for path in included for f in _with_included(path)] + [file]
+
+
+def _values(factor: str, values: Any) -> dict[Any, dict[str, Any]]:
+    """A factor's values, each with its settings by dotted key."""
+    if isinstance(values, list):
+        found = {value: {factor: value} for value in values}
+        if len(found) != len(values):
+            raise ValueError(f"factor {factor!r} has a value twice: {values}")
+    elif isinstance(values, dict):
+        found = {str(k): dict(sweep.dotted(v or {})) for k, v in values.items()}
+    else:
+        raise ValueError(f"factor {factor!r} needs a list of values, or names with settings")
+    if not found:
+        raise ValueError(f"factor {factor!r} has no values")
+    return found

@@ -1,0 +1,246 @@
+"""Suites: which runs they consist of, what starts from what, and how they are run."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import yaml
+
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.storage.dataset import DatasetWriter
+from crysforge.launch import submit
+from crysforge.launch.cluster.config import SubmitConfig
+from crysforge.launch.cluster.jobs import groups, settings_of, waves
+from crysforge.launch.cluster.status import statuses
+from crysforge.launch.cluster.submission import ROOT
+from crysforge.launch.cluster.suite import Suite
+
+SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))
+
+TINY = {
+    "title": "Tiny",
+    "baseline": "pretraining=none",
+    "data": {"a": {"source": "made here"}, "b": {"source": "somewhere far"}},
+    "runs": {
+        "made": {
+            "data": "b",
+            "per": ["encoder"],
+            "settings": {
+                "stages": ["vae"],
+                "vae.max_steps": 2,
+                "vae.batch_size": 4,
+            },
+        }
+    },
+    "settings": {"finetune.max_steps": 2, "finetune.batch_size": 4},
+    "factors": {
+        "task": {"energy": {"data": "a", "target": "e"}},
+        "encoder": {
+            "big": {"encoder.name": "pddformer", "encoder.tiny": True},
+            "other": {"encoder": {"name": "cgcnn", "tiny": True}},
+        },
+        "pretraining": {"none": {"init_from": "none"}, "ours": {"init_from": "made"}},
+        "seed": [0, 1],
+    },
+}
+
+ONE_ENCODER = {"other": TINY["factors"]["encoder"]["other"]}
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """Writes a suite, TINY with changes, and returns its path; data set `a` and `b` are there."""
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        with DatasetWriter(tmp_path / "data" / name, ["e"]) as writer:
+            for i in range(12):
+                split = ("train", "train", "val", "test")[i % 4]
+                writer.add(split, salt(f"{name}{i}", i))
+            writer.finish({})
+
+    def write(**changes):
+        path, suite = tmp_path / "suite.yaml", {**TINY, "output": str(tmp_path / "out"), **changes}
+        path.write_text(yaml.safe_dump(suite, sort_keys=False))
+        return str(path)
+
+    return write
+
+
+def salt(id: str, i: int) -> Crystal:
+    frac = np.array([[0, 0, 0], [0.5, 0.5, 0.5]])
+    return Crystal(id, np.array([11, 17]), frac, np.eye(3) * (3 + 0.1 * i), {"e": float(i)})
+
+
+def test_every_combination_is_a_cell_after_the_run_it_starts_from(file):
+    suite = Suite([file()], [])
+    finetunings = [c for c in suite.cells if c.job == "finetune"]
+    assert len(finetunings) == 2 * 2 * 2
+    assert len({c.output for c in suite.cells}) == len(suite.cells) == 8 + 2
+    done: set[str] = set()
+    for cell in suite.cells:
+        assert set(cell.after) <= done
+        done.add(cell.name)
+    for cell in finetunings:
+        assert cell.config["seed"] == cell.values["seed"]
+        encoder = {"big": "pddformer", "other": "cgcnn"}[cell.values["encoder"]]
+        assert cell.config["encoder"]["name"] == encoder
+        if cell.values["pretraining"] == "none":
+            assert cell.after == ()
+            continue
+        (start,) = (c for c in suite.cells if (c.name,) == cell.after)
+        assert start.output == cell.config["init_from"]
+        assert start.config["encoder"] == cell.config["encoder"]
+        assert start.values == {"pretraining": "ours", "encoder": cell.values["encoder"]}
+
+
+def test_a_setting_changes_no_more_than_it_names(file, tmp_path):
+    """Also where a section of the config file has more in it, and however the key is written."""
+    (tmp_path / "fine.yaml").write_text("finetune: {lr: 0.005, epochs: 7}")
+    (tmp_path / "pre.yaml").write_text("vae: {lr: 0.006}")
+    settings = {"stages": ["vae"], "vae": {"max_steps": 2}}
+    runs = {"made": {**TINY["runs"]["made"], "config": ["pre.yaml"], "settings": settings}}
+    path = file(config=["fine.yaml"], runs=runs)
+    suite = Suite([path], ["settings.finetune.max_steps=3", "runs.made.settings.vae.epochs=1"])
+    found = {c.job: c.config for c in suite.cells}
+    changed = {"lr": 0.005, "epochs": 7, "max_steps": 3, "batch_size": 4}
+    assert found["finetune"]["finetune"] == changed
+    assert found["pretrain"]["vae"] == {"lr": 0.006, "max_steps": 2, "epochs": 1}
+
+
+def test_a_run_that_starts_from_a_run_comes_after_it(file):
+    runs = {
+        **TINY["runs"],
+        "taught": {
+            "job": "finetune",
+            "data": "b",
+            "settings": {"target": "e", "init_from": "made"},
+            "per": ["encoder"],
+        },
+    }
+    factors = {**TINY["factors"], "pretraining": {"none": {}, "taught": {"init_from": "taught"}}}
+    suite = Suite([file(runs=runs, factors=factors)], [])
+    names = [c.name for c in suite.cells]
+    for encoder in ("big", "other"):
+        assert names.index(f"made,encoder={encoder}") < names.index(f"taught,encoder={encoder}")
+    assert [len(w) for w in waves(suite.cells)] == [2, 4, 2, 4]
+    assert {c.job for c in waves(suite.cells)[0]} == {"pretrain"}
+
+
+def test_cells_that_wait_for_the_same_run_are_one_array(file):
+    suite = Suite([file()], [])
+    assert sorted((len(g), g[0].after) for g in groups(suite.cells)) == [
+        (2, ()),
+        (2, ("made,encoder=big",)),
+        (2, ("made,encoder=other",)),
+        (4, ()),
+    ]
+    config = SubmitConfig(nodes=2, gpus=4, slurm={"dependency": "singleton"})
+    own = settings_of(config, "finetune", ["7", "8_1"])
+    assert (own.nodes, own.gpus, own.processes) == (1, 1, 1)
+    assert own.slurm["dependency"] == "singleton,afterok:7:8_1"
+    assert settings_of(config, "pretrain") == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"factors": {}}, ["needs factors"]),
+        ({"factors": {"seed": []}}, ["'seed' has no values"]),
+        ({"factors": {"seed": 3}}, ["'seed' needs a list"]),
+        ({"baseline": "pretraning=none"}, ["'pretraning'", "'pretraining'"]),
+        ({"baseline": "pretraining=non"}, ["'non'", "'none'"]),
+        ({"facters": {}}, ["'facters'", "'factors'"]),
+        ({"runs": {"made": {"data": "b", "per": ["encodr"]}}}, ["'encodr'", "'encoder'"]),
+        ({"runs": {"made": {"data": "c"}}}, ["'c'", "valid: a, b"]),
+        ({"runs": {"made": {"job": "predict"}}}, ["pretrain or finetune", "'predict'"]),
+        ({"runs": {}}, ["init_from: unknown name 'made'"]),
+        ({"settings": {"finetune.epoch": 1}}, ["'finetune.epoch'", "'epochs'"]),
+        ({"exclude": [{"seeds": 1}]}, ["'seeds'", "'seed'"]),
+        ({"exclude": [{"task": "energy"}]}, ["no cell left"]),
+        ({"output": ""}, ["'output' is required"]),
+    ],
+)
+def test_a_mistake_is_named(file, changes, words):
+    with pytest.raises(ValueError) as error:
+        Suite([file(**changes)], [])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_missing_data_set_is_named_with_where_it_comes_from(file, tmp_path):
+    path = file()
+    (tmp_path / "data" / "b" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=re.escape("b is not at data/b — somewhere far")):
+        Suite([path], [])
+    suite = Suite([path], ["skip_missing=true"])
+    assert {c.values["pretraining"] for c in suite.cells} == {"none"}
+    assert list(suite.missing) == ["b"]
+    moved = (tmp_path / "data" / "a").rename(tmp_path / "elsewhere")
+    suite = Suite([path], [f"data.a.path={moved}", f"data.b.path={moved}"])
+    assert {c.config["data"] for c in suite.cells} == {str(moved)}
+
+
+def test_excluded_combinations_are_no_cells(file):
+    suite = Suite([file(exclude=[{"pretraining": "ours", "encoder": "other"}])], [])
+    assert {c.name for c in suite.cells if c.job == "pretrain"} == {"made,encoder=big"}
+    assert sum(c.job == "finetune" for c in suite.cells) == 6
+
+
+def test_a_suite_runs_to_its_end_grows_and_leaves_the_unaffected_alone(
+    file, tmp_path, monkeypatch, capsys
+):
+    path = file(factors={**TINY["factors"], "encoder": ONE_ENCODER})
+
+    def run(*argv):
+        monkeypatch.setattr("sys.argv", ["submit.py", f"suite={path}", "cluster=debug", *argv])
+        submit.main()
+        return capsys.readouterr().out
+
+    run("factors.seed=[0]")
+    record = json.loads((tmp_path / "out" / "suite.json").read_text())
+    assert record["factors"] == ["task", "encoder", "pretraining", "seed"]
+    assert len(record["cells"]) == 3
+    for cell in record["cells"].values():
+        run_json = json.loads((tmp_path / "out" / cell["run"] / "run.json").read_text())
+        assert run_json["finished"] == (["vae"] if cell["job"] == "pretrain" else ["finetune"])
+    assert {s.state for s in statuses(tmp_path / "out")} == {"finished"}
+    said = run()
+    assert said.count("finished already") == 3
+    assert len(json.loads((tmp_path / "out" / "suite.json").read_text())["cells"]) == 5
+
+
+def test_what_waits_for_a_failed_run_is_left_out_and_the_rest_is_run(
+    file, tmp_path, monkeypatch, capsys
+):
+    runs = {"made": {**TINY["runs"]["made"], "settings": {"stages": ["vae"], "init_from": "gone"}}}
+    runs["gone"] = {"data": "b", "settings": {"stages": ["vae"], "encoder": {"name": "cgcnn"}}}
+    path = file(runs=runs, factors={**TINY["factors"], "encoder": ONE_ENCODER})
+    (tmp_path / "out" / "gone").mkdir(parents=True)
+    (tmp_path / "out" / "gone" / "mine.txt").write_text("not a run")
+    argv = ["submit.py", f"suite={path}", "cluster=debug", "factors.seed=[0]"]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(ValueError, match="3 of 4 cells did not finish"):
+        submit.main()
+    assert "left out, since made,encoder=other did not finish" in capsys.readouterr().out
+    states = {s.cell: s.state for s in statuses(tmp_path / "out")}
+    assert states.pop("gone") == "failed"
+    assert sorted(states.values()) == ["finished", "not started", "not started"]
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda p: p.stem)
+def test_the_suites_here_are_sound_but_for_their_data(path, tmp_path):
+    settings = [f"output={tmp_path}", f"data_dir={tmp_path}"]
+    with pytest.raises(ValueError, match="data sets are missing") as error:
+        Suite([str(path)], settings)
+    missing = re.findall(r"^  (\S+) is not at \S+ — .+", str(error.value), re.MULTILINE)
+    for name in missing:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    suite = Suite([str(path)], settings)
+    assert suite.config.title and suite.config.baseline
+    assert set(suite.config.data) == set(missing), "a data set that no cell needs"
+    replicates = {c.values.get("seed", c.values.get("fold")) for c in suite.cells if c.after}
+    assert len(replicates) >= 3

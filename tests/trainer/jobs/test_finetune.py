@@ -1,0 +1,162 @@
+"""Ways of finetuning: with a linear head, until nothing gets better, and not at all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from crysforge.datapipe.graphs.packing import build
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.launch import finetune
+from crysforge.models.encoders import build_encoder
+from crysforge.trainer.base.tensors import load_tensors
+from crysforge.trainer.jobs import finetuning as reports
+from crysforge.trainer.jobs import setup as jobs
+from crysforge.trainer.jobs.schemas import FinetuneJob
+from crysforge.trainer.runs.checkpoint import RunDirectory
+from crysforge.trainer.runs.logger import read_metrics
+from crysforge.trainer.stages import FinetuneConfig, FinetuneStage
+from tests.launching import FINETUNE
+
+
+def test_a_linear_probe_moves_one_layer_only(runs, data, call, tmp_path):
+    run = tmp_path / "probe"
+    code, _, err = call(
+        "finetune", *FINETUNE, f"data={data}", f"init_from={runs / 'pre'}", f"run_dir={run}",
+        "target=density", "finetune.head=linear", "finetune.freeze_encoder=true",
+    )  # fmt: skip
+    assert code == 0, err
+    before = load_tensors(runs / "pre" / "joint" / "model.safetensors")
+    after = load_tensors(run / "finetune" / "model.safetensors")
+    for name, tensor in after.items():
+        if name.startswith("encoder."):
+            assert torch.equal(tensor, before[name]), name
+    assert {n for n in after if n.startswith("readout.")} == {
+        "readout.out.weight",
+        "readout.out.bias",
+    }
+
+
+def test_training_ends_when_nothing_gets_better_and_stays_ended(
+    data,
+    call,
+    tmp_path,
+    monkeypatch,
+):
+    run = tmp_path / "early"
+    args = [
+        *FINETUNE, f"data={data}", f"run_dir={run}", "init_from=none", "target=density",
+        "finetune.epochs=200", "finetune.patience=2", "finetune.lr=0.0000001",
+        "finetune.pct_start=0.001", "trainer.validate_every=1",
+    ]  # fmt: skip
+    with monkeypatch.context() as patch:  # dies after the last save, before the stage is finished
+        patch.setattr(RunDirectory, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call("finetune", *args)
+    values = [value for _, value in read_metrics(run, "finetune")["val/mae/density"]]
+    best = int(np.argmin(values))
+    assert len(values) == best + 1 + 2 < 200
+    steps = json.loads((run / "metrics.json").read_text())["steps"]
+    weights = (run / "finetune" / "model.safetensors").read_bytes()
+
+    code, _, err = call("finetune", *args)
+    assert code == 0, err
+    assert json.loads((run / "metrics.json").read_text())["steps"] == steps
+    assert len(read_metrics(run, "finetune")["val/mae/density"]) == len(values)
+    assert (run / "finetune" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_finetuned_model_is_tried_on_other_data_as_it_is(
+    runs,
+    data,
+    call,
+    tmp_path,
+):
+    run = tmp_path / "zero-shot"
+    args = [
+        *FINETUNE[:1], "loader.workers=0", f"data={data}", f"init_from={runs / 'fine'}",
+        "init_head=true", "finetune.epochs=0", f"run_dir={run}",
+    ]  # fmt: skip
+    learned = json.loads((runs / "fine" / "metrics.json").read_text())
+    code, out, err = call("finetune", *args, f"target={learned['targets'][0]}")
+    assert code == 0, err
+    found = json.loads((run / "metrics.json").read_text())
+    assert found["test"] == pytest.approx(learned["test"], rel=1e-5)
+    assert (found["steps"], found["labels"]) == (0, 0)
+    assert "as it is" in out
+    code, _, err = call("finetune", *args, "targets=[density,ewald_energy]", "resume=never")
+    assert code == 2 and "not finetuned on as many targets" in err
+
+
+def test_a_head_that_learned_another_unit_is_refused(runs, data):
+    dataset = Dataset.open(data)
+    learned = json.loads((runs / "fine" / "metrics.json").read_text())["targets"]
+    config = FinetuneJob(
+        data="data/other", targets=learned, init_from=str(runs / "fine"), init_head=True
+    )
+    stage, _ = jobs.finetune_stage(config, dataset, np.empty(0, np.int64))
+    assert stage.targets == tuple(learned)
+    known = dataset.manifest.targets
+    known[learned[0]] = replace(known[learned[0]], unit="kg/m^3")
+    with pytest.raises(ValueError, match=r"predicts in g/cm\^3, but density .* is in kg/m\^3"):
+        jobs.finetune_stage(config, dataset, np.empty(0, np.int64))
+
+
+@pytest.mark.parametrize(
+    ("targets", "monitor"),
+    [
+        ("target=density", "mae/density"),
+        ("targets=[density]", "mae/density"),
+        ("targets=[density,ewald_energy]", "mse"),
+    ],
+)
+def test_the_best_weights_are_those_of_the_least_validation_mae(
+    data, call, tmp_path, monkeypatch, targets, monitor
+):
+    def fit(*args, **settings):
+        raise ValueError(settings["monitor"])
+
+    monkeypatch.setattr(finetune, "fit", fit)
+    args = [f"data={data}", f"run_dir={tmp_path / 'run'}", "init_from=none", targets]
+    code, _, err = call("finetune", *FINETUNE, *args)
+    assert code == 2 and err.splitlines()[-1] == f"error: {monitor}"
+
+
+def test_every_target_needs_a_label_in_every_split():
+    labels = {"a": np.array([1.0, np.nan, 2.0, np.nan]), "b": np.array([1.0, 3.0, np.nan, np.nan])}
+    splits = {"train": np.arange(4), "test": np.array([2, 3]), "val": np.arange(0)}
+    dataset = SimpleNamespace(split_items=splits.get, targets_of=labels.get)
+    assert jobs.with_label(dataset, "train", ["a", "b"]).tolist() == [0, 1, 2]
+    assert jobs.with_label(dataset, "val", ["a", "b"]).tolist() == []
+    with pytest.raises(ValueError, match=r"the 'test' split has a label for b$"):
+        jobs.with_label(dataset, "test", ["a", "b"])
+
+
+def test_a_batch_that_fills_a_step_is_not_predicted(random_crystal):
+    encoder = build_encoder({"name": "pddformer", "tiny": True})
+    stage = FinetuneStage(FinetuneConfig(), encoder, ["gap"], [0.0], [1.0])
+    rng = np.random.default_rng(0)
+    batch = build([random_crystal(rng, 3, "x")], encoder.graph, ["gap"])
+    device = torch.device("cpu")
+    found = reports.predictions(stage, iter([batch, replace(batch, filler=True)]), device)
+    assert [len(column) for column in found] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["finetune.epochs=0"], "give init_head=true"),
+        (["init_head=true"], "needs init_from=RUN"),
+        (["finetune.patience=-1"], "must not be negative"),
+    ],
+)
+def test_settings_that_do_not_go_together(data, call, tmp_path, args, words):
+    base = [*FINETUNE[:1], f"data={data}", "target=density", f"run_dir={tmp_path / 'run'}"]
+    code, _, err = call("finetune", *base, *args)
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,55 @@
+"""A job whose other processes are gone says so in one line, wherever it notices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from crysforge.trainer.base.command_line import run
+from crysforge.trainer.base.distributed import lost_process
+
+
+class Fatal(Dataset):
+    """Its worker ends as one does that the system has killed."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_worker():
+    list(DataLoader(Fatal(), num_workers=1))
+
+
+def lost_rank():
+    raise RuntimeError("[third_party/gloo/pair.cc:553] Connection closed by peer [10.0.0.2]:4242\n")
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [(killed_worker, "rank 0 lost a loader worker"), (lost_rank, "rank 0 lost the other ranks")],
+)
+def test_one_line_and_a_code_that_may_be_tried_again(main, words, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {words}") and "the same command continues" in line
+
+
+def test_other_errors_are_bugs_and_keep_their_traceback():
+    assert lost_process(RuntimeError("shape mismatch"), 0) is None
+    assert lost_process(RuntimeError(), 0) is None
+
+    def main():
+        torch.zeros(2) @ torch.zeros(3)
+
+    with pytest.raises(RuntimeError):
+        run(main)

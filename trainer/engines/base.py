@@ -1,0 +1,166 @@
+"""What an engine is: settings, interface, and what both kinds share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models.ops.recompute import RECOMPUTE
+from crysforge.trainer.base.distributed import World
+from crysforge.trainer.stages.base import Stage, Term
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """How a stage is run on the hardware; changes nothing about what is learned."""
+
+    engine: str = "auto"
+    """`torch` (one device), `deepspeed`, or `auto`: DeepSpeed when a launcher started the job."""
+    precision: str = "fp32"
+    """Matrix products in fp32, bf16 or fp16 (fp16 with loss scaling, on GPUs)."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO: 0 nothing, 1 optimiser state, 2 also gradients, 3 also weights sharded."""
+    accumulation: int = 1
+    """Micro-batches per optimiser step."""
+    recompute: str = "auto"
+    """What the denoiser makes again in the backward pass instead of keeping it: `none`; `cheap`,
+    what no matrix product made, and attention; `blocks`, all but each block's input, for a third
+    more arithmetic; `auto`: cheap on GPUs, none on CPUs. Equal results."""
+    timeout_s: float = 1800
+    """Longest wait for another rank, in seconds."""
+    deterministic: bool = False
+    """Only deterministic kernels; slower on GPUs."""
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("auto", "torch", "deepspeed"):
+            raise ValueError(f"engine must be auto, torch or deepspeed, got {self.engine!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be fp32, bf16 or fp16, got {self.precision!r}")
+        if self.recompute not in ("auto", *RECOMPUTE):
+            kinds = ", ".join(RECOMPUTE)
+            raise ValueError(f"recompute must be auto, {kinds}, got {self.recompute!r}")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s must be above 0, got {self.timeout_s}")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
+        if self.accumulation < 1:
+            raise ValueError(f"accumulation must be at least 1, got {self.accumulation}")
+
+
+class Engine(ABC):
+    """One stage on this rank's device."""
+
+    stage: Stage
+    world: World
+    grad_norm: Tensor | float = 0.0
+    """Gradient norm of the last step, before clipping."""
+    skipped: Tensor | bool = False
+    """Whether the last step left out its update because the gradient was not finite, the same on
+    all ranks. A tensor may still be on its way: reading it waits for the device."""
+
+    @abstractmethod
+    def forward(self, batch: CrystalBatch) -> dict[str, Term]:
+        """The stage's terms under the engine's precision."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of one micro-batch's loss (a mean over micro-batches is formed)."""
+
+    @abstractmethod
+    def step(self, lr: float, beta1: float) -> None:
+        """Clips and updates once `accumulation` micro-batches are in; leaves weights and moments
+        as they are if the gradient is not finite."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """Full fp32 state of the module on the CPU. Collective; empty on ranks other than 0."""
+
+    @abstractmethod
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Full Adam state, `exp_avg/<name>`, `exp_avg_sq/<name>` and `step`. Collective; empty on
+        ranks other than 0."""
+
+    @abstractmethod
+    def load_optimizer(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what `optimizer_state` gave. Every rank passes the same full state."""
+
+
+def _schedule(groups: Iterable[dict], lr: float, beta1: float) -> None:
+    for group in groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["betas"] = (beta1, group["betas"][1])
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that clips, and leaves out an update whose gradient is not finite.
+
+    The fused kernels take the verdict from the device, so that nobody waits for it.
+
+    Args:
+        grad_clip: largest gradient norm over all groups; 0 switches clipping off.
+    """
+
+    def __init__(self, groups: list[dict], grad_clip: float, device: torch.device) -> None:
+        super().__init__(groups, lr=1e-3, betas=(0.95, 0.999), fused=device.type == "cuda")
+        self._step_supports_amp_scaling = False  # a gradient scaler unscales before `step`
+        self.grad_clip = grad_clip
+        self.grad_norm: Tensor | float = 0.0
+        self.skipped: Tensor | bool = False
+
+    def step(self, closure: Any = None) -> Any:
+        parameters = [p for g in self.param_groups for p in g["params"]]
+        limit = self.grad_clip or float("inf")
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        self.skipped = ~torch.isfinite(self.grad_norm)
+        if self.defaults["fused"]:
+            self.found_inf = self.skipped.float()
+            super().step(closure)
+        elif not self.skipped:
+            super().step(closure)
+
+
+def _host(tensor: Tensor) -> Tensor:
+    """An fp32 copy on the CPU that no later step changes."""
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def _plain_state(stage: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for name, parameter in stage.named_parameters():
+        moments = optimizer.state.get(parameter)
+        if moments:
+            for key in _MOMENTS:
+                out[f"{key}/{name}"] = _host(moments[key])
+            out["step"] = _host(torch.as_tensor(moments["step"])).reshape(())
+    return out
+
+
+def _load_plain(
+    stage: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]
+) -> None:
+    for name, parameter in stage.named_parameters():
+        if f"exp_avg/{name}" in state:
+            moments = {k: state[f"{k}/{name}"].to(parameter, copy=True) for k in _MOMENTS}
+            fused = bool(optimizer.defaults.get("fused"))
+            step = state["step"].clone().to(parameter.device if fused else "cpu")
+            optimizer.state[parameter] = {"step": step, **moments}
+
+
+def set_recompute(stage: nn.Module, recompute: str, device: torch.device) -> None:
+    """Tells the stage's modules that can recompute what to, `auto` by the device."""
+    if recompute == "auto":
+        recompute = "none" if device.type == "cpu" else "cheap"
+    for module in stage.modules():
+        if hasattr(module, "recompute"):
+            module.recompute = recompute  # type: ignore[assignment]

@@ -1,0 +1,130 @@
+"""What a finetuning run leaves behind: predictions, errors in physical units, figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.trainer.base.distributed import World
+from crysforge.trainer.figures import plots
+from crysforge.trainer.jobs import setup as jobs
+from crysforge.trainer.jobs.baselines import baselines
+from crysforge.trainer.jobs.schemas import FinetuneJob
+from crysforge.trainer.jobs.tables import errors, write_predictions
+from crysforge.trainer.runs.logger import read_metrics
+from crysforge.trainer.stages import FinetuneStage
+
+if TYPE_CHECKING:
+    pass
+
+
+def predictions(
+    stage: FinetuneStage, batches: Iterator[CrystalBatch], device: torch.device
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(ids, labels [n, T], predictions [n, T]) in physical units, in evaluation mode."""
+    stage.eval()
+    ids: list[str] = []
+    labels, outputs = [], []
+    with torch.no_grad():
+        for batch in batches:
+            if batch.filler:
+                continue
+            on_device = batch.to(device)
+            outputs.append(stage.predict(on_device).cpu())
+            labels.append(stage.labels(batch))
+            ids += batch.ids
+    return ids, torch.cat(labels).double().numpy(), torch.cat(outputs).double().numpy()
+
+
+def finetuned(
+    stage: FinetuneStage,
+    world: World,
+    dataset: Dataset,
+    config: FinetuneJob,
+    items: Mapping[str, np.ndarray],
+    path: Path,
+) -> dict[str, Any]:
+    """Predicts validation and test split, writes CSVs and figures into the run directory, and
+    returns the numbers for metrics.json: per target and split, beside composition-only
+    baselines."""
+    units = {n: dataset.manifest.targets[n].unit or "" for n in config.targets}
+    out: dict[str, Any] = {
+        "targets": config.targets,
+        "units": units,
+        "seed": config.seed,
+        "labels": len(items["train"]),
+        "init_from": config.init_from or "none",
+        "encoder": stage.encoder.section["name"],
+        "data": dataset.manifest.fingerprint,
+    }
+    for split in ("val", "test"):
+        if len(items[split]) == 0:
+            continue
+        stream = jobs.make_stream(
+            dataset,
+            split,
+            stage,
+            config,
+            world,
+            batch_size=config.finetune.batch_size,
+            select=items[split],
+        )
+        ids, label, prediction = predictions(stage, iter(stream), world.device)
+        write_predictions(path / f"predictions_{split}.csv", config.targets, ids, label, prediction)
+        by_target = {
+            name: errors(label[:, i], prediction[:, i]) for i, name in enumerate(config.targets)
+        }
+        out[split] = by_target[config.targets[0]] if len(by_target) == 1 else by_target
+        for i, name in enumerate(config.targets):
+            suffix = "" if len(config.targets) == 1 else f"_{name}"
+            plots.parity_plot(
+                label[:, i],
+                prediction[:, i],
+                name,
+                units[name],
+                path / f"parity_{split}{suffix}.png",
+            )
+    if len(items["train"]) and len(items["test"]):
+        out["baselines"] = {n: _baselines(dataset, n, items) for n in config.targets}
+    if len(items["train"]):
+        history = read_metrics(path, "finetune")
+        plots.learning_curves(history, path / "learning_curves.png", units)
+    return out
+
+
+def _baselines(dataset: Dataset, target: str, items: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Test MAE of predictors that see the composition only, from the same labels."""
+    parts = {}
+    for split, chosen in items.items():
+        labels = dataset.targets_of(target)
+        numbers, values = [], []
+        for item, crystal in dataset.read(chosen[~np.isnan(labels[chosen])]):
+            if isinstance(crystal, Crystal):
+                numbers.append(crystal.numbers)
+                values.append(labels[item])
+        parts[split] = (numbers, np.array(values))
+    return baselines(parts["train"], parts["val"], parts["test"])
+
+
+def summary(metrics: Mapping[str, Any], path: Path) -> str:
+    """The result as a few lines for people."""
+    lines = []
+    for name in metrics["targets"]:
+        unit = metrics["units"][name]
+        for split in ("val", "test"):
+            if split in metrics:
+                one = metrics[split] if "mae" in metrics[split] else metrics[split][name]
+                lines.append(
+                    f"{split} MAE of {name}: {one['mae']:.4g} {unit} ({one['n']} crystals)"
+                )
+        for kind, mae in metrics.get("baselines", {}).get(name, {}).items():
+            lines.append(f"  {kind} (composition only): {mae:.4g} {unit}")
+    lines += [f"metrics: {path / 'metrics.json'}", f"tensorboard: {path / 'tensorboard'}"]
+    return "\n".join(lines)

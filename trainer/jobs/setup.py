@@ -1,0 +1,216 @@
+"""Pieces that the launch scripts put together: streams, stages, run identity."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from crysforge.datapipe.loading.stream import Stream
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.models.encoders import Encoder, build_encoder
+from crysforge.trainer.base.distributed import World
+from crysforge.trainer.base.tensors import load_into
+from crysforge.trainer.engines.base import EngineConfig
+from crysforge.trainer.jobs.schemas import FinetuneJob, JobConfig
+from crysforge.trainer.runs.checkpoint import RunDirectory
+from crysforge.trainer.runs.model_directory import Scaler, open_model, take_encoder
+from crysforge.trainer.stages import FinetuneStage
+from crysforge.trainer.stages.base import Stage, StageConfig, count_parameters
+
+
+def seed_everything(seed: int, purpose: str) -> None:
+    """Seeds torch's initialisation; depends on (seed, purpose) and not on what ran before."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def starting_encoder(config: JobConfig) -> Encoder:
+    """The encoder a job starts from: another run's (`init_from`) or a fresh one."""
+    if config.init_from:
+        return take_encoder(open_model(config.init_from, config.init_stage), config.encoder)
+    seed_everything(config.seed, "encoder")
+    return build_encoder(config.encoder)
+
+
+def check_splits(dataset: Dataset, data: str, *names: str) -> None:
+    """Raises ValueError naming a split that the data set lacks."""
+    for name in names:
+        if len(dataset.split_items(name)) == 0:
+            raise ValueError(f"data set {data} has no crystals in its {name!r} split")
+
+
+def make_stream(
+    dataset: Dataset,
+    split: str,
+    stage: Stage,
+    config: JobConfig,
+    world: World,
+    *,
+    batch_size: int,
+    epochs: float | None = None,
+    select: np.ndarray | None = None,
+) -> Stream:
+    """A stage's stream over a split: endless shuffled epochs for training when `epochs` is given,
+    else one ordered pass."""
+    return Stream(
+        dataset,
+        split,
+        stage.encoder.graph,
+        config.loader,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        quotient=config.graph.quotient,
+        batch_size=batch_size,
+        transform=stage.transform(),
+        select=select,
+        min_atoms=stage.min_atoms,
+        epochs=epochs,
+        train=epochs is not None,
+    )
+
+
+def identity(
+    config: JobConfig, dataset: Dataset, encoder: Encoder, sections: Mapping[str, Any]
+) -> dict:
+    """What must not change when a run is continued, as JSON: data, seed, encoder, stage settings.
+
+    Number of ranks, ZeRO stage, precision, logging and loader workers may change.
+    """
+    value = {
+        "data": dataset.manifest.fingerprint,
+        "seed": config.seed,
+        "encoder": encoder.section,
+        "init_from": config.init_from,
+        **({"init_stage": config.init_stage} if config.init_stage else {}),
+        **sections,
+    }
+    return json.loads(json.dumps(value))
+
+
+def claim(
+    run: RunDirectory, world: World, config_yaml: str, identity: Mapping[str, Any], resume: str
+) -> dict[str, Any]:
+    """Rank 0 claims the run directory; every rank gets its run.json or the error."""
+    error: list[str | None] = [None]
+    if world.main:
+        try:
+            run.start(config_yaml, identity, resume)
+        except (ValueError, OSError) as problem:
+            error[0] = str(problem)
+    if world.size > 1:
+        torch.distributed.broadcast_object_list(error, 0)
+    if error[0] is not None:
+        raise ValueError(error[0])
+    return run.read()
+
+
+def labelled_items(dataset: Dataset, config: FinetuneJob) -> np.ndarray:
+    """The training crystals a finetuning job learns from: those with a label, of which a seeded
+    random share is taken. Smaller shares are subsets of larger ones with the same seed."""
+    items = with_label(dataset, "train", config.targets)
+    count = len(items)
+    if config.label_count is not None:
+        if config.label_count > count:
+            raise ValueError(f"label_count={config.label_count}, but only {count} are labelled")
+        count = config.label_count
+    else:
+        count = max(1, round(config.label_fraction * count))
+    order = np.random.default_rng(config.seed).permutation(len(items))
+    return np.sort(items[order[:count]])
+
+
+def finetune_stage(
+    config: FinetuneJob, dataset: Dataset, train: np.ndarray
+) -> tuple[FinetuneStage, Scaler]:
+    """What a finetuning trains, and how its labels are standardised: by those of the training
+    crystals, or, with its head, as in the run it starts from.
+
+    Raises:
+        ValueError: `init_head`, but that run has no readout, or one for other targets, units or
+            settings.
+    """
+    encoder = starting_encoder(config)
+    units = [dataset.manifest.targets[name].unit or "" for name in config.targets]
+    known = open_model(config.init_from, config.init_stage) if config.init_head else None
+    if known is None:
+        labels = np.stack([dataset.targets_of(name)[train] for name in config.targets], axis=1)
+        mean, std = standardisation(labels.tolist())
+    elif known.scaler is None or len(known.scaler.targets) != len(config.targets):
+        raise ValueError(
+            f"init_head=true, but {config.init_from} was not finetuned on as many targets as are "
+            f"asked for here ({', '.join(config.targets)})"
+        )
+    else:
+        for name, unit, learned in zip(config.targets, units, known.scaler.units, strict=True):
+            if unit and learned and unit.replace(" ", "") != learned.replace(" ", ""):
+                raise ValueError(
+                    f"init_head=true: {config.init_from} predicts in {learned}, but {name} of "
+                    f"{config.data} is in {unit}: convert the labels"
+                )
+        mean, std = known.scaler.mean, known.scaler.std
+    seed_everything(config.seed, "finetune")
+    stage = FinetuneStage(config.finetune, encoder, config.targets, mean, std)
+    if known is not None:
+        load_into(stage.readout, known.weights("readout."), str(known.file))
+    return stage, Scaler(config.targets, units, mean, std)
+
+
+def standardisation(labels: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """Mean and population standard deviation of each target's present labels, [labels, targets]."""
+    values = torch.tensor(labels, dtype=torch.float64)
+    present = ~values.isnan()
+    count = present.sum(0).clamp(min=1)
+    mean = values.nan_to_num().sum(0) / count
+    square = ((values - mean).nan_to_num() ** 2 * present).sum(0) / count
+    return mean.tolist(), square.sqrt().tolist()
+
+
+def with_label(dataset: Dataset, split: str, targets: list[str]) -> np.ndarray:
+    """Items of a split that have at least one of the labels.
+
+    Raises:
+        ValueError: an unknown target (lists those the data has), or one that no crystal of the
+            split has.
+    """
+    items = dataset.split_items(split)
+    if len(items) == 0:
+        return items
+    present = ~np.isnan(np.stack([dataset.targets_of(name)[items] for name in targets]))
+    if missing := [n for n, some in zip(targets, present.any(axis=1), strict=True) if not some]:
+        raise ValueError(f"no crystal of the {split!r} split has a label for {', '.join(missing)}")
+    return items[present.any(axis=0)]
+
+
+def plan_text(stage: Stage, stream: Stream, config: Any, world: World, accumulation: int) -> str:
+    """One line on what a stage will do, for the log and `--dry-run`."""
+    steps = stream.total_steps // accumulation
+    if config.max_steps is not None:
+        steps = min(steps, config.max_steps)
+    return (
+        f"{stage.name}: {stream.epoch_size} crystals, {steps} steps of {config.batch_size}, "
+        f"{count_parameters(stage):,} parameters ({count_parameters(stage.encoder):,} in the "
+        f"encoder), {world.size} rank(s)"
+    )
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A config dataclass as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def micro_batch(section: StageConfig, trainer: EngineConfig) -> int:
+    """Crystals per micro-batch over all ranks. Raises ValueError if accumulation does not divide
+    the batch size."""
+    if section.batch_size % trainer.accumulation:
+        raise ValueError(
+            f"batch_size={section.batch_size} is not a multiple of "
+            f"trainer.accumulation={trainer.accumulation}"
+        )
+    return section.batch_size // trainer.accumulation

@@ -1,0 +1,74 @@
+"""Tables of predictions and errors."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import numpy as np
+
+if TYPE_CHECKING:
+    pass
+
+
+def errors(label: np.ndarray, prediction: np.ndarray) -> dict[str, float]:
+    """MAE, RMSE and R² over the crystals that have a label."""
+    present = ~np.isnan(label)
+    difference = prediction[present] - label[present]
+    spread = float(np.sum((label[present] - label[present].mean()) ** 2))
+    return {
+        "n": int(present.sum()),
+        "mae": float(np.abs(difference).mean()),
+        "rmse": float(np.sqrt((difference**2).mean())),
+        "r2": 1 - float((difference**2).sum()) / spread if spread > 0 else float("nan"),
+    }
+
+
+def write_predictions(
+    path: Path,
+    targets: list[str],
+    ids: list[str],
+    label: np.ndarray,
+    prediction: np.ndarray,
+) -> None:
+    """A CSV `id,target,prediction` (several targets: `id,target_<name>,prediction_<name>,…`);
+    labels that are missing stay empty."""
+    columns: dict[str, np.ndarray] = {}
+    for i, suffix in enumerate(suffixes(targets)):
+        columns |= {f"target{suffix}": label[:, i], f"prediction{suffix}": prediction[:, i]}
+    write_table(path, ids, columns)
+
+
+def write_table(path: Path, ids: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
+    """A CSV of numbers for each crystal, in one step; NaN stays empty."""
+    with _replacing(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", *columns])
+        for id, *values in zip(ids, *columns.values(), strict=True):
+            writer.writerow([id, *map(_cell, values)])
+
+
+def suffixes(targets: Sequence[str]) -> list[str]:
+    """What column names of each target end with: nothing where there is one."""
+    return [""] if len(targets) == 1 else [f"_{name}" for name in targets]
+
+
+def _cell(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.7g}"
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

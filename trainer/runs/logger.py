@@ -1,0 +1,185 @@
+"""Where numbers go: TensorBoard, metrics.jsonl, a progress bar and a heartbeat from rank 0; events
+from every rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from crysforge.trainer.base.distributed import World
+from crysforge.trainer.base.tensors import write_json, write_text
+
+BEAT_S = 5.0
+"""Least time between two heartbeats, in seconds."""
+
+
+class Logger:
+    """Logs one stage of a run. Ranks other than 0 log events only.
+
+    What cannot be written (a full disk) is a warning, once: a log is not worth a run.
+
+    TensorBoard sees a curve per stage in RUN/tensorboard/<stage>; a resumed stage purges what the
+    killed process logged after its last checkpoint, so the curve stays one.
+    """
+
+    def __init__(self, run: Path, stage: str, start: int, total: int, world: World) -> None:
+        self.run, self.stage, self.total, self.world = run, stage, total, world
+        self.enabled = world.main
+        self.board_path = run / "tensorboard" / stage
+        self._beaten = -BEAT_S
+        self._lock = threading.Lock()  # the thread that writes checkpoints has events too
+        self._troubled = False
+        self.bar = tqdm(
+            total=total,
+            initial=start,
+            desc=stage,
+            unit="step",
+            disable=not self.enabled,
+            mininterval=1.0,
+            dynamic_ncols=True,
+        )
+        events = run / "events"
+        events.mkdir(parents=True, exist_ok=True)
+        self._events = open(  # noqa: SIM115
+            events / f"rank-{world.rank:04d}.jsonl", "a", encoding="utf-8"
+        )
+        if self.enabled:
+            _drop_lines(run / "metrics.jsonl", stage, start)
+            self._lines = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            again = self.board_path.is_dir()
+            self._board = self._new_board(start + 1 if again else None)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Records named scalars (`train/loss`, `val/mae`, …) at an optimiser step."""
+        if not self.enabled:
+            return
+        with self._not_worth_a_run():
+            self._lines.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+            self._lines.flush()
+
+        def add(board: Any) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        self._to_board(add)
+
+    def figure(self, step: int, name: str, figure: Any) -> None:
+        """Records a matplotlib figure."""
+        if self.enabled:
+            self._to_board(lambda board: board.add_figure(name, figure, step, close=False))
+
+    def _new_board(self, purge_step: int | None = None) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.board_path), purge_step=purge_step)
+
+    def _to_board(self, add: Callable[[Any], None]) -> None:
+        """TensorBoard's writer fails for good with the first write that fails: then, a new one."""
+        with self._not_worth_a_run():
+            if self._board is None:
+                self._board = self._new_board()
+            try:
+                add(self._board)
+            except OSError:
+                broken, self._board = self._board, None
+                with suppress(OSError):
+                    broken.close()
+                raise
+
+    @contextmanager
+    def _not_worth_a_run(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._troubled:
+                self._troubled = True
+                self.say(f"warning: logs are not complete: {error}", every_rank=True)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Appends a line to this rank's RUN/events/rank-<rank>.jsonl: `time` in seconds since
+        1970, `event`, `stage`, `rank` and the values (JSON)."""
+        line = {"time": round(time.time(), 3), "event": kind, "stage": self.stage}
+        line |= {"rank": self.world.rank, **values}
+        with self._lock, self._not_worth_a_run():
+            self._events.write(json.dumps(line) + "\n")
+            self._events.flush()
+
+    def beat(self, step: int, status: str = "running") -> None:
+        """Shows that rank 0 is alive, in RUN/heartbeat.json; every few seconds at most, unless the
+        status changes from `running`."""
+        now = time.monotonic()
+        if not self.enabled or (status == "running" and now - self._beaten < BEAT_S):
+            return
+        self._beaten = now
+        beat = {"time": round(time.time(), 3), "status": status, "stage": self.stage}
+        beat |= {"step": step, "total": self.total, "rank": self.world.rank}
+        beat |= {"ranks": self.world.size, "host": socket.gethostname(), "pid": os.getpid()}
+        with self._not_worth_a_run():
+            write_json(self.run / "heartbeat.json", beat, durable=False)
+
+    def advance(self, **shown: str) -> None:
+        """One optimiser step further on the progress bar."""
+        with suppress(OSError):
+            self.bar.update(1)
+            if shown:
+                self.bar.set_postfix(shown, refresh=False)
+
+    def say(self, text: str, every_rank: bool = False) -> None:
+        """A line for people, above the progress bar; from rank 0 unless asked of every rank."""
+        if self.enabled or every_rank:
+            with suppress(OSError):
+                tqdm.write(text)
+
+    def warn(self, text: str, **values: Any) -> None:
+        """A warning that all ranks have: a line for people and an event."""
+        self.event("warning", message=text, **values)
+        self.say(f"warning: {text}")
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self.bar.close()
+        with self._not_worth_a_run():
+            self._events.close()
+        if self.enabled:
+            with self._not_worth_a_run():
+                self._lines.close()
+            if self._board is not None:
+                self._to_board(lambda board: board.close())
+
+
+def _drop_lines(path: Path, stage: str, start: int) -> None:
+    """Forgets lines of this stage that were logged after the step a run resumes from."""
+    if not path.is_file():
+        return
+    kept = []
+    for text, line in _whole_lines(path):
+        if line["stage"] != stage or line["step"] <= start:
+            kept.append(text + "\n")
+    write_text(path, "".join(kept))
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a JSONL file as text and value, without those that a kill has cut off."""
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            yield text, json.loads(text)
+
+
+def read_metrics(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
+    """The curves of a stage from RUN/metrics.jsonl: name → [(step, value), …]."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for _, line in _whole_lines(run / "metrics.jsonl"):
+        if line.pop("stage") == stage:
+            step = line.pop("step")
+            for name, value in line.items():
+                curves.setdefault(name, []).append((step, value))
+    return curves

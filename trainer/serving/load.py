@@ -1,0 +1,30 @@
+"""A model or ensemble from its directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from crysforge.trainer.runs.model_directory import open_model
+from crysforge.trainer.serving.ensemble import ENSEMBLE, Ensemble
+from crysforge.trainer.serving.predictor import Predictor
+
+
+def load(
+    path: str | Path, stage: str = "", device: str | torch.device = "cpu"
+) -> Predictor | Ensemble:
+    """The model in a run directory: a finetuned one predicts and embeds, a pretrained one embeds,
+    an ensemble predicts and says how sure it is.
+
+    Args:
+        path: run directory, or that of an exported model or an ensemble.
+        stage: of a pretraining run; default its last.
+        device: where to run.
+
+    Raises:
+        ValueError: no finished model there, or files that are not what a model has.
+    """
+    if (Path(path) / ENSEMBLE).is_file():
+        return Ensemble(path, device)
+    return Predictor(open_model(path, stage), device)
