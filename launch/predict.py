@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from crysforge.datapipe.sources import read_crystals
 from crysforge.trainer.base.command_line import parse, required, run
-from crysforge.trainer.jobs import finetuning as reports
 from crysforge.trainer.serving.load import load
+from crysforge.trainer.serving.predict import dropped_path, predict_to_csv
 
 
 @dataclass(kw_only=True)
@@ -58,8 +58,8 @@ def main() -> None:
     model = load(config.checkpoint, device=config.device)
     model.require_head()
     crystals = read_crystals(config.input, config.format, workers=config.workers, progress=True)
-    written, dropped = reports.predict_to_csv(model, crystals, output, config.max_atoms)
-    listed = reports.dropped_path(output)
+    written, dropped = predict_to_csv(model, crystals, output, config.max_atoms)
+    listed = dropped_path(output)
     if not written:
         raise ValueError(f"no crystal of {config.input} could be used: {listed} says why")
     units = ", ".join(

@@ -1,5 +1,6 @@
-"""Collects public properties of the elements; `python -m crysforge.datapipe.crystals.elements > models/objectives/elements.json`
-makes the table that `models/objectives/element_features.py` bins.
+"""Collects public properties of the elements: makes the table that element_features.py bins.
+
+    python -m crysforge.datapipe.crystals.elements > models/objectives/elements.json
 
 Electronegativity (Pauling), first ionisation energy, electron affinity and molar volume are those
 that pymatgen ships, covalent radii (Cordero et al., Dalton Trans., 2008) those that ASE ships. A

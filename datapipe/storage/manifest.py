@@ -63,7 +63,7 @@ class Manifest:
     """Where the crystals came from: source files with hashes, filters, counts of what was
     dropped."""
     graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Graph specs by key, of the graphs that are stored with the crystals; see `datapipe.preparing.bake`."""
+    """Graph specs by key, of the graphs that are stored with the crystals (preparing/bake.py)."""
 
     @property
     def fingerprint(self) -> str:

@@ -47,7 +47,8 @@ def slurm_executor(config: SubmitConfig, name: str, folder: Path, code: Path) ->
     srun = ["--kill-on-bad-exit=0", "--wait=30"]
     if config.cpus:
         srun.append(f"--cpus-per-task={config.cpus}")  # since 22.05 sbatch's does not reach srun
-    after = f"{shlex.join([sys.executable, '-m', 'crysforge.launch.cluster.worker', str(logs)])} $?; exit $?"
+    settle = [sys.executable, "-m", "crysforge.launch.cluster.worker", str(logs)]
+    after = f"{shlex.join(settle)} $?; exit $?"
     executor.update_parameters(
         job_name=config.name or name,
         nodes=config.nodes,

@@ -1,8 +1,9 @@
 """What runs on a node: one process of a job, started by submitit, that starts a launch script; and
 what decides after a turn whether the job gets another one.
 
-On Slurm the batch script decides (`python -m crysforge.launch.cluster.worker`, when srun is over): it outlives any
-process of the job, and lives where Slurm itself notices if it does not. On one machine rank 0 does.
+On Slurm the batch script decides (`python -m crysforge.launch.cluster.worker`, when srun is over):
+it outlives any process of the job, and lives where Slurm itself notices if it does not. On one
+machine rank 0 does.
 
 submitit pickles a `Task` on its way to the node, so it holds names and numbers only, and this
 module imports nothing heavy.
@@ -272,7 +273,8 @@ def _ask(*command: str) -> str:
 
 
 def main() -> int:
-    """`python -m crysforge.launch.cluster.worker LOGS CODE` in a batch script, after the step that exited with CODE."""
+    """`python -m crysforge.launch.cluster.worker LOGS CODE`: in a batch script, after the step that
+    exited with CODE."""
     env = JobEnvironment()
     task: Any = DelayedSubmission.load(JobPaths(sys.argv[1], env.job_id).submitted_pickle).function
     return outcome_code(task.settle(env, restarts(), int(sys.argv[2])))

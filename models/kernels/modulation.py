@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crysforge.models.denoisers import dit
+from crysforge.models.ops import modulation
 from crysforge.models.ops.attention import Layout
 
 
@@ -70,7 +70,7 @@ class _Modulate(torch.autograd.Function):
         if out.numel():
             C = triton.next_power_of_2(x.shape[1])
             _modulate[(len(x),)](
-                x, scale, shift, batch, out, means, rstds, x.shape[1], dit.EPS, C=C
+                x, scale, shift, batch, out, means, rstds, x.shape[1], modulation.EPS, C=C
             )
         ctx.save_for_backward(x, scale, means, rstds, ptr)
         return out
@@ -140,13 +140,13 @@ class _GatedAdd(torch.autograd.Function):
         return grad.to(ctx.dtype), dupdate, dgate, None, None
 
 
-@dit.modulated_norm.has_twin
+@modulation.modulated_norm.has_twin
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: Layout) -> Tensor:
-    """See `dit.modulated_norm`; under autocast in the dtype of the matrix product that follows."""
+    """See `modulation.modulated_norm`; under autocast in the dtype of the product that follows."""
     return _Modulate.apply(x, shift, scale, layout.batch, layout.ptr)
 
 
-@dit.gated_add.has_twin
+@modulation.gated_add.has_twin
 def gated_add(x: Tensor, update: Tensor, gate: Tensor, layout: Layout) -> Tensor:
-    """See `dit.gated_add`."""
+    """See `modulation.gated_add`."""
     return _GatedAdd.apply(x, update, gate, layout.batch, layout.ptr)

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crysforge.models.ops import norm
-from crysforge.models.ops import segments as ops
+from crysforge.models.ops import edges as matrices
+from crysforge.models.ops import norm, segments
+from crysforge.models.ops.edges import Edges, RowSum
 
 
 def tile(width: int, most: int = 128) -> int:
@@ -65,9 +66,9 @@ def _gather(
     tl.store(out + row[:, None] * D + column[None, :], total, mask=mask)
 
 
-@ops.row_sum.has_twin
-def row_sum(x: Tensor, matrix: ops.RowSum) -> Tensor:
-    """See `ops.row_sum`."""
+@matrices.row_sum.has_twin
+def row_sum(x: Tensor, matrix: RowSum) -> Tensor:
+    """See `edges.row_sum`."""
     x = x.contiguous()
     out = x.new_empty(len(matrix.ptr) - 1, x.shape[1])
     if out.numel() == 0:
@@ -88,7 +89,7 @@ def row_sum(x: Tensor, matrix: ops.RowSum) -> Tensor:
     return out
 
 
-def gather_silu(table: Tensor, edges: ops.Edges) -> Tensor:
+def gather_silu(table: Tensor, edges: Edges) -> Tensor:
     """silu(gather_sum(table)), [E, D]."""
     out = table.new_empty(len(edges), table.shape[1])
     if out.numel():
@@ -121,7 +122,7 @@ def _silu_grad(table, index, grad, act, rows, D, P: tl.constexpr, C: tl.constexp
     tl.store(grad + own, value * gate * (1 + hidden * (1 - gate)), mask=mask)
 
 
-def silu_grad_(grad: Tensor, table: Tensor, edges: ops.Edges) -> Tensor:
+def silu_grad_(grad: Tensor, table: Tensor, edges: Edges) -> Tensor:
     """Turns grad [E, D] of silu(gather_sum(table)) into that of the sum, in place; gives back the
     activations [E, D]."""
     act = torch.empty_like(grad)
@@ -188,7 +189,7 @@ def _softmax_grad(grad, softmax, count, ptr, out, D, P: tl.constexpr, C: tl.cons
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores: Tensor, edges: ops.Edges) -> Tensor:
+    def forward(ctx, scores: Tensor, edges: Edges) -> Tensor:
         scores = scores.contiguous()
         out = torch.empty_like(scores, dtype=torch.float32)
         _over_segments(_softmax, edges, out, scores, edges.count, edges.ptr, out)
@@ -206,16 +207,16 @@ class _Softmax(torch.autograd.Function):
         return out.to(ctx.dtype), None
 
 
-def _over_segments(kernel, edges: ops.Edges, like: Tensor, *args) -> None:
+def _over_segments(kernel, edges: Edges, like: Tensor, *args) -> None:
     """Starts a program for each node and tile of channels."""
     if like.numel():
         C = tile(like.shape[1])
         kernel[(edges.num_nodes, triton.cdiv(like.shape[1], C))](*args, like.shape[1], P=16, C=C)
 
 
-@ops.segment_softmax.has_twin
-def segment_softmax(scores: Tensor, edges: ops.Edges) -> Tensor:
-    """See `ops.segment_softmax`."""
+@segments.segment_softmax.has_twin
+def segment_softmax(scores: Tensor, edges: Edges) -> Tensor:
+    """See `segments.segment_softmax`."""
     return _Softmax.apply(scores, edges)
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from crysforge.models import kernels
-from crysforge.models.denoisers import dit
-from crysforge.models.ops import messages, norm
+from crysforge.models.ops import messages, modulation, norm
 from crysforge.models.ops import segments as ops
 from crysforge.models.ops.attention import Layout
 from crysforge.models.ops.edges import Edges
@@ -151,11 +150,11 @@ def _layout(edges: Edges) -> Layout:
 
 def _modulated_norm(edges: Edges, x, shift, scale):
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (dit.modulated_norm(x, shift.to(wide), scale.to(wide), _layout(edges)),)
+    return (modulation.modulated_norm(x, shift.to(wide), scale.to(wide), _layout(edges)),)
 
 
 def _gated_add(edges: Edges, x, update, gate):
-    return (dit.gated_add(x, update, gate, _layout(edges)),)
+    return (modulation.gated_add(x, update, gate, _layout(edges)),)
 
 
 def results(

@@ -2,7 +2,7 @@
 
 Features are a list with a tensor [n, 2l + 1, C_l] for each degree l = 0, 1, …; a rotation mixes the
 components of a degree, all of whose channels turn alike. The basis of a degree is that of
-`models.layers.spherical`. Parity is left out: what these layers make is equivariant to proper rotations.
+`models.layers.spherical`. Parity is left out: these layers are equivariant to proper rotations.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class ConnectivityDecoder(nn.Module):
         self.register_buffer("table", element_features().clone(), persistent=False)
 
     def forward(self, atoms: Tensor, batch: CrystalBatch) -> Reconstruction:
-        """Losses of the latents [A, D]; the batch carries `pair_edges` (datapipe/graphs/transforms.py)."""
+        """Losses of the latents [A, D]; the batch carries `pair_edges` (graphs/transforms.py)."""
         log_p = self.pairs(atoms, batch.ptr, batch.sizes or None)
         edges = batch.labels["pair_edges"].long().clamp(max=MOST_EDGES)
         weight = torch.where(edges == 0, UNJOINED_WEIGHT, 1.0)

@@ -3,8 +3,9 @@
 Nine properties, each one-hot over classes or equal bins, as in Xie and Grossman (Phys. Rev. Lett.
 120, 145301, 2018); group 0 stands for the f block, which makes 92 columns. The published table
 gives the bits of 100 elements and no values. Ours bins public values from `elements.json`, which
-`python -m crysforge.datapipe.crystals.elements` makes. So a value near the border of a bin may lie on its other side,
-a property that nobody has measured has no bit at all, and elements up to 118 are there.
+`python -m crysforge.datapipe.crystals.elements` makes. So a value near the border of a bin may lie
+on its other side, a property that nobody has measured has no bit at all, and elements up to 118 are
+there.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Makes what tests/trainer/runs/test_kept.py holds on to: a data set, a finetuned and exported model, and a
-run that stopped after its first step, all as small as they get.
+"""Makes what tests/trainer/runs/test_kept.py holds on to: a data set, a finetuned and exported
+model, and a run that stopped after its first step, all as small as they get.
 
     python tests/data/make.py tests/data/schema-N
 

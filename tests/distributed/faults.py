@@ -2,8 +2,9 @@
 
 A server process imports torch and DeepSpeed once and forks every rank of every run, so that a run
 costs what it computes. A fault is armed in the forked rank alone, by wrapping a function of the
-product: `{"at": "crysforge.trainer.engines.torch_engine:TorchEngine.step", "call": 3, "do": "SIGKILL"}` acts when the third
-call begins (`"when": "after"`: ends). The product knows nothing of it.
+product: `{"at": "crysforge.trainer.engines.torch_engine:TorchEngine.step", "call": 3, "do":
+"SIGKILL"}` acts when the third call begins (`"when": "after"`: ends). The product knows nothing of
+it.
 
 What `do` may be: the name of a signal; `group` and a signal, for the rank and its loader workers;
 `workers` and a signal, for the workers alone; `hang`; `hang with the lock`, which lets no other

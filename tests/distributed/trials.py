@@ -29,6 +29,9 @@ TRAINER = [
 ]  # fmt: skip
 
 
+RUNS = "crysforge.trainer.runs"
+
+
 @dataclass(frozen=True)
 class Job:
     """A command whose run is short and has all that long ones have."""
@@ -100,7 +103,7 @@ STEP = [
     Moment("forward is done", "crysforge.trainer.loop.fit:total_over_ranks", 15),
     Moment("at the update", "crysforge.trainer.engines.base:Engine.step", 15),
     Moment("the step is judged", "crysforge.trainer.loop.fit:StepGuard.after", 15),
-    Moment("metrics are written", "crysforge.trainer.runs.logger:Logger.scalars", 15),
+    Moment("metrics are written", f"{RUNS}.logger:Logger.scalars", 15),
 ]
 SHARDS = [Moment("a shard is opened", "crysforge.datapipe.storage.dataset:Dataset._scan", 120)]
 VALIDATION = [
@@ -112,23 +115,19 @@ VALIDATION = [
     )
 ]
 SAVE = [
-    Moment("tensors are written", "crysforge.trainer.runs.checkpoint:save_tensors", 8, main=True),
-    Moment("JSON is written", "crysforge.trainer.runs.checkpoint:write_json", 9, main=True),
-    Moment("files are hashed", "crysforge.trainer.runs.checkpoint:sha256", 14, main=True),
+    Moment("tensors are written", f"{RUNS}.checkpoint:save_tensors", 8, main=True),
+    Moment("JSON is written", f"{RUNS}.checkpoint:write_json", 9, main=True),
+    Moment("files are hashed", f"{RUNS}.checkpoint:sha256", 14, main=True),
     Moment("it is in place", "crysforge.trainer.base.tensors:sync_directory", 8, main=True),
-    Moment("old ones are removed", "crysforge.trainer.runs.checkpoint:remove_tree", 4, main=True),
+    Moment("old ones are removed", f"{RUNS}.checkpoint:remove_tree", 4, main=True),
     Moment("a file is put in place", "crysforge.trainer.base.tensors:os.replace", 20, main=True),
 ]
 BETWEEN = [
-    Moment(
-        "the model is exported", "crysforge.trainer.runs.model_directory:save_tensors", 2, main=True
-    ),
-    Moment(
-        "the model is described", "crysforge.trainer.runs.model_directory:write_text", 2, main=True
-    ),
+    Moment("the model is exported", f"{RUNS}.model_directory:save_tensors", 2, main=True),
+    Moment("the model is described", f"{RUNS}.model_directory:write_text", 2, main=True),
     Moment(
         "the stage is finished",
-        "crysforge.trainer.runs.checkpoint:RunDirectory.finish",
+        f"{RUNS}.checkpoint:RunDirectory.finish",
         2,
         main=True,
     ),
@@ -139,7 +138,7 @@ FORWARD = Moment(
     12,
     "crysforge.trainer.loop.fit:_Session.train_step",
 )
-START = [Moment("the run is claimed", "crysforge.trainer.runs.checkpoint:write_text", 1, main=True)]
+START = [Moment("the run is claimed", f"{RUNS}.checkpoint:write_text", 1, main=True)]
 
 
 @dataclass(frozen=True)
@@ -259,7 +258,7 @@ KINDS = [
     ),
     Kind(
         "the disk is full at a save",
-        hit([Moment("a save", "crysforge.trainer.runs.checkpoint:RunDirectory.save", 4, main=True)], "disk full"),
+        hit([Moment("a save", f"{RUNS}.checkpoint:RunDirectory.save", 4, main=True)], "disk full"),
         {0}, said=("checkpoint not written",),
     ),
     Kind(

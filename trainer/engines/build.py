@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 
+import torch
+
+from crysforge.models import kernels
 from crysforge.trainer.base.distributed import World
-from crysforge.trainer.engines.base import Engine, EngineConfig, set_recompute
+from crysforge.trainer.engines.base import PRECISIONS, Engine, EngineConfig, set_recompute
 from crysforge.trainer.engines.deepspeed import DeepSpeedEngine
 from crysforge.trainer.engines.torch_engine import TorchEngine
 from crysforge.trainer.stages.base import Stage
@@ -21,6 +24,7 @@ def build_engine(
     stage: Stage, groups: list[dict], grad_clip: float, config: EngineConfig, world: World
 ) -> Engine:
     """The engine the config asks for, with `stage` on this rank's device."""
+    kernels.enable(world.device, {torch.float32, PRECISIONS[config.precision] or torch.float32})
     set_recompute(stage, config.recompute, world.device)
     if uses_deepspeed(config, world):
         return DeepSpeedEngine(stage, groups, grad_clip, config, world)

@@ -11,6 +11,7 @@ import torch
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models import kernels
 from crysforge.models.encoders import Encoder
 from crysforge.trainer.base.distributed import device_of
 from crysforge.trainer.jobs.tables import suffixes
@@ -29,6 +30,7 @@ class Predictor:
 
     def __init__(self, exported: Exported, device: str | torch.device = "cpu") -> None:
         self.device = device_of(device)
+        kernels.enable(self.device)
         self.targets: list[str] = []
         self.units: list[str] = []
         self.stage: FinetuneStage | None = None

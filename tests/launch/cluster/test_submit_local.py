@@ -166,7 +166,8 @@ def test_cancel_ends_local_cells(tmp_path):
     """From another process, as a user would: the run is stopped in order, waiting cells do not
     start."""
     code = (
-        "import sys; from pathlib import Path; from tests.launch.cluster.test_submit_local import local\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from tests.launch.cluster.test_submit_local import local\n"
         "local(Path(sys.argv[1]), {'a': ['wait'], 'b': [0]})"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)

@@ -66,9 +66,7 @@ def compile_instead(self, *args, grid=None, warmup=False, **kwargs) -> None:
 
 def main() -> None:
     triton.JITFunction.run = compile_instead
-    kernels.wanted = lambda x: x.dtype in TYPES and kernels._forced == "triton"
-    for module in kernels._MODULES:
-        __import__(f"crysforge.models.kernels.{module}")
+    kernels.register()
     edges = trial.random_edges(6, 17, 5)
     for case in trial.cases(edges, 16):
         trial.results(case, edges, torch.device("cpu"), torch.bfloat16, "triton")

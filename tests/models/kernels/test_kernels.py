@@ -12,7 +12,9 @@ import torch
 
 from crysforge.models import kernels
 from crysforge.models.kernels import self_test as trial
+from crysforge.models.ops import dispatch
 from crysforge.models.ops import segments as ops
+from crysforge.models.ops.edges import row_sum
 from tests.devices import DEVICE, needs_gpu, needs_triton
 
 CPU = torch.device("cpu")
@@ -104,8 +106,8 @@ def test_the_trial_passes_and_names_a_wrong_kernel(monkeypatch):
     case = case_of("segment_sum", trial.random_edges(12, 90, 9), 8)
     monkeypatch.setattr(trial, "cases", lambda *_: iter([case]))
     trial.check(DEVICE, torch.float32)
-    right = ops.row_sum.twin
-    monkeypatch.setattr(ops.row_sum, "twin", lambda x, matrix: 1.01 * right(x, matrix))
+    right = row_sum.twin
+    monkeypatch.setattr(row_sum, "twin", lambda x, matrix: 1.01 * right(x, matrix))
     with pytest.raises(RuntimeError, match="segment_sum differs"):
         trial.check(DEVICE, torch.float32)
 
@@ -131,8 +133,8 @@ def test_kernels_start_on_the_gpu_that_their_input_is_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: places.append(x) or nullcontext())
     with kernels.using("torch"):
         assert op(x) == 1 and not places
-    monkeypatch.setattr(kernels, "wanted", lambda x: True)
-    assert op(x) == 2 and places[0] is x
+    with dispatch.forced("triton"):
+        assert op(x) == 2 and places[0] is x
 
 
 def test_the_trial_leaves_torchs_generator_alone():
@@ -145,21 +147,35 @@ def test_the_trial_leaves_torchs_generator_alone():
 def test_the_choice_of_kernels(monkeypatch):
     x = torch.ones(2)
     monkeypatch.delenv("CRYSFORGE_KERNELS", raising=False)
-    assert not kernels.wanted(x)  # a CPU takes the definitions
-    assert not kernels.wanted(x.double())
+    monkeypatch.setattr(dispatch, "enabled", set())
+    kernels.enable(CPU)
+    assert not dispatch.wanted(x)  # a CPU takes the definitions
     monkeypatch.setenv("CRYSFORGE_KERNELS", "trion")
     with pytest.raises(ValueError, match="did you mean 'triton'"):
-        kernels.wanted(x)
+        kernels.enable(CPU)
+    with dispatch.forced("triton"):
+        assert dispatch.wanted(x) and not dispatch.wanted(x.double())
+        with kernels.using("torch"):
+            assert not dispatch.wanted(x)
+
+
+@needs_triton
+def test_kernels_serve_what_they_were_enabled_for(monkeypatch):
+    monkeypatch.setattr(dispatch, "enabled", set())
     monkeypatch.setenv("CRYSFORGE_KERNELS", "triton")
-    with kernels.using("torch"):
-        assert not kernels.wanted(x)
+    kernels.enable(DEVICE, {torch.float32})
+    assert dispatch.wanted(torch.ones(2, device=DEVICE))
+    assert not dispatch.wanted(torch.ones(2, device=DEVICE, dtype=torch.bfloat16))
+    monkeypatch.setenv("CRYSFORGE_KERNELS", "torch")
+    kernels.enable(DEVICE, {torch.float32})
+    assert not dispatch.wanted(torch.ones(2, device=DEVICE))
 
 
 def test_asking_for_kernels_that_cannot_run_is_an_error(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     word = "TRITON_INTERPRET" if importlib.util.find_spec("triton") else "not installed"
     with pytest.raises(ValueError, match=word):
-        kernels._choose.__wrapped__("triton", CPU, torch.float32)
+        kernels._usable.__wrapped__("triton", CPU, torch.float32)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -169,9 +185,9 @@ def test_a_gpu_takes_the_kernels_only_after_a_good_trial(fails, monkeypatch, cap
             raise RuntimeError("row_sum differs\nand more")
 
     monkeypatch.setattr(trial, "check", check)
-    monkeypatch.setattr(kernels, "_MODULES", ())
+    monkeypatch.setattr(kernels, "MODULES", ())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    choose = kernels._choose.__wrapped__
+    choose = kernels._usable.__wrapped__
     assert choose("auto", torch.device("cuda"), torch.float32) is not fails
     assert ("row_sum differs" in caplog.text) is fails
     assert "and more" not in caplog.text
