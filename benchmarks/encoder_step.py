@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tables import show
+from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import ENCODERS, Encoder, build_encoder
-from crysforge.models.registry import configure
 from crysforge.trainer.base.command_line import parse, required, run
 from tests import reference_angles, reference_backbones
 from tests.reference_encoders import reference

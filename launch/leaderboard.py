@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from crysforge.models.registry import nearest
+from crysforge.datapipe.common.names import nearest
 from crysforge.trainer.base.command_line import parse, required, run
 from crysforge.trainer.base.safe_read import read_object
 from crysforge.trainer.evaluation.suite import SUITE

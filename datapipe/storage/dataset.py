@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 import safetensors.numpy as safetensors
 from safetensors import SafetensorError
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.storage.cache import open_shard
@@ -154,6 +153,8 @@ class Dataset:
 
     def _scan(self, items: list[int]) -> Iterator[Record]:
         """Reads ascending items of one shard up to the first that is not where it should be."""
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
         shard = self.manifest.shards[int(self.shard_of(np.asarray(items[0])))]
         first = self._start[shard.split]
         try:

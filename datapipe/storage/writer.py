@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy as safetensors
-from webdataset.writer import TarWriter
 
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.schema import MAX_Z
@@ -38,6 +37,8 @@ class _OpenShard:
     """A tar that is being written: hashes what passes through."""
 
     def __init__(self, path: Path) -> None:
+        from webdataset.writer import TarWriter
+
         self.name = path.name
         self._file = open(path, "wb")  # noqa: SIM115  (closed by `close` or `abort`)
         self._digest = hashlib.sha256()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from crysforge.models.registry import nearest
+from crysforge.datapipe.common.names import nearest
 
 CLUSTERS = ("slurm", "local", "debug")
 

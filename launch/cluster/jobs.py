@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from crysforge.datapipe.common.config import configure
+from crysforge.datapipe.common.names import nearest
 from crysforge.launch.cluster.config import SubmitConfig
-from crysforge.models.registry import configure, nearest
 from crysforge.trainer.base.command_line import required
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import yaml
 
+from crysforge.datapipe.common.config import configure
+from crysforge.datapipe.common.names import nearest
 from crysforge.launch.cluster import status, sweep
 from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.jobs import JOBS, Cell, Job, check, check_names
 from crysforge.launch.cluster.submission import Submission
 from crysforge.launch.cluster.suite import Suite
 from crysforge.launch.cluster.worker import Task
-from crysforge.models.registry import configure, nearest
 from crysforge.trainer.base.command_line import help_text, merge_sources, split_arguments
 
 _ACTIONS = ("status", "collect", "cancel")

@@ -33,11 +33,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from crysforge.datapipe.common.config import configure
+from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.storage.remote import local_path
 from crysforge.launch.cluster import sweep
 from crysforge.launch.cluster.jobs import JOBS, Cell, check
 from crysforge.launch.cluster.submission import replace_text
-from crysforge.models.registry import configure, nearest
 from crysforge.trainer.base.command_line import merge_sources, read_yaml
 from crysforge.trainer.evaluation.suite import SCHEMA, SUITE
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from crysforge.datapipe.common.names import nearest
 from crysforge.models.ops.attention import ATTENTION, Layout, attend, by_size, resolve
 from crysforge.models.ops.modulation import gated_add, modulated_norm
 from crysforge.models.ops.recompute import LinearOf, applied, linear_of
-from crysforge.models.registry import nearest
 
 TIME_CHANNELS = 256
 

@@ -1,18 +1,5 @@
 """Encoders by name: those of this package, and those that other packages register."""
 
-from crysforge.models.encoders import (  # noqa: F401
-    alignn,
-    cgcnn,
-    dimenet,
-    ecomformer,
-    equiformer,
-    icomformer,
-    matformer,
-    megnet,
-    pddformer,
-    potnet,
-    schnet,
-)
 from crysforge.models.encoders.base import ENCODERS, Encoder, build_encoder
 
 __all__ = ["ENCODERS", "Encoder", "build_encoder"]

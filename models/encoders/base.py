@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
-from crysforge.models.registry import Registry, configure
+from crysforge.models.registry import Registry
 
 
 class Encoder(nn.Module):
@@ -39,7 +40,24 @@ class Encoder(nn.Module):
         return self.nodes(batch)[batch.node_of_atom]
 
 
-ENCODERS: Registry[type[Encoder]] = Registry("encoder", plugins="crysforge.encoders")
+_OURS = {
+    "alignn": "alignn",
+    "cgcnn": "cgcnn",
+    "dimenet++": "dimenet",
+    "ecomformer": "ecomformer",
+    "equiformer": "equiformer",
+    "icomformer": "icomformer",
+    "matformer": "matformer",
+    "megnet": "megnet",
+    "pddformer": "pddformer",
+    "potnet": "potnet",
+    "schnet": "schnet",
+}
+ENCODERS: Registry[type[Encoder]] = Registry(
+    "encoder",
+    modules={name: f"crysforge.models.encoders.{module}" for name, module in _OURS.items()},
+    plugins="crysforge.encoders",
+)
 
 
 def build_encoder(section: Mapping[str, Any]) -> Encoder:

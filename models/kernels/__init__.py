@@ -21,8 +21,8 @@ from contextlib import contextmanager
 
 import torch
 
+from crysforge.datapipe.common.names import nearest
 from crysforge.models.ops import dispatch
-from crysforge.models.registry import nearest
 
 CHOICES = ("auto", "torch", "triton")
 MODULES = ("segments", "comformer", "matformer", "modulation")

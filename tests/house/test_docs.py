@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.edit import MergeConfig, ReshardConfig, SubsetConfig
 from crysforge.datapipe.preparing.inspect import InspectConfig
@@ -17,7 +18,6 @@ from crysforge.datapipe.preparing.verify import VerifyConfig
 from crysforge.launch import analyse, demo, ensemble, export, leaderboard, predict, prepare
 from crysforge.launch.cluster.request import Request
 from crysforge.launch.cluster.suite import SuiteConfig
-from crysforge.models.registry import configure
 from crysforge.trainer.base.command_line import from_sources, merge_sources, split_arguments
 from crysforge.trainer.evaluation.report import EvaluateConfig
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from crysforge.datapipe.crystals.crystal import Crystal, crystal_key, wrap
 from crysforge.models.encoders import Encoder
@@ -73,6 +72,8 @@ def _displaced(crystal: Crystal, sigma: float, key: int) -> Crystal:
 
 
 def _rotated(crystal: Crystal, rng: np.random.Generator) -> Crystal:
+    from scipy.spatial.transform import Rotation
+
     rotation = Rotation.random(random_state=rng).as_matrix()
     return replace(crystal, lattice=crystal.lattice @ rotation.T)
 

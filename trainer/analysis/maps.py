@@ -6,12 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from ase.data import chemical_symbols
 from ase.formula import Formula
-from matplotlib.colors import Normalize
-from torch.utils.tensorboard import SummaryWriter
 
 from crysforge.trainer.analysis.latents import Latents
 from crysforge.trainer.figures.style import STYLE, new_figure, save_png, with_unit
@@ -35,6 +32,9 @@ def latent_map(found: Latents, units: Mapping[str, str], path: str | Path) -> li
     two principal components of standardised channels; crystals without the label are grey, and the
     axes end where 1 % of the crystals lie outside on each side. Returns the components' shares of
     the variance."""
+    import matplotlib
+    from matplotlib.colors import Normalize
+
     pooled = found.pooled
     place, share = components(pooled / (pooled.std(0) + 1e-12))
     limits = [_middle(place[:, i]) for i in range(place.shape[1])]
@@ -74,6 +74,8 @@ def projector(found: Latents, targets: list[str], path: str | Path) -> None:
         ]
         for c in found.crystals
     ]
+    from torch.utils.tensorboard import SummaryWriter
+
     with SummaryWriter(str(path)) as writer:
         writer.add_embedding(
             found.pooled.astype(np.float32),

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
+from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder
-from crysforge.models.registry import nearest
 from crysforge.trainer.analysis.geometry import invariance, smoothness
 from crysforge.trainer.analysis.health import collapse, variance_over_training
 from crysforge.trainer.analysis.information import mutual_information
@@ -233,6 +232,8 @@ def _joined(lines: Sequence[str]) -> list[str]:
 
 
 def _smoothness_figure(found: Mapping[str, Any], path: Path) -> None:
+    import matplotlib
+
     x = np.array([r["sigma"] for r in found["rows"]])
     with matplotlib.rc_context(STYLE):
         figure = new_figure(4.0)
@@ -251,6 +252,8 @@ def _smoothness_figure(found: Mapping[str, Any], path: Path) -> None:
 
 
 def _variance_figure(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
+    import matplotlib
+
     with matplotlib.rc_context(STYLE):
         figure = new_figure(4.0)
         axes = figure.add_subplot()

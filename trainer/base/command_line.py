@@ -16,7 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from crysforge.models.registry import configure
+from crysforge.datapipe.common.config import configure
 
 T = TypeVar("T")
 

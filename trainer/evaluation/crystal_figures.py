@@ -8,11 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from ase.data import chemical_symbols
-from matplotlib.colors import LogNorm, TwoSlopeNorm
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from crysforge.datapipe.schema import MAX_Z
 from crysforge.trainer.evaluation.compare import Arm
@@ -38,6 +35,9 @@ Bin = tuple[str, np.ndarray]
 
 def by_atoms(line: Sequence[Arm], facts: Facts, title: str, look: Look, path: Path) -> None:
     """MAE over the number of atoms: the three buckets as bars, finer ones as curves."""
+    import matplotlib
+    from matplotlib.ticker import MaxNLocator
+
     atoms = facts.atoms
     wide = [(name, (atoms >= low) & (atoms <= high)) for name, low, high in BUCKETS]
     wide = [b for b in wide if b[1].any()]
@@ -80,6 +80,8 @@ def by_atoms(line: Sequence[Arm], facts: Facts, title: str, look: Look, path: Pa
 
 def by_space_group(line: Sequence[Arm], facts: Facts, title: str, look: Look, path: Path) -> None:
     """MAE by crystal system, and of the space groups with most crystals."""
+    import matplotlib
+
     groups = facts.groups
     systems = [(name, (groups >= low) & (groups <= high)) for name, low, high in SYSTEMS]
     systems = [(f"{name}\n{inside.sum():,}", inside) for name, inside in systems
@@ -111,6 +113,9 @@ def by_space_group(line: Sequence[Arm], facts: Facts, title: str, look: Look, pa
 def by_element(line: Sequence[Arm], facts: Facts, title: str, look: Look, path: Path) -> None:
     """The lowest arm's MAE of the crystals with each element, on the periodic table; below, how
     much lower that is than the baseline's."""
+    import matplotlib
+    from matplotlib.colors import LogNorm, TwoSlopeNorm
+
     best = min(line, key=lambda a: a.summary().mean)  # type: ignore[union-attr]
     base = next((a for a in line if look.is_baseline(look.value(a))), None)
     if best is base:
@@ -152,6 +157,9 @@ def _periodic(
     figure: Any, axes: Any, values: dict[int, float], norm: Any, cmap: str, label: str, text: Any
 ) -> None:
     """A value for each element, in the cells of the periodic table."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     grid = np.full((9, 18), np.nan)
     for z, value in values.items():
         grid[place_of(z)] = value

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from crysforge.trainer.evaluation.compare import Arm
 from crysforge.trainer.evaluation.formats import places
@@ -25,6 +21,9 @@ from crysforge.trainer.figures.style import (
     save_png,
     with_unit,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BASELINE = "#9a9a9a"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -105,6 +104,10 @@ def mae_label(arm: Arm) -> str:
 def parity(line: Sequence[Arm], title: str, look: Look, path: Path) -> None:
     """Predictions over labels of one replicate of each arm, denser regions darker; at most six
     arms: the baseline and those with the lowest MAE."""
+    import matplotlib
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
+
     if len(line) > 6:
         ranked = sorted(line, key=lambda a: (not look.is_baseline(look.value(a)), a.summary().mean))  # type: ignore[union-attr]
         line = [a for a in line if a in ranked[:6]]
@@ -157,6 +160,8 @@ def label_curves(curves: dict[str, list[Arm]], look: Look, path: Path, confidenc
     Args:
         curves: the arms of each panel, by its title.
     """
+    import matplotlib
+
     with matplotlib.rc_context(STYLE):
         figure, panels = _panels(len(curves), 3.7)
         handles: dict[str, Any] = {}
@@ -206,6 +211,9 @@ def bars(
 ) -> None:
     """MAE of each compared value as a bar, with its interval, its seeds and its gain over the
     baseline; one panel for each task."""
+    import matplotlib
+    from matplotlib.ticker import MaxNLocator
+
     tallest = max(len(line) for line in lines.values())
     with matplotlib.rc_context(STYLE):
         figure, panels = _panels(len(lines), 1.0 + 0.42 * tallest)
@@ -277,6 +285,8 @@ def _legend(figure: Figure, handles: dict[str, Any]) -> None:
 
 def _log_ticks(axes: Any, labels: Sequence[int], values: Sequence[Sequence[float]]) -> None:
     """Logarithmic axes with plain numbers: the labels that were used, and 1, 1.5, 2, 3, 5, 7."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     flat = [v for some in values for v in some]
     if min(flat) <= 0:
         return

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 NAN = float("nan")
 WILCOXON_FROM = 6
@@ -94,6 +93,8 @@ def paired_test(
     Raises:
         ValueError: lengths that differ, no pair, or values that are not finite.
     """
+    from scipy import stats
+
     x, y = _finite(arm), _finite(baseline)
     if len(x) != len(y):
         raise ValueError(f"{len(x)} replicates cannot be paired with {len(y)}")
@@ -173,6 +174,8 @@ def improvement(error: float, baseline: float) -> float:
 
 def _t_test(mean: float, std: float, n: int) -> float:
     """Two-sided p of a mean against 0."""
+    from scipy import stats
+
     if n < 2:
         return NAN
     if std == 0:
@@ -181,6 +184,8 @@ def _t_test(mean: float, std: float, n: int) -> float:
 
 
 def _quantile(n: int, confidence: float) -> float:
+    from scipy import stats
+
     _check(confidence)
     return float(stats.t.ppf(0.5 + confidence / 2, n - 1))
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 from ase.data import chemical_symbols
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from crysforge.datapipe.schema import MAX_Z
 from crysforge.trainer.figures.style import (
@@ -27,6 +23,9 @@ from crysforge.trainer.figures.style import (
     with_unit,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def parity_plot(
     target: np.ndarray, prediction: np.ndarray, name: str, unit: str, path: str | Path
@@ -38,6 +37,10 @@ def parity_plot(
     Raises:
         ValueError: no crystal has both.
     """
+    import matplotlib
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
+
     x, y = np.asarray(target, dtype=float), np.asarray(prediction, dtype=float)
     present = np.isfinite(x) & np.isfinite(y)
     x, y = x[present], y[present]
@@ -90,6 +93,8 @@ def calibration_plot(
     Args:
         error, uncertainty: [n] in physical units. fit: from `ensemble.calibration`.
     """
+    import matplotlib
+
     with matplotlib.rc_context(STYLE):
         figure = new_figure(0.5 * WIDTH)
         left, right = figure.subplots(1, 2)
@@ -128,6 +133,8 @@ def learning_curves(
     Raises:
         ValueError: nothing to draw.
     """
+    import matplotlib
+
     quantities: dict[str, dict[str, np.ndarray]] = {}
     for name, points in history.items():
         split, _, quantity = name.partition("/")
@@ -167,6 +174,9 @@ def histograms(
         atoms: [N] atoms per cell. elements: crystals that contain each atomic number.
         targets: [N] values by name, NaN where missing. units: unit of each target.
     """
+    import matplotlib
+    from matplotlib.ticker import MaxNLocator
+
     names = [n for n, v in targets.items() if np.isfinite(np.asarray(v, dtype=float)).any()]
     columns = 2 if len(names) in (1, 3) else min(3, 1 + len(names))
     rows = -(-(1 + len(names)) // columns)
@@ -211,6 +221,8 @@ def _is_copy(loss: dict[str, np.ndarray] | None, others: list[dict[str, np.ndarr
 def _curves(
     axes: Any, quantity: str, curves: Mapping[str, np.ndarray], units: Mapping[str, str]
 ) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
     for split, color, label in (
         ("train", TRAIN, "training"),
         ("val", VAL, "validation"),
@@ -248,6 +260,8 @@ def _curves(
 
 
 def _histogram(axes: Any, values: np.ndarray, bins: Any, label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.hist(values, bins=bins, color=TRAIN, edgecolor="white", linewidth=0.3)
     axes.set_xlabel(label)
     axes.grid(axis="x", visible=False)
@@ -256,6 +270,8 @@ def _histogram(axes: Any, values: np.ndarray, bins: Any, label: str) -> None:
 
 def _periodic_table(figure: Figure, axes: Any, elements: Mapping[int, int], total: int) -> None:
     """A cell per element, coloured by the number of crystals that contain it."""
+    from matplotlib.colors import LogNorm
+
     grid = np.full((9, 18), np.nan)
     for number, count in elements.items():
         if count:

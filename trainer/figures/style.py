@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from crysforge.datapipe.schema import MAX_Z
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DPI = 150
 WIDTH = 8.0
@@ -34,6 +35,9 @@ STYLE: Any = {
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
     """An empty figure of so many inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)  # pyplot and its global state stay out of it
     return figure

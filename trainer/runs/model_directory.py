@@ -30,7 +30,7 @@ from torch import Tensor
 from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.models import __version__
 from crysforge.models.encoders import Encoder, build_encoder
-from crysforge.models.registry import configure
+from crysforge.datapipe.common.config import configure
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.base.tensors import (
     code_version,

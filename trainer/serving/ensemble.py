@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.trainer.base.safe_read import read_object
@@ -101,6 +100,8 @@ def calibration(error: np.ndarray, uncertainty: np.ndarray) -> dict[str, Any]:
         distribution; `area` between the two curves (0 is right, 0.5 the worst); `nll`, the mean
         negative log-likelihood; `rank_correlation` (Spearman) of absolute error and uncertainty.
     """
+    from scipy import stats
+
     within = stats.norm.ppf(0.5 + LEVELS / 2)
     observed = np.array([(np.abs(error) <= w * uncertainty).mean() for w in within])
     around = np.concatenate([[0], np.abs(observed - LEVELS), [0]])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.graphs.transforms import (
     Chain,
     DropEdges,
@@ -26,7 +27,6 @@ from crysforge.models.objectives.contrastive import (
     negative_cosine,
 )
 from crysforge.models.ops.segments import mean_readout
-from crysforge.models.registry import nearest
 from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
 from crysforge.trainer.stages.vae import check_mask_ratio
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.layers.readout import ReadoutHead
 from crysforge.models.objectives.property_diffusion import DiffusionReadout
-from crysforge.models.registry import nearest
 from crysforge.trainer.stages.base import Stage, StageConfig, Term
 
 HEADS = ("regression", "linear", "diffusion")

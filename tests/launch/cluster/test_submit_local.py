@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from crysforge.datapipe.common.config import configure
 from crysforge.launch.cluster import status
 from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.events import EventLog, ends_of_turn
 from crysforge.launch.cluster.executors import run_here, run_local
 from crysforge.launch.cluster.submission import ROOT, Submission, new_attempt
 from crysforge.launch.cluster.worker import Task
-from crysforge.models.registry import configure
 
 SCRIPT = """
 import json, pathlib, sys, os, signal, time

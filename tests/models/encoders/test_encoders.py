@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import crysforge.models.registry
+from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.graphs.transforms import Sample
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders import ENCODERS, Encoder, build_encoder
 from crysforge.models.layers.readout import ReadoutHead
-from crysforge.models.registry import configure
 from tests.reference_encoders import REFERENCES, reference
 
 EVERY = pytest.mark.parametrize("name", list(ENCODERS))

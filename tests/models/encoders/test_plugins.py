@@ -30,7 +30,7 @@ def installed(tmp_path, monkeypatch):
     modules = {
         "broken_syntax": "class Net(\n",
         "broken_import": "raise RuntimeError('the driver\\nis too old')\n",
-        "no_encoder": "from models.layers import RBF\n",
+        "no_encoder": "from crysforge.models.layers.basic import RBF\n",
     }
     broken = {
         "absent": "no_such_module:Net",

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.crystals.crystal import crystal_key
 from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.graphs.transforms import Sample
@@ -14,7 +15,6 @@ from crysforge.models.encoders import ENCODERS, build_encoder
 from crysforge.models.objectives.connectivity import MOST_EDGES, UNJOINED_WEIGHT
 from crysforge.models.objectives.diffusion import wrapped_score
 from crysforge.models.objectives.element_features import element_features
-from crysforge.models.registry import configure
 from crysforge.trainer.stages import FinetuneConfig, FinetuneStage
 from crysforge.trainer.stages.base import STAGES
 from crysforge.trainer.stages.dpf import displacement

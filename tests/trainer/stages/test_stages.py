@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.crystals.crystal import Crystal, crystal_key
 from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.graphs.transforms import Sample
@@ -13,7 +14,6 @@ from crysforge.models.denoisers.dit import SIZES
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.objectives.flow import centred_noise, crystal_mean, flow_times
 from crysforge.models.objectives.vae import Reconstruct
-from crysforge.models.registry import configure
 from crysforge.trainer.stages import (
     FinetuneConfig,
     FinetuneStage,

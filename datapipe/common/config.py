@@ -1,0 +1,68 @@
+"""Dataclasses from plain mappings, with errors that name the key and what would be right."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from crysforge.datapipe.common.names import nearest
+
+T = TypeVar("T")
+
+
+def configure(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Builds dataclass `cls` from a mapping, converting and checking types.
+
+    Raises:
+        ValueError: an unknown key (names the nearest valid one) or a value of the wrong type.
+            `where` is the dotted prefix of the section, for the message.
+    """
+    prefix = f"{where}." if where else ""
+    _check_sections(cls, values, prefix)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), dict(values))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except ConfigKeyError as error:
+        full = str(error.full_key or error.key)
+        *path, key = full.split(".")
+        valid = _fields_at(cls, path)
+        raise ValueError(f"unknown config key {prefix + full!r}: {nearest(key, valid)}") from None
+    except OmegaConfBaseException as error:
+        key = prefix + str(error.full_key or error.key)
+        reason = str(error).splitlines()[0]
+        if "is not a ListConfig" in reason:
+            reason = f"give a list: {key}=[…]"
+        raise ValueError(f"config key {key!r}: {reason}") from None
+
+
+def _check_sections(cls: Any, values: Mapping[str, Any], prefix: str) -> None:
+    """Raises ValueError for a section that is given as a value, or a value as a section."""
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        hint = hints.get(key)
+        either = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        options = typing.get_args(hint) if either else (hint,)
+        section = next((o for o in options if dataclasses.is_dataclass(o)), None)
+        has_keys = section is not None or any(typing.get_origin(o) is dict for o in options)
+        if isinstance(value, Mapping) and section is not None:
+            _check_sections(section, value, f"{prefix}{key}.")
+        elif isinstance(value, Mapping) and key in hints and not has_keys and Any not in options:
+            raise ValueError(f"config key {prefix + key!r} has no keys below it: give it a value")
+        elif has_keys and not isinstance(value, Mapping) and value is not None:
+            raise ValueError(f"config key {prefix + key!r} is a section: give {prefix}{key}.NAME=…")
+
+
+def _fields_at(cls: Any, path: list[str]) -> list[str]:
+    for name in path:
+        hint = typing.get_type_hints(cls).get(name)
+        options = [hint, *typing.get_args(hint)]
+        cls = next((o for o in options if dataclasses.is_dataclass(o)), None)
+        if cls is None:
+            return []
+    return [f.name for f in dataclasses.fields(cls)]
