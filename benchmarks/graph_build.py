@@ -88,7 +88,7 @@ def measure(name: str, crystals: list[Crystal], config: BenchmarkConfig) -> list
         samples = [Sample.clean(c, key) for key, c in enumerate(crystals)]
         if share:
             mask = MaskAtoms(share)
-            samples = [mask(s, np.random.default_rng(s.key)) for s in samples]
+            samples = [mask.on_crystal(s, np.random.default_rng(s.rng_key)) for s in samples]
         cuts = [*range(0, len(samples), config.batch_size), len(samples)]
 
         def pack_all(samples=samples, cuts=cuts):

@@ -84,10 +84,8 @@ def make(name: str, config: BenchmarkConfig) -> tuple[Stage, CrystalBatch]:
     nearest = np.argsort(np.abs(np.asarray(dataset.atoms) - config.atoms), kind="stable")
     chosen = np.sort(nearest[: config.batch_size])
     samples = [Sample.clean(c, key) for key, c in dataset.read(chosen) if isinstance(c, Crystal)]
-    transform = stage.transform()
-    if transform is not None:
-        samples = [transform(s, np.random.default_rng(s.key)) for s in samples]
-    return stage, build(samples, stage.encoder.graph, quotient=config.quotient)
+    graph, transform = stage.encoder.graph, stage.transform()
+    return stage, build(samples, graph, quotient=config.quotient, transform=transform)
 
 
 def forget(world: World) -> None:

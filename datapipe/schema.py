@@ -1,7 +1,10 @@
 """The one contract between data and models: what a graph is (`GraphSpec`) and what a packed
 batch holds (`CrystalBatch`).
 
-Letters in shapes: A atoms, N nodes, E edges, B crystals, U distinct distances.
+Letters in shapes: A atoms, N nodes, E edges, B crystals, U distinct distances. Every key of a batch
+says its shape, dtype and meaning; `concat`, moving, the wire and docs/batch.md follow from that:
+
+    python -m crysforge.datapipe.schema > docs/batch.md
 
 On a plain graph every atom is its own node (N = A, `node_of_atom` is the identity) and all
 multiplicities are one. On a quotient graph one node stands for all atoms of a crystal that an
@@ -13,18 +16,28 @@ same output on both.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from crysforge.datapipe.common.batch_keys import (
+    Key,
+    chained,
+    host,
+    join,
+    tensor,
+    tensors,
+    unless_unknown,
+)
+from crysforge.datapipe.crystals.crystal import MAX_Z
+
+__all__ = ["MASKED", "MAX_Z", "CrystalBatch", "GraphSpec", "concat"]
+
 MASKED = 0
 """Atomic number that stands for a masked (unknown) element."""
-
-MAX_Z = 118
-"""Largest atomic number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,80 +100,98 @@ class GraphSpec:
 
 @dataclass(kw_only=True)
 class CrystalBatch:
-    """Crystals packed one after another; never padded.
+    """Crystals packed one after another; never padded. docs/batch.md shows its keys as a table."""
 
-    | key | shape | dtype | meaning |
-    |---|---|---|---|
-    | numbers | [A] | int64 | true atomic number of each atom |
-    | masked | [A] | bool | atoms whose element the encoder must not see |
-    | frac_coords | [A, 3] | float32 | fractional coordinates in [0, 1) (clean targets) |
-    | lattice | [B, 3, 3] | float32 | rows a, b, c in Å, standard orientation (clean targets) |
-    | seen_frac_coords | [A, 3] | float32 | coordinates of the structure whose graph this is: the
-      clean ones unless a transform moved atoms |
-    | seen_lattice | [B, 3, 3] | float32 | its lattice |
-    | batch | [A] | int64 | crystal of each atom |
-    | ptr | [B+1] | int64 | first atom of each crystal, then A |
-    | key | [B] | int64 | seed of all randomness for the crystal in this epoch |
-    | node_of_atom | [A] | int64 | node that stands for each atom |
-    | node_numbers | [N] | int64 | atomic number of each node, 0 where masked |
-    | node_count | [N] | float32 | atoms a node stands for |
-    | node_batch | [N] | int64 | crystal of each node |
-    | node_ptr | [B+1] | int64 | first node of each crystal, then N |
-    | node_key | [N] | int64 | seed of a node's randomness (dropout) |
-    | pdd | [N, 1+k] | float32 | column 0: share of the atomic number (0 where masked); then the k
-      nearest distances in Å, ascending. [N, 0] where the spec has none |
-    | edge_index | [2, E] | int64 | row 0 source node, row 1 target node, sorted by target |
-    | edge_ptr | [N+1] | int64 | first edge into each node, then E |
-    | edge_count | [E] | float32 | equal edges into ONE atom of the target node |
-    | edge_shell | [E] | int64 | row of `distances` that is the edge's length |
-    | distances | [U] | float32 | distinct edge lengths in Å; infinite in rows of `pair_sums` |
-    | pair_sums | [U] | float32 | distinct lattice sums of pairs of atoms, 0 in rows of lengths;
-      None unless asked for |
-    | lattice_triple | [B, 3, 3] | float32 | rows are ComFormer's invariant lattice vectors in Å;
-      None unless asked for |
-    | edge_vector | [E, 3] | float32 | target minus source in Å; None unless asked for |
-    | targets | name → [B] | float32 | labels in physical units, NaN where missing |
-    | labels | name → [rows, …] | any | what a stage's transform says of the crystals: the rows of
-      all crystals, one after another |
-    | ids | B strings | | crystal ids |
-    | sizes | B integers | | atoms of each crystal, on the host; empty if nobody counted |
-    | most_edges | integer | | most edges into a node or out of one, on the host; 0 if nobody
-      counted |
-    | edge_pairs | integer | | pairs of edges i → j, j → k, on the host; 0 if nobody counted |
-    | filler | flag | bool | the crystals only keep this rank in step: nothing of them counts |
-    """
+    numbers: Tensor = tensor("A", "int64", "true atomic number of each atom")
+    masked: Tensor = tensor("A", "bool", "atoms whose element the encoder must not see")
+    frac_coords: Tensor = tensor(
+        "A, 3", "float32", "fractional coordinates in [0, 1) (clean targets)"
+    )
+    lattice: Tensor = tensor(
+        "B, 3, 3", "float32", "rows a, b, c in Å, standard orientation (clean targets)"
+    )
+    seen_frac_coords: Tensor = tensor(
+        "A, 3",
+        "float32",
+        "coordinates of the structure whose graph this is: the clean ones unless a transform moved "
+        "atoms",
+    )
+    seen_lattice: Tensor = tensor("B, 3, 3", "float32", "its lattice")
+    batch: Tensor = tensor("A", "int64", "crystal of each atom", numbers="B")
+    ptr: Tensor = tensor("B + 1", "int64", "first atom of each crystal, then A", pointer="A")
+    rng_key: Tensor = tensor("B", "int64", "seed of all randomness for the crystal in this epoch")
+    node_of_atom: Tensor = tensor("A", "int64", "node that stands for each atom", numbers="N")
+    node_numbers: Tensor = tensor("N", "int64", "atomic number of each node, 0 where masked")
+    node_multiplicity: Tensor = tensor("N", "float32", "atoms a node stands for")
+    node_batch: Tensor = tensor("N", "int64", "crystal of each node", numbers="B")
+    node_ptr: Tensor = tensor("B + 1", "int64", "first node of each crystal, then N", pointer="N")
+    node_rng_key: Tensor = tensor("N", "int64", "seed of a node's randomness (dropout)")
+    pdd: Tensor = tensor(
+        "N, 1 + k",
+        "float32",
+        "column 0: share of the atomic number (0 where masked); then the k nearest distances in Å, "
+        "ascending. [N, 0] where the spec has none",
+    )
+    edge_index: Tensor = tensor(
+        "2, E", "int64", "row 0 source node, row 1 target node, sorted by target", numbers="N"
+    )
+    edge_ptr: Tensor = tensor("N + 1", "int64", "first edge into each node, then E", pointer="E")
+    edge_multiplicity: Tensor = tensor(
+        "E", "float32", "equal edges into ONE atom of the target node"
+    )
+    edge_distance_row: Tensor = tensor(
+        "E", "int64", "row of `distances` that is the edge's length", numbers="U"
+    )
+    distances: Tensor = tensor(
+        "U", "float32", "distinct edge lengths in Å; infinite in rows of `pair_sums`"
+    )
+    edge_vector: Tensor | None = tensor(
+        "E, 3", "float32", "target minus source in Å; None unless asked for", optional=True
+    )
+    pair_sums: Tensor | None = tensor(
+        "U",
+        "float32",
+        "distinct lattice sums of pairs of atoms, 0 in rows of lengths; None unless asked for",
+        optional=True,
+    )
+    lattice_triple: Tensor | None = tensor(
+        "B, 3, 3",
+        "float32",
+        "rows are ComFormer's invariant lattice vectors in Å; None unless asked for",
+        optional=True,
+    )
+    targets: dict[str, Tensor] = tensors(
+        "name → B", "float32", "labels in physical units, NaN where missing"
+    )
+    extras: dict[str, Tensor] = tensors(
+        "name → rows, …",
+        "any",
+        "what a stage's transform says of the crystals: the rows of all, one after another",
+    )
+    ids: list[str] = host(list, chained, "text", "crystal ids")
+    atoms_per_crystal: list[int] = host(
+        list, chained, "integers", "on the host; empty if nobody counted"
+    )
+    most_edges: int = host(
+        0,
+        unless_unknown(max),
+        "integer",
+        "most edges into a node or out of one, on the host; 0 if nobody counted",
+    )
+    edge_pairs: int = host(
+        0,
+        unless_unknown(sum),
+        "integer",
+        "pairs of edges i → j, j → k, on the host; 0 if nobody counted",
+    )
+    is_dummy: bool = host(
+        False, all, "flag", "the crystals only keep this rank in step: they count for nothing"
+    )
 
-    numbers: Tensor
-    masked: Tensor
-    frac_coords: Tensor
-    lattice: Tensor
-    seen_frac_coords: Tensor
-    seen_lattice: Tensor
-    batch: Tensor
-    ptr: Tensor
-    key: Tensor
-    node_of_atom: Tensor
-    node_numbers: Tensor
-    node_count: Tensor
-    node_batch: Tensor
-    node_ptr: Tensor
-    node_key: Tensor
-    pdd: Tensor
-    edge_index: Tensor
-    edge_ptr: Tensor
-    edge_count: Tensor
-    edge_shell: Tensor
-    distances: Tensor
-    edge_vector: Tensor | None = None
-    pair_sums: Tensor | None = None
-    lattice_triple: Tensor | None = None
-    targets: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    labels: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    ids: list[str] = dataclasses.field(default_factory=list)
-    sizes: list[int] = dataclasses.field(default_factory=list)
-    most_edges: int = 0
-    edge_pairs: int = 0
-    filler: bool = False
+    @classmethod
+    def keys(cls) -> dict[str, Key]:
+        """What each key holds, by name."""
+        return {f.name: f.metadata["key"] for f in dataclasses.fields(cls)}
 
     @property
     def num_crystals(self) -> int:
@@ -181,50 +212,45 @@ class CrystalBatch:
     @property
     def edge_distance(self) -> Tensor:
         """Length of every edge in Å, [E]."""
-        return self.distances[self.edge_shell]
+        return self.distances[self.edge_distance_row]
 
-    def _map(self, f) -> CrystalBatch:
-        def g(value):
-            if isinstance(value, Tensor):
-                return f(value)
+    def counts(self) -> dict[str, int]:
+        """What the letters in shapes stand for."""
+        out = {"A": self.num_atoms, "N": self.num_nodes, "E": self.num_edges}
+        return {**out, "B": self.num_crystals, "U": len(self.distances)}
+
+    def map_tensors(self, f: Callable[[Tensor], Tensor]) -> CrystalBatch:
+        """The batch with `f` of every tensor."""
+
+        def g(value: Any) -> Any:
             if isinstance(value, dict):
                 return {k: f(v) for k, v in value.items()}
-            return value
+            return f(value) if isinstance(value, Tensor) else value
 
-        return CrystalBatch(
-            **{x.name: g(getattr(self, x.name)) for x in dataclasses.fields(CrystalBatch)}
-        )
+        return CrystalBatch(**{name: g(getattr(self, name)) for name in self.keys()})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CrystalBatch:
         """The same batch on another device."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        return self.map_tensors(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> CrystalBatch:
         """The same batch in page-locked memory, so that copies to a GPU overlap with work."""
-        return self._map(lambda t: t.pin_memory())
+        return self.map_tensors(lambda t: t.pin_memory())
 
-    def to_pyg(self):
+    def to_pyg(self) -> Any:
         """The full set of keys as a PyG `Batch` (edge_index keeps source → target)."""
         from torch_geometric.data import Batch
 
         out = Batch()
-        for x in dataclasses.fields(CrystalBatch):
-            value = getattr(self, x.name)
+        for name in self.keys():
+            value = getattr(self, name)
             if isinstance(value, dict):
-                for name, column in value.items():
-                    out[f"{x.name.removesuffix('s')}_{name}"] = column
+                for key, column in value.items():
+                    out[f"{name.removesuffix('s')}_{key}"] = column
             elif value is not None:
-                out[x.name] = value
+                out[name] = value
         out.num_nodes = self.num_nodes
         return out
-
-
-_OFFSETS = {
-    "batch": "num_crystals",
-    "node_batch": "num_crystals",
-    "node_of_atom": "num_nodes",
-    "edge_index": "num_nodes",
-}
 
 
 def concat(parts: Sequence[CrystalBatch]) -> CrystalBatch:
@@ -233,33 +259,24 @@ def concat(parts: Sequence[CrystalBatch]) -> CrystalBatch:
         raise ValueError("concat needs at least one batch")
     if len(parts) == 1:
         return parts[0]
-    out: dict = {}
-    for x in dataclasses.fields(CrystalBatch):
-        name, values = x.name, [getattr(p, x.name) for p in parts]
-        if name in ("ids", "sizes"):
-            out[name] = [i for each in values for i in each]
-        elif name == "filler":
-            out[name] = all(values)
-        elif name == "most_edges":
-            out[name] = max(values) if all(values) else 0
-        elif name == "edge_pairs":
-            out[name] = sum(values) if all(values) else 0
-        elif name in ("targets", "labels"):
-            out[name] = {k: torch.cat([v[k] for v in values]) for k in values[0]}
-        elif values[0] is None:
-            out[name] = None
-        elif name in ("ptr", "node_ptr", "edge_ptr"):
-            shifted, end = [], 0
-            for v in values:
-                shifted.append(v[:-1] + end)
-                end += int(v[-1])
-            out[name] = torch.cat([*shifted, values[0].new_tensor([end])])
-        elif name == "edge_shell" or name in _OFFSETS:
-            sized, shift = [], 0
-            for p, v in zip(parts, values, strict=True):
-                sized.append(v + shift)
-                shift += len(p.distances) if name == "edge_shell" else getattr(p, _OFFSETS[name])
-            out[name] = torch.cat(sized, dim=-1)
-        else:
-            out[name] = torch.cat(values)
-    return CrystalBatch(**out)
+    counts = [part.counts() for part in parts]
+    return CrystalBatch(
+        **{
+            name: join(key, [getattr(part, name) for part in parts], counts)
+            for name, key in CrystalBatch.keys().items()
+        }
+    )
+
+
+def table() -> str:
+    """The keys of a batch as a page of documentation."""
+    rows = ["# The keys of a batch", "", "Made by `python -m crysforge.datapipe.schema`.", ""]
+    rows += ["Letters: A atoms, N nodes, E edges, B crystals, U distinct distances.", ""]
+    rows += ["| key | shape | dtype | meaning |", "|---|---|---|---|"]
+    for name, key in CrystalBatch.keys().items():
+        rows.append(f"| `{name}` | {f'[{key.shape}]'} | {key.dtype} | {key.meaning} |")
+    return "\n".join(rows).replace("| [] |", "| |") + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -17,7 +17,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from crysforge.trainer.base.command_line import parse, run
 
@@ -38,9 +39,9 @@ class DemoConfig:
 
 def call(script: str, *args: str) -> None:
     """Shows a command and runs it; its failure ends the demo."""
-    shown = Path(script).as_posix()
-    print(f"$ python {shown} {' '.join(args)}", flush=True)
-    done = subprocess.run([sys.executable, script, *args], check=False)
+    print(f"$ python launch/{script}.py {' '.join(args)}", flush=True)
+    path = Path(__file__).resolve().with_name(f"{script}.py")
+    done = subprocess.run([sys.executable, str(path), *args], check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
 
@@ -59,13 +60,13 @@ def main() -> None:
     step(1, f"{config.size} synthetic crystals: prototypes with balanced ions, physical labels")
     if not (data / "manifest.json").is_file():
         call(
-            "launch/prepare.py", "input=prototypes", f"size={config.size}", f"output={data}",
+            "prepare", "input=prototypes", f"size={config.size}", f"output={data}",
             f"targets=[{TARGET},density,volume_per_atom]",
         )  # fmt: skip
 
     step(2, "pretraining without labels: a VAE stage, then joint latent flow matching")
     call(
-        "launch/pretrain.py", "--config", "configs/pretrain/tiny.yaml", f"data={data}",
+        "pretrain", "--config", "configs/pretrain/tiny.yaml", f"data={data}",
         f"run_dir={pre}",
     )  # fmt: skip
 
@@ -75,7 +76,7 @@ def main() -> None:
         for start, source in (("scratch", "none"), ("pretrained", str(pre))):
             path = out / f"{start}-{fraction:g}"
             call(
-                "launch/finetune.py", "--config", "configs/finetune/tiny.yaml", f"data={data}",
+                "finetune", "--config", "configs/finetune/tiny.yaml", f"data={data}",
                 f"init_from={source}", f"target={TARGET}", f"label_fraction={fraction:g}",
                 f"run_dir={path}",
             )  # fmt: skip
@@ -85,7 +86,7 @@ def main() -> None:
     predictions = out / "predictions.csv"
     best = out / f"pretrained-{config.fractions[-1]:g}"
     call(
-        "launch/predict.py", f"checkpoint={best}", f"input={data}", f"output={predictions}",
+        "predict", f"checkpoint={best}", f"input={data}", f"output={predictions}",
         "overwrite=true",
     )  # fmt: skip
 

@@ -5,7 +5,7 @@
     … tag=joint-00010000      the weights of a checkpoint, of an unfinished run too; tag=newest
 
 DIR is all that `launch/predict.py checkpoint=DIR`, `launch/finetune.py init_from=DIR` and
-`trainer.load(DIR)` need.
+`crysforge.load(DIR)` need.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from crysforge.trainer.base.command_line import parse, required, run
 from crysforge.trainer.runs.card import share

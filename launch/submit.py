@@ -22,9 +22,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from crysforge.launch.cluster import status
+from crysforge.launch.cluster.code import ROOT
 from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.executors import (
     run_here,
@@ -35,7 +37,7 @@ from crysforge.launch.cluster.executors import (
 )
 from crysforge.launch.cluster.jobs import Cell, groups, settings_of, waves
 from crysforge.launch.cluster.request import Request
-from crysforge.launch.cluster.submission import ROOT, Submission, new_attempt
+from crysforge.launch.cluster.submission import Submission, new_attempt
 from crysforge.launch.cluster.worker import Task
 from crysforge.trainer.base.command_line import run
 

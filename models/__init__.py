@@ -1,3 +1,1 @@
 """Encoders and objectives: plain torch on packed batches."""
-
-__version__ = "0.1.0"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from crysforge.datapipe.crystals.crystal import crystal_key
@@ -34,9 +33,5 @@ def make(objective, encoder="pddformer"):
 
 def collate(stage, crystals, epoch=0):
     """The batch a loader would make for the stage."""
-    samples, transform = [], stage.transform()
-    for crystal in crystals:
-        key = crystal_key(7, epoch, crystal.id)
-        shown = transform(Sample.clean(crystal, key), np.random.default_rng(key))
-        samples += shown if isinstance(shown, tuple) else [shown]
-    return build(samples, stage.encoder.graph)
+    samples = [Sample.clean(c, crystal_key(7, epoch, c.id)) for c in crystals]
+    return build(samples, stage.encoder.graph, transform=stage.transform())

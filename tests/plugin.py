@@ -44,6 +44,8 @@ def installed(
     lines = [f"[{group}]", *(f"{key} = {value}" for key, value in points.items())]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(root)
+    for name in ENCODERS.modules:  # ours stay when what is patched is undone
+        ENCODERS[name]
     monkeypatch.setattr(ENCODERS, "_items", dict(ENCODERS._items))
     yield
     for module in sources:

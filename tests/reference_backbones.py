@@ -140,7 +140,7 @@ def icomformer(encoder, batch: CrystalBatch) -> Tensor:
 def potnet(encoder, batch: CrystalBatch) -> Tensor:
     j, i = batch.edge_index
     x = one_hot(encoder.embed_node, batch.node_numbers)
-    distance, value = batch.edge_distance, batch.pair_sums[batch.edge_shell]
+    distance, value = batch.edge_distance, batch.pair_sums[batch.edge_distance_row]
     local = distance.isfinite()
     bins, sum_bins = encoder.embed_length[0].bins, encoder.embed_sum[0].bins
     near = gaussians(-0.75 / distance[local], -4, 4, bins, (8 / (bins - 1)) ** 2)
@@ -204,7 +204,7 @@ def equiformer(encoder, batch: CrystalBatch) -> Tensor:
         score, message[0] = message[0].tensor_split([layer.score.numel()], dim=2)
         score = leaky(score.view(len(j), *layer.score.shape))
         attention = softmax((score * layer.score).sum(2), i, num_nodes=n)
-        keys = derive(batch.node_key[i], number)
+        keys = derive(batch.node_rng_key[i], number)
         attention = keyed_dropout(attention, keys, layer.dropout, layer.salt, layer.training)
         value = separable(layer.value, gate(message), y, layer.value_weight)
         value = [v.unflatten(2, (layer.heads, -1)) * attention[:, None, :, None] for v in value]

@@ -83,7 +83,7 @@ class ReferenceZeoConv(nn.Module):
     def forward(self, x: Tensor, state: Tensor, batch: CrystalBatch, salt: int):
         state = state + x
         u1, u2 = self.split(self.norm(state)).chunk(2, dim=1)
-        u2 = keyed_dropout(F.gelu(u2), batch.node_key, self.dropout, salt, self.training)
+        u2 = keyed_dropout(F.gelu(u2), batch.node_rng_key, self.dropout, salt, self.training)
         return self.out(self.mix(u1) * u2) + x, state
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from crysforge.datapipe.schema import MAX_Z
+MAX_Z = 118
+"""Largest atomic number."""
 
 
 class BadCrystal(ValueError):

@@ -14,7 +14,7 @@ import math
 import warnings
 from typing import Any
 
-from crysforge.datapipe.schema import MAX_Z
+from crysforge.datapipe.crystals.crystal import MAX_Z
 
 
 def properties(number: int) -> dict[str, Any]:

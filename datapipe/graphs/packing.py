@@ -1,9 +1,10 @@
-"""From samples and their cached geometry to one packed batch, as a plain or a quotient graph."""
+"""From samples and their cached geometry to one packed batch, as a plain or a quotient graph, and
+back from a batch to crystals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,10 @@ import torch
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.neighbours import Neighbours, neighbours
 from crysforge.datapipe.graphs.quotient import classes, derive, mix, refine
-from crysforge.datapipe.graphs.transforms import Sample
+from crysforge.datapipe.graphs.transforms import Sample, Transform
 from crysforge.datapipe.schema import MASKED, CrystalBatch, GraphSpec
 
-__all__ = ["Neighbours", "build", "drop_edges", "neighbours", "pack"]
-
-_DROPPED = 1
-"""Tells the draws of dropped edges from a transform's."""
+__all__ = ["Neighbours", "build", "neighbours", "pack", "unpack"]
 
 
 def build(
@@ -26,10 +24,15 @@ def build(
     spec: GraphSpec,
     targets: Sequence[str] = (),
     quotient: bool = True,
+    transform: Transform | None = None,
 ) -> CrystalBatch:
-    """One batch from crystals (shown whole, key 0) or samples: `neighbours`, then `pack`."""
+    """One batch from crystals (key 0) or samples: the transform's views, `neighbours`, `pack`."""
     ready = [s if isinstance(s, Sample) else Sample.clean(s) for s in samples]
-    return pack(ready, [neighbours(s.seen, spec) for s in ready], spec, targets, quotient)
+    if transform is None:
+        shown = [(s, neighbours(s.seen, spec)) for s in ready]
+    else:
+        shown = [view for s in ready for view in transform.show(s, lambda c: neighbours(c, spec))]
+    return pack([s for s, _ in shown], [g for _, g in shown], spec, targets, quotient)
 
 
 def pack(
@@ -46,8 +49,8 @@ def pack(
         neighbours: of each sample's `seen` structure, under the same spec.
         targets: names of the labels to carry; a crystal without one gets NaN.
         quotient: merge atoms that an encoder of the spec's depth cannot tell apart. A spec
-            without depth has no quotient, whatever this says. On a plain graph an edge of count
-            2 is there twice.
+            without depth has no quotient, whatever this says. On a plain graph an edge of
+            multiplicity 2 is there twice.
 
     Raises:
         ValueError: no samples, or geometry that belongs to other crystals.
@@ -57,134 +60,172 @@ def pack(
     atoms = [g.num_atoms for g in neighbours]
     if [len(s.seen) for s in samples] != atoms:
         raise ValueError("the neighbours are not those of the samples: numbers of atoms differ")
-    neighbours = [_thinned(g, s) for s, g in zip(samples, neighbours, strict=True)]
-    crystals = [s.crystal for s in samples]
-    every = np.arange(len(samples))
-    ptr, batch = _ptr(atoms), np.repeat(every, atoms)
-    numbers = _join([c.numbers for c in crystals])
+    neighbours = [g.with_pairs() for g in neighbours]
+    ptr, batch = _ptr(atoms), np.repeat(np.arange(len(samples)), atoms)
     masked = np.concatenate([s.masked for s in samples])
     seen = np.where(masked, MASKED, _join([s.seen.numbers for s in samples]))
-    key = np.array([s.key for s in samples], dtype=np.int64)
-    labels = {k: np.concatenate([s.labels[k] for s in samples]) for k in samples[0].labels}
-    if samples[0].pair_edges:
-        labels["pair_edges"] = np.concatenate([_pair_edges(g) for g in neighbours])
-
-    neighbours = [g.with_pairs() for g in neighbours]
-    edges = [g.edges for g in neighbours]
-    owner = np.repeat(every, [e.shape[1] for e in edges])
-    target, source, shell, count = np.concatenate(edges, axis=1, dtype=np.int64, casting="unsafe")
-    target += ptr[owner]
-    source += ptr[owner]
-    shell += _ptr([len(g.distances) for g in neighbours])[owner]
     row_ptr = _ptr([len(g.pdd) for g in neighbours])
     row = _join([g.pdd_row for g in neighbours]) + row_ptr[batch]
 
+    edges = _edges(neighbours, ptr)
     if quotient and spec.depth is not None:
-        edge_ptr = _ptr(np.bincount(target, minlength=len(batch)))
-        seed = derive(row.astype(np.uint64), seen)  # a row belongs to one crystal
-        colour = refine(seed, source, shell, count, edge_ptr, spec.depth)
-        first, node_of_atom = classes(colour)
-        target, source, shell, count = _merge(target, source, shell, count, first, node_of_atom)
+        edges, first, node_of_atom = _quotient(edges, row, seen, spec.depth)
         vectors = None
     else:
         first = node_of_atom = np.arange(len(batch))
-        target, source, shell = (np.repeat(x, count) for x in (target, source, shell))
-        vectors = _vectors(neighbours, count) if spec.vectors else None
-        count = np.ones(len(target), dtype=np.int64)
+        vectors = _vectors(neighbours, edges.count) if spec.vectors else None
+        edges = edges.repeated()
 
-    into, out = (np.bincount(end, minlength=len(first)) for end in (target, source))
-    node_batch = batch[first]
-    node_ptr = np.searchsorted(first, ptr)
-    local = np.arange(len(first)) - node_ptr[node_batch]
-    # Mixed first, so that a node's key is none that a stage derives from the crystal's by a salt.
-    node_key = derive(mix(key.astype(np.uint64))[node_batch], local).view(np.int64)
-
+    share = _share(seen, batch, len(samples))
     arrays = {
-        "numbers": numbers,
+        "numbers": _join([s.crystal.numbers for s in samples]),
         "masked": masked,
-        "frac_coords": np.concatenate([c.frac_coords for c in crystals], dtype=np.float32),
-        "lattice": np.stack([c.lattice for c in crystals], dtype=np.float32),
-        "seen_frac_coords": np.concatenate([s.seen.frac_coords for s in samples], dtype=np.float32),
-        "seen_lattice": np.stack([s.seen.lattice for s in samples], dtype=np.float32),
+        **_geometry(samples),
         "batch": batch,
         "ptr": ptr,
-        "key": key,
-        "node_of_atom": node_of_atom,
+        **_nodes(samples, first, node_of_atom, batch, ptr),
         "node_numbers": seen[first],
-        "node_count": np.bincount(node_of_atom, minlength=len(first)).astype(np.float32),
-        "node_batch": node_batch,
-        "node_ptr": node_ptr,
-        "node_key": node_key,
-        "pdd": _pdd(spec, neighbours, row[first], _share(seen, batch, len(samples))[first]),
-        "edge_index": np.stack([source, target]),
-        "edge_ptr": _ptr(into),
-        "edge_count": count.astype(np.float32),
-        "edge_shell": shell,
+        "pdd": _pdd(spec, neighbours, row[first], share[first]),
+        "edge_index": np.stack([edges.source, edges.target]),
+        "edge_ptr": _ptr(np.bincount(edges.target, minlength=len(first))),
+        "edge_multiplicity": edges.count.astype(np.float32),
+        "edge_distance_row": edges.row,
         "distances": np.concatenate([g.distances for g in neighbours]),
+        **({} if vectors is None else {"edge_vector": vectors}),
+        **_optional(neighbours),
     }
+    most_edges, edge_pairs = edges.on_host(len(first))
+    names = samples[0].extras
+    extras = {k: np.concatenate([s.extras[k] for s in samples]) for k in names}
     fields: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    fields["edge_vector"] = None if vectors is None else torch.from_numpy(vectors)
-    if sums := [g.pair_sums for g in neighbours if g.pair_sums is not None]:
-        fields["pair_sums"] = torch.from_numpy(np.concatenate(sums))
-    if triples := [g.triple for g in neighbours if g.triple is not None]:
-        fields["lattice_triple"] = torch.from_numpy(np.stack(triples))
-    fields["targets"] = {
-        name: torch.tensor([c.targets.get(name, np.nan) for c in crystals], dtype=torch.float32)
-        for name in targets
-    }
-    fields["labels"] = {name: torch.from_numpy(rows) for name, rows in labels.items()}
     return CrystalBatch(
         **fields,
-        ids=[c.id for c in crystals],
-        sizes=list(atoms),
-        most_edges=int(max(into.max(), out.max())),
-        edge_pairs=int(into[source].sum()),
+        targets=_labels(samples, targets),
+        extras={name: torch.from_numpy(rows) for name, rows in extras.items()},
+        ids=[s.crystal.id for s in samples],
+        atoms_per_crystal=list(atoms),
+        most_edges=most_edges,
+        edge_pairs=edge_pairs,
     )
 
 
-def _thinned(graph: Neighbours, sample: Sample) -> Neighbours:
-    """The graph that the sample asks for."""
-    if sample.dropped_edges == 0:
-        return graph
-    rng = np.random.default_rng([sample.key, _DROPPED])
-    return drop_edges(graph, sample.dropped_edges, rng)
+def unpack(batch: CrystalBatch) -> list[Crystal]:
+    """The crystals of a batch, clean and with their labels: the inverse of `pack`, to float32."""
+    ends = batch.ptr.tolist()
+    numbers, frac, lattice = (
+        x.cpu().double().numpy() for x in (batch.numbers, batch.frac_coords, batch.lattice)
+    )
+    labels = {name: values.tolist() for name, values in batch.targets.items()}
+    return [
+        Crystal.create(
+            id,
+            numbers[start:end].astype(np.int64),
+            frac[start:end],
+            lattice[i],
+            {name: values[i] for name, values in labels.items()},
+        )
+        for i, (id, start, end) in enumerate(zip(batch.ids, ends[:-1], ends[1:], strict=True))
+    ]
 
 
-def drop_edges(graph: Neighbours, share: float, rng: np.random.Generator) -> Neighbours:
-    """The graph without a random share of its edges, which go in both directions at once;
-    `floor(share · undirected edges)` of them, chosen without replacement."""
-    edges = graph.edges.astype(np.int64)
-    target, source, shell, count = edges[0], edges[1], edges[2], edges[3]
-    entry = np.repeat(np.arange(len(count)), count)
-    copy = np.arange(len(entry)) - np.repeat(np.cumsum(count) - count, count)
-    # Brings both directions of an edge together: same atoms, same length, opposite vectors.
-    columns = [copy, shell[entry], np.minimum(source, target)[entry]]
-    columns.append(np.maximum(source, target)[entry])
-    if graph.vectors is not None:
-        columns = [copy, *_one_way(target, source, graph.vectors)[entry].T, *columns[1:]]
-    both = entry[np.lexsort(columns)].reshape(-1, 2)
-    kept = np.ones(len(both), dtype=bool)
-    kept[rng.choice(len(both), size=int(share * len(both)), replace=False)] = False
-    edges[3] = np.bincount(both[kept].ravel(), minlength=len(count))
-    some = edges[3] > 0
-    vectors = None if graph.vectors is None else graph.vectors[some]
-    return replace(graph, edges=edges[:, some].astype(graph.edges.dtype), vectors=vectors)
+@dataclass(frozen=True)
+class _EdgeArrays:
+    """[E] each, sorted by target."""
+
+    target: np.ndarray
+    source: np.ndarray
+    row: np.ndarray
+    """Of the distinct distances."""
+    count: np.ndarray
+    """Equal edges that each one stands for."""
+
+    def repeated(self) -> _EdgeArrays:
+        """Every edge as often as it counts."""
+        target, source, row = (
+            np.repeat(x, self.count) for x in (self.target, self.source, self.row)
+        )
+        return _EdgeArrays(target, source, row, np.ones(len(target), dtype=np.int64))
+
+    def on_host(self, nodes: int) -> tuple[int, int]:
+        """Most edges into a node or out of one, and pairs of edges i → j, j → k."""
+        into, out = (np.bincount(end, minlength=nodes) for end in (self.target, self.source))
+        return int(max(into.max(), out.max())), int(into[self.source].sum())
 
 
-def _one_way(target: np.ndarray, source: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Vectors [e, 3], in whole 1e-3 Å, of the edges gone from the lower atom to the higher; where
-    both are one atom, so that the first component that is not zero is positive. The offset keeps
-    round numbers off the boundary between two whole ones."""
-    first = vectors[np.arange(len(vectors)), (np.abs(vectors) > 1e-3).argmax(axis=1)]
-    turned = np.where(target == source, first < 0, target < source)
-    return np.rint(np.where(turned[:, None], -vectors, vectors) * 1000 + 0.123)
+def _edges(neighbours: Sequence[Neighbours], ptr: np.ndarray) -> _EdgeArrays:
+    """The edges of all crystals, between atoms of the batch."""
+    edges = [g.edges for g in neighbours]
+    owner = np.repeat(np.arange(len(edges)), [e.shape[1] for e in edges])
+    target, source, row, count = np.concatenate(edges, axis=1, dtype=np.int64, casting="unsafe")
+    target += ptr[owner]
+    source += ptr[owner]
+    row += _ptr([len(g.distances) for g in neighbours])[owner]
+    return _EdgeArrays(target, source, row, count)
 
 
-def _pair_edges(graph: Neighbours) -> np.ndarray:
-    """[n²] uint8: edges from atom j into atom i in row i·n + j, 255 where there are more."""
-    edges, n = graph.edges.astype(np.int64), graph.num_atoms
-    joining = np.bincount(edges[0] * n + edges[1], weights=edges[3], minlength=n * n)
-    return np.minimum(joining, 255).astype(np.uint8)
+def _quotient(
+    edges: _EdgeArrays, row: np.ndarray, seen: np.ndarray, depth: int
+) -> tuple[_EdgeArrays, np.ndarray, np.ndarray]:
+    """Edges between classes of atoms, the first atom of each class, and the class of each atom."""
+    edge_ptr = _ptr(np.bincount(edges.target, minlength=len(row)))
+    seed = derive(row.astype(np.uint64), seen)  # a row belongs to one crystal
+    colour = refine(seed, edges.source, edges.row, edges.count, edge_ptr, depth)
+    first, node_of_atom = classes(colour)
+    merged = _merge(edges.target, edges.source, edges.row, edges.count, first, node_of_atom)
+    return _EdgeArrays(*merged), first, node_of_atom
+
+
+def _geometry(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    """Coordinates and cells, clean and as seen."""
+    clean, seen = [s.crystal for s in samples], [s.seen for s in samples]
+    return {
+        "frac_coords": np.concatenate([c.frac_coords for c in clean], dtype=np.float32),
+        "lattice": np.stack([c.lattice for c in clean], dtype=np.float32),
+        "seen_frac_coords": np.concatenate([c.frac_coords for c in seen], dtype=np.float32),
+        "seen_lattice": np.stack([c.lattice for c in seen], dtype=np.float32),
+    }
+
+
+def _nodes(
+    samples: Sequence[Sample],
+    first: np.ndarray,
+    node_of_atom: np.ndarray,
+    batch: np.ndarray,
+    ptr: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """What a batch says of its nodes, and the keys of all randomness."""
+    key = np.array([s.rng_key for s in samples], dtype=np.int64)
+    node_batch, node_ptr = batch[first], np.searchsorted(first, ptr)
+    local = np.arange(len(first)) - node_ptr[node_batch]
+    # Hashed once more, so that no node key equals one that a stage derives from the crystal's.
+    node_key = derive(mix(key.astype(np.uint64))[node_batch], local).view(np.int64)
+    return {
+        "rng_key": key,
+        "node_of_atom": node_of_atom,
+        "node_multiplicity": np.bincount(node_of_atom, minlength=len(first)).astype(np.float32),
+        "node_batch": node_batch,
+        "node_ptr": node_ptr,
+        "node_rng_key": node_key,
+    }
+
+
+def _optional(neighbours: Sequence[Neighbours]) -> dict[str, np.ndarray]:
+    """What only some specs ask for."""
+    sums = [g.pair_sums for g in neighbours if g.pair_sums is not None]
+    triples = [g.triple for g in neighbours if g.triple is not None]
+    return {
+        **({"pair_sums": np.concatenate(sums)} if sums else {}),
+        **({"lattice_triple": np.stack(triples)} if triples else {}),
+    }
+
+
+def _labels(samples: Sequence[Sample], targets: Sequence[str]) -> dict[str, Any]:
+    return {
+        name: torch.tensor(
+            [s.crystal.targets.get(name, np.nan) for s in samples], dtype=torch.float32
+        )
+        for name in targets
+    }
 
 
 def _merge(target, source, shell, count, first, node_of_atom):

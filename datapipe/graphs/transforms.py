@@ -1,7 +1,8 @@
-"""What a stage does to a crystal before its graph is built.
+"""What a stage does to a crystal before and after its graph is built.
 
-A transform turns a `Sample` into another one, or into several views of it, with draws from a
-generator that is seeded by the crystal's key, so that the result depends on (seed, epoch, crystal
+A transform has two hooks. `on_crystal` turns a `Sample` into another one, or into several views of
+it; `on_graph` changes a view's graph, or says something of it in `Sample.extras`. Both draw from
+generators that are seeded by the crystal's key, so that the result depends on (seed, epoch, crystal
 id) alone. The clean crystal stays in `Sample.crystal` as the target; what the encoder sees is
 `Sample.seen` and `Sample.masked`.
 """
@@ -23,6 +24,7 @@ from crysforge.datapipe.crystals.lattice import (
     standard_lattice,
 )
 from crysforge.datapipe.crystals.symmetry import space_group
+from crysforge.datapipe.graphs.neighbours import Neighbours
 
 
 @dataclass(frozen=True)
@@ -31,60 +33,101 @@ class Sample:
 
     crystal: Crystal
     """The clean crystal: targets of reconstruction, labels, id."""
-    key: int
+    rng_key: int
     """Seed of everything random about it in this epoch."""
     masked: np.ndarray
     """[n] bool: atoms whose element the encoder must not see."""
     seen: Crystal
     """The structure whose graph is built; `crystal` itself unless a transform moved atoms."""
-    labels: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Rows that the batch carries in its `labels`; all samples of a batch have the same names."""
-    dropped_edges: float = 0.0
-    """Share of the graph's edges that are left out, drawn from the key."""
-    pair_edges: bool = False
-    """Whether the batch's labels say how many edges join each pair of atoms (`pair_edges`, uint8:
-    for every crystal n² rows, atom i's pairs with all j first)."""
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Rows that the batch carries in its `extras`; all samples of a batch have the same names."""
 
     @classmethod
-    def clean(cls, crystal: Crystal, key: int = 0) -> Sample:
+    def clean(cls, crystal: Crystal, rng_key: int = 0) -> Sample:
         """A sample that shows the encoder everything."""
-        return cls(crystal, key, np.zeros(len(crystal), dtype=bool), crystal)
+        return cls(crystal, rng_key, np.zeros(len(crystal), dtype=bool), crystal)
 
 
-Transform = Callable[[Sample, np.random.Generator], "Sample | tuple[Sample, ...]"]
-"""Several samples are several views of one crystal; they follow one another in the batch. Such a
-transform says how many they are in `views`."""
-
-Step = Callable[[Sample, np.random.Generator], Sample]
-"""A transform that gives one sample."""
+_AFTER_GRAPH = 1
+"""Tells the draws of `on_graph` from those of `on_crystal`."""
 
 
-@dataclass(frozen=True)
-class Chain:
-    """Steps one after another."""
+class Transform:
+    """Base of all transforms: does nothing."""
 
-    steps: tuple[Step, ...]
+    views: int = 1
+    """Views of each crystal; they follow one another in the batch."""
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        for step in self.steps:
-            sample = step(sample, rng)
+    def on_crystal(self, sample: Sample, rng: np.random.Generator) -> Sample | tuple[Sample, ...]:
+        """Before the graph is built: the view of a crystal, or its `views`."""
+        return sample
+
+    def on_graph(
+        self, graph: Neighbours, sample: Sample, rng: np.random.Generator
+    ) -> tuple[Neighbours, Sample]:
+        """After a view's graph was built, which others may share: the view's own, and the view."""
+        return graph, sample
+
+    def show(
+        self, sample: Sample, graph_of: Callable[[Crystal], Neighbours]
+    ) -> list[tuple[Sample, Neighbours]]:
+        """The views of a sample with their graphs."""
+        shown = self.on_crystal(sample, np.random.default_rng(sample.rng_key))
+        out = []
+        for view in shown if isinstance(shown, tuple) else (shown,):
+            rng = np.random.default_rng([view.rng_key, _AFTER_GRAPH])
+            graph, view = self.on_graph(graph_of(view.seen), view, rng)
+            out.append((view, graph))
+        return out
+
+
+class Step(Transform):
+    """A transform that gives one view."""
+
+    def on_crystal(self, sample: Sample, rng: np.random.Generator) -> Sample:
         return sample
 
 
 @dataclass(frozen=True)
-class TwoViews:
-    """Two draws of a step; each view has a key of its own."""
+class Chain(Step):
+    """Steps one after another."""
 
-    step: Step
-    views: ClassVar[int] = 2
+    steps: tuple[Step, ...]
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Sample, ...]:
-        keys = rng.integers(2**63, size=2).tolist()
-        return tuple(self.step(replace(sample, key=k), np.random.default_rng(k)) for k in keys)
+    def on_crystal(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        for step in self.steps:
+            sample = step.on_crystal(sample, rng)
+        return sample
+
+    def on_graph(
+        self, graph: Neighbours, sample: Sample, rng: np.random.Generator
+    ) -> tuple[Neighbours, Sample]:
+        for step in self.steps:
+            graph, sample = step.on_graph(graph, sample, rng)
+        return graph, sample
 
 
 @dataclass(frozen=True)
-class MaskAtoms:
+class TwoViews(Transform):
+    """Two draws of a step; each view has a key of its own."""
+
+    step: Step
+    views: ClassVar[int] = 2  # type: ignore[misc]
+
+    def on_crystal(self, sample: Sample, rng: np.random.Generator) -> tuple[Sample, ...]:
+        keys = rng.integers(2**63, size=2).tolist()
+        return tuple(
+            self.step.on_crystal(replace(sample, rng_key=k), np.random.default_rng(k)) for k in keys
+        )
+
+    def on_graph(
+        self, graph: Neighbours, sample: Sample, rng: np.random.Generator
+    ) -> tuple[Neighbours, Sample]:
+        return self.step.on_graph(graph, sample, rng)
+
+
+@dataclass(frozen=True)
+class MaskAtoms(Step):
     """Hides the element of at least one atom, chosen without replacement."""
 
     ratio: float
@@ -96,7 +139,7 @@ class MaskAtoms:
         if not 0 < self.ratio <= 1:
             raise ValueError(f"mask ratio must be in (0, 1], got {self.ratio}")
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+    def on_crystal(self, sample: Sample, rng: np.random.Generator) -> Sample:
         n = len(sample.crystal)
         count = max(1, (math.ceil if self.round_up else math.floor)(self.ratio * n))
         masked = np.zeros(n, dtype=bool)
@@ -105,42 +148,47 @@ class MaskAtoms:
 
 
 @dataclass(frozen=True)
-class DropEdges:
-    """Leaves a share of the edges out of the graph."""
+class DropEdges(Step):
+    """Leaves a random share of the edges out of the graph (see `drop_edges`)."""
 
     share: float
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        return replace(sample, dropped_edges=self.share)
+    def on_graph(
+        self, graph: Neighbours, sample: Sample, rng: np.random.Generator
+    ) -> tuple[Neighbours, Sample]:
+        return drop_edges(graph, self.share, rng), sample
 
 
 @dataclass(frozen=True)
-class CountPairEdges:
-    """Has the batch say how many edges join each pair of atoms."""
+class CountPairEdges(Step):
+    """Says how many edges join each pair of atoms: extras `pair_edges` [n²] uint8, edges from atom
+    j into atom i in row i·n + j, 255 where there are more."""
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        return replace(sample, pair_edges=True)
+    def on_graph(
+        self, graph: Neighbours, sample: Sample, rng: np.random.Generator
+    ) -> tuple[Neighbours, Sample]:
+        return graph, replace(sample, extras={**sample.extras, "pair_edges": _pair_edges(graph)})
 
 
 @dataclass(frozen=True)
-class NoisePositions:
+class NoisePositions(Step):
     """Adds normal noise to the Cartesian coordinates of what is seen."""
 
     std: float
     """Å."""
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+    def on_crystal(self, sample: Sample, rng: np.random.Generator) -> Sample:
         return _displaced(sample, self.std * rng.standard_normal((len(sample.seen), 3)))
 
 
 @dataclass(frozen=True)
-class ShiftAtoms:
+class ShiftAtoms(Step):
     """Moves every atom of what is seen in a random direction by a uniform random distance."""
 
     most: float
     """Longest distance in Å."""
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+    def on_crystal(self, sample: Sample, rng: np.random.Generator) -> Sample:
         direction = rng.standard_normal((len(sample.seen), 3))
         direction /= np.linalg.norm(direction, axis=1, keepdims=True)
         return _displaced(sample, direction * rng.uniform(0, self.most, (len(direction), 1)))
@@ -154,7 +202,7 @@ def _displaced(sample: Sample, shift: np.ndarray) -> Sample:
 
 
 @dataclass(frozen=True)
-class NoiseLattice:
+class NoiseLattice(Step):
     """Adds normal noise to the six lattice constants of what is seen: a, b, c in Å and the angles
     in degrees alike. Fractional coordinates stay as they are. A cell that is none, or whose volume
     has more than doubled or halved, is drawn again.
@@ -163,7 +211,7 @@ class NoiseLattice:
     std: float
     """Å and degrees."""
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+    def on_crystal(self, sample: Sample, rng: np.random.Generator) -> Sample:
         seen = sample.seen
         constants = lattice_constants(seen.lattice)
         for _ in range(MOST_DRAWS):
@@ -181,12 +229,12 @@ MOST_DRAWS = 1000
 
 
 @dataclass(frozen=True, eq=False)
-class Diffuse:
+class Diffuse(Step):
     """Noises what is seen to a random level of a diffusion: fractional coordinates by wrapped
     normal noise, the lattice by a variance-preserving one in its log-metric coordinates, so that
     every level is a sound cell.
 
-    Labels: `timestep` [1] int64 in 1..T, `lattice_state` [1, 6] and `lattice_noise` [1, 6] float32.
+    Extras: `timestep` [1] int64 in 1..T, `lattice_state` [1, 6] and `lattice_noise` [1, 6] float32.
     """
 
     alpha_bar: np.ndarray
@@ -194,7 +242,7 @@ class Diffuse:
     sigma: np.ndarray
     """[T+1] standard deviation of the fractional coordinates' noise, 0 at level 0."""
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+    def on_crystal(self, sample: Sample, rng: np.random.Generator) -> Sample:
         seen = sample.seen
         t = int(rng.integers(1, len(self.sigma)))
         noise = rng.standard_normal(6)
@@ -203,16 +251,16 @@ class Diffuse:
         state = math.sqrt(keep) * clean + math.sqrt(1 - keep) * noise
         frac = seen.frac_coords + self.sigma[t] * rng.standard_normal(seen.frac_coords.shape)
         noisy = replace(seen, frac_coords=wrap(frac), lattice=from_log_metric(state, len(seen)))
-        labels = {
+        extras = {
             "timestep": np.array([t]),
             "lattice_state": state[None].astype(np.float32),
             "lattice_noise": noise[None].astype(np.float32),
         }
-        return replace(sample, seen=noisy, labels={**sample.labels, **labels})
+        return replace(sample, seen=noisy, extras={**sample.extras, **extras})
 
 
 @dataclass(frozen=True)
-class SpaceGroup:
+class SpaceGroup(Step):
     """Labels the crystal with the number of its space group: `space_group` [1] int64.
 
     A label `space_group` of the data set is taken as it is. Without one spglib finds the number of
@@ -222,9 +270,9 @@ class SpaceGroup:
 
     _known: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        labels = {"space_group": np.array([self._number(sample.crystal)])}
-        return replace(sample, labels={**sample.labels, **labels})
+    def on_crystal(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        extras = {"space_group": np.array([self._number(sample.crystal)])}
+        return replace(sample, extras={**sample.extras, **extras})
 
     def _number(self, crystal: Crystal) -> int:
         given = crystal.targets.get("space_group", math.nan)
@@ -242,3 +290,40 @@ class SpaceGroup:
 
 MOST_REMEMBERED = 2**18
 """Crystals whose space group a worker remembers: about 30 MB."""
+
+
+def drop_edges(graph: Neighbours, share: float, rng: np.random.Generator) -> Neighbours:
+    """The graph without a random share of its edges, which go in both directions at once;
+    `floor(share · undirected edges)` of them, chosen without replacement."""
+    edges = graph.edges.astype(np.int64)
+    target, source, shell, count = edges[0], edges[1], edges[2], edges[3]
+    entry = np.repeat(np.arange(len(count)), count)
+    copy = np.arange(len(entry)) - np.repeat(np.cumsum(count) - count, count)
+    # Brings both directions of an edge together: same atoms, same length, opposite vectors.
+    columns = [copy, shell[entry], np.minimum(source, target)[entry]]
+    columns.append(np.maximum(source, target)[entry])
+    if graph.vectors is not None:
+        columns = [copy, *_one_way(target, source, graph.vectors)[entry].T, *columns[1:]]
+    both = entry[np.lexsort(columns)].reshape(-1, 2)
+    kept = np.ones(len(both), dtype=bool)
+    kept[rng.choice(len(both), size=int(share * len(both)), replace=False)] = False
+    edges[3] = np.bincount(both[kept].ravel(), minlength=len(count))
+    some = edges[3] > 0
+    vectors = None if graph.vectors is None else graph.vectors[some]
+    return replace(graph, edges=edges[:, some].astype(graph.edges.dtype), vectors=vectors)
+
+
+def _one_way(target: np.ndarray, source: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Vectors [e, 3], in whole 1e-3 Å, of the edges gone from the lower atom to the higher; where
+    both are one atom, so that the first component that is not zero is positive. The offset keeps
+    round numbers off the boundary between two whole ones."""
+    first = vectors[np.arange(len(vectors)), (np.abs(vectors) > 1e-3).argmax(axis=1)]
+    turned = np.where(target == source, first < 0, target < source)
+    return np.rint(np.where(turned[:, None], -vectors, vectors) * 1000 + 0.123)
+
+
+def _pair_edges(graph: Neighbours) -> np.ndarray:
+    """[n²] uint8: edges from atom j into atom i in row i·n + j, 255 where there are more."""
+    edges, n = graph.edges.astype(np.int64), graph.num_atoms
+    joining = np.bincount(edges[0] * n + edges[1], weights=edges[3], minlength=n * n)
+    return np.minimum(joining, 255).astype(np.uint8)

@@ -102,7 +102,7 @@ class Stream:
 
     In training it goes through shuffled epochs without a gap and continues where it stopped
     (`state_dict`). Otherwise every iteration is one unshuffled pass from the beginning, in which
-    each crystal comes once; a rank without a crystal in a step gets a batch marked `filler`, and
+    each crystal comes once; a rank without a crystal in a step gets a batch marked `is_dummy`, and
     so does a rank whose crystals of a step are all unusable.
 
     Args:
@@ -190,7 +190,7 @@ class Stream:
         self._bad_items: set[int] = set()
         self._steps = 0
         self._total: int | None = None
-        self._filler: CrystalBatch | None = None
+        self._dummy: CrystalBatch | None = None
 
     @property
     def epoch_size(self) -> int:
@@ -219,7 +219,7 @@ class Stream:
             if len(chosen) < most and all(costs[name] <= left[name] for name in left):
                 chosen.append(int(plan.items[i]))
                 left = {name: left[name] - costs[name] for name in left}
-        return self._reader.batch_of(chosen) or self._make_filler()
+        return self._reader.batch_of(chosen) or self._make_dummy()
 
     def state_dict(self) -> dict[str, Any]:
         """What a run must know to go on behind the last batch that was taken, as JSON. It is the
@@ -282,7 +282,7 @@ class Stream:
             if part.batch is not None:
                 batches.append(from_wire(part.batch))
         assert len(ends) == 1, f"the workers are out of step: {ends}"
-        batch = concat(batches) if batches else self._make_filler()
+        batch = concat(batches) if batches else self._make_dummy()
         self.position, self._steps = ends.pop(), self._steps + 1
         return batch.pin_memory() if torch.cuda.is_available() else batch
 
@@ -298,10 +298,10 @@ class Stream:
                 f"loader.max_bad={self.config.max_bad}; the last: {self.quarantined[-1].reason}"
             )
 
-    def _make_filler(self) -> CrystalBatch:
-        if self._filler is None:
-            self._filler = self._reader.filler()
-        return self._filler
+    def _make_dummy(self) -> CrystalBatch:
+        if self._dummy is None:
+            self._dummy = self._reader.dummy()
+        return self._dummy
 
 
 def _selection(

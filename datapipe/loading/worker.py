@@ -170,16 +170,15 @@ class Reader(IterableDataset):
         if isinstance(crystal, BadCrystal):
             raise _Unusable(item, str(crystal))
         key = crystal_key(self.seed, epoch, crystal.id)
-        sample = Sample.clean(crystal, key)
+        sample, transform = Sample.clean(crystal, key), self.transform or Transform()
+
+        def graph_of(seen: Crystal) -> Neighbours:
+            if seen is not crystal:
+                return neighbours(seen, self.spec)
+            return graph or self._graph_of(item, crystal)
+
         try:
-            shown = self.transform(sample, np.random.default_rng(key)) if self.transform else sample
-            views = shown if isinstance(shown, tuple) else (shown,)
-            return [
-                (view, neighbours(view.seen, self.spec))
-                if view.seen is not crystal
-                else (view, graph or self._graph_of(item, crystal))
-                for view in views
-            ]
+            return transform.show(sample, graph_of)
         except ValueError as error:
             raise _Unusable(item, f"{self.dataset.where(item)}, {crystal.id}: {error}") from None
 
@@ -205,15 +204,15 @@ class Reader(IterableDataset):
                 samples += self._prepare(0, item, found)
         return self._pack(samples)
 
-    def filler(self) -> CrystalBatch:
-        """The first usable crystal of the selection, marked as filler."""
+    def dummy(self) -> CrystalBatch:
+        """The first usable crystal of the selection, marked as dummy."""
         for item, found in self._load(self.plan.items[:1000]):
             try:
                 batch = self._pack(self._prepare(0, item, found))
             except _Unusable:
                 continue
             assert batch is not None
-            return replace(batch, filler=True)
+            return replace(batch, is_dummy=True)
         raise ValueError(f"{self.dataset.root}: none of the first 1000 crystals can be used")
 
 

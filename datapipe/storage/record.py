@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import safetensors.numpy as safetensors
 
-from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
-from crysforge.datapipe.schema import MAX_Z
+from crysforge.datapipe.crystals.crystal import MAX_Z, BadCrystal, Crystal
 
 Tensors = dict[str, np.ndarray]
 """By name."""

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy as safetensors
 
-from crysforge.datapipe.crystals.crystal import Crystal
-from crysforge.datapipe.schema import MAX_Z
+from crysforge.datapipe.crystals.crystal import MAX_Z, Crystal
 from crysforge.datapipe.storage.manifest import (
     MANIFEST,
     SCHEMA_VERSION,

@@ -24,10 +24,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).resolve().parents[2]
+from crysforge.launch.cluster.code import code_files, commit
+
 SCHEMA = 1
 SUFFIX = ".submit"
-PACKAGES = ("datapipe", "models", "trainer", "launch", "configs")
 
 
 @dataclass
@@ -114,28 +114,11 @@ class Submission:
         """Copies the code for the next submission; what is edited afterwards does not reach it."""
         path = self.folder / f"code-{len(self.attempts) + 1}"
         shutil.rmtree(path, ignore_errors=True)
-        for name in code_files(ROOT):
+        for name, file in code_files().items():
             target = path / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target, follow_symlinks=False)
+            shutil.copy2(file, target, follow_symlinks=False)
         return path
-
-
-def code_files(root: Path) -> list[str]:
-    """What a job's code consists of, relative to the root: the files that git tracks, as they are
-    now, and new ones in the packages that it does not ignore; without git, the packages."""
-    names = _git(root, "ls-files", "-z").split("\0")
-    names += _git(root, "ls-files", "-z", "--others", "--exclude-standard", *PACKAGES).split("\0")
-    if not any(names):
-        files = (p for name in PACKAGES for p in (root / name).rglob("*"))
-        names = [str(p.relative_to(root)) for p in files if "__pycache__" not in p.parts]
-    return sorted({n for n in names if n and ((root / n).is_file() or (root / n).is_symlink())})
-
-
-def commit(root: Path) -> str:
-    """Hash of the checked-out commit, with `+` if files differ from it; empty without git."""
-    head = _git(root, "rev-parse", "HEAD").strip()
-    return head + ("+" if head and _git(root, "status", "--porcelain", "-uno") else "")
 
 
 def run_finished(path: Path) -> bool:
@@ -161,7 +144,7 @@ def new_attempt(cluster: str, code: Path, ids: Mapping[str, str]) -> dict[str, A
         "cluster": cluster,
         "time": round(time.time(), 3),
         "code": code.name,
-        "commit": commit(ROOT),
+        "commit": commit(),
         "ids": dict(ids),
     }
 
@@ -179,12 +162,3 @@ def slurm_states(ids: Iterable[str]) -> dict[str, tuple[str, str]] | None:
         return {} if "Invalid job id" in done.stderr else None
     lines = [line.strip().split("|") for line in done.stdout.splitlines() if line.strip()]
     return {id: (state, node) for id, state, node in lines}
-
-
-def _git(root: Path, *args: str) -> str:
-    """Output of a git command about a repository; empty if that fails, or `root` is not the top
-    of one."""
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return ""
-    done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else ""

@@ -100,7 +100,7 @@ class ALIGNN(Encoder):
         assert batch.edge_vector is not None
         bonds = Edges.of(batch)
         angles = line_graph(bonds)
-        x = F.silu(self.norm_node(self.embed_node(batch.node_numbers), batch.node_count))
+        x = F.silu(self.norm_node(self.embed_node(batch.node_numbers), batch.node_multiplicity))
         y = self.embed_bond(batch.distances, row_weight(bonds))
         z = self.embed_angle(_cosines(batch.edge_vector, angles), angles.weight)
         for i, conv in enumerate(self.on_atoms):

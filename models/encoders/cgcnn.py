@@ -65,7 +65,7 @@ class CGCNN(Encoder):
         x = self.embed_node(batch.node_numbers)
         features = self.rbf(batch.distances)
         for conv in self.convs:
-            x = conv(x, features, edges, batch.node_count)
+            x = conv(x, features, edges, batch.node_multiplicity)
         return x
 
 
@@ -78,9 +78,11 @@ class CGCNNConv(nn.Module):
         self.norm_edge = BatchNorm(2 * dim)
         self.norm_out = BatchNorm(dim)
 
-    def forward(self, x: Tensor, features: Tensor, edges: Edges, node_count: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, features: Tensor, edges: Edges, node_multiplicity: Tensor
+    ) -> Tensor:
         """New node features [N, D], all positive, from x [N, D] and edge features [R, F]."""
         z = self.norm_edge(full_precision(self.edge(x, features, edges)), edges.weight)
         gate, core = z.chunk(2, dim=1)
         messages = torch.sigmoid(gate) * F.softplus(core)
-        return F.softplus(x + self.norm_out(segment_sum(messages, edges), node_count))
+        return F.softplus(x + self.norm_out(segment_sum(messages, edges), node_multiplicity))

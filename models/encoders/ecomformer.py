@@ -81,11 +81,11 @@ class EComFormer(Encoder):
         edges = Edges.of(batch)
         x = self.embed_node(batch.node_numbers)
         features = self.embed_length((-0.75 / batch.distances).clamp(min=-4.0))
-        x = self.convs[0](x, features, edges, batch.node_count)
+        x = self.convs[0](x, features, edges, batch.node_multiplicity)
         harmonics = spherical_harmonics(F.normalize(batch.edge_vector, dim=1), 3)
         x = self.update(x, features, harmonics, edges)
         for conv in self.convs[1:]:
-            x = conv(x, features, edges, batch.node_count)
+            x = conv(x, features, edges, batch.node_multiplicity)
         return x
 
 

@@ -136,7 +136,7 @@ class Equiformer(Encoder):
         harmonics = spherical_harmonics(F.normalize(batch.edge_vector, dim=1), self.degrees)
         matrices = self.couplings(harmonics)
         rbf = self.rbf(batch.distances)
-        keys = member_keys(batch.node_key, edges.target, edges.ptr)
+        keys = member_keys(batch.node_rng_key, edges.target, edges.ptr)
         x = self.embed_edges(rbf, harmonics, edges)
         x[0] = x[0] + self.embed_node(batch.node_numbers)[:, None]
         for block in self.blocks:

@@ -80,7 +80,7 @@ class IComFormer(Encoder):
 
     def nodes(self, batch: CrystalBatch) -> Tensor:
         assert batch.lattice_triple is not None and batch.edge_vector is not None
-        edges, count = Edges.of(batch), batch.node_count
+        edges, count = Edges.of(batch), batch.node_multiplicity
         x = self.embed_node(batch.node_numbers)
         features = self.embed_length(_scalar(batch.distances))
         x = self.convs[0](x, features, edges, count)

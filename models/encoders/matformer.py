@@ -72,7 +72,7 @@ class Matformer(Encoder):
         x = self.embed_node(batch.node_numbers)
         features = self.embed_edge(batch.distances)
         for conv in self.convs:
-            x = conv(x, features, edges, batch.node_count)
+            x = conv(x, features, edges, batch.node_multiplicity)
         return x
 
 
@@ -92,7 +92,9 @@ class MatformerConv(nn.Module):
         self.skip = nn.Linear(dim, dim)
         self.norm = BatchNorm(dim)
 
-    def forward(self, x: Tensor, features: Tensor, edges: Edges, node_count: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, features: Tensor, edges: Edges, node_multiplicity: Tensor
+    ) -> Tensor:
         """New node features [N, D] from x [N, D] and edge feature rows [R, D]."""
         dim = x.shape[1]
         query, key, value, edge = (
@@ -114,4 +116,4 @@ class MatformerConv(nn.Module):
             self.norm_message,
             edges,
         )
-        return F.silu(self.norm(self.out(messages.flatten(1)), node_count)) + self.skip(x)
+        return F.silu(self.norm(self.out(messages.flatten(1)), node_multiplicity)) + self.skip(x)

@@ -80,10 +80,10 @@ class PDDFormer(Encoder):
         x = self.embed_node(batch.node_numbers)
         features = self.embed_edge((-0.75 / batch.distances).clamp(min=-4.0))
         state = self.embed_pdd(batch.pdd)
-        x = self.convs[0](x, features, edges, batch.node_count)
+        x = self.convs[0](x, features, edges, batch.node_multiplicity)
         for gate, conv in zip(self.gates, self.convs[1:], strict=True):
             x, state = gate(x, state, batch)
-            x = conv(x, features, edges, batch.node_count)
+            x = conv(x, features, edges, batch.node_multiplicity)
         return x
 
 
@@ -102,6 +102,6 @@ class ZeoConv(nn.Module):
     def forward(self, x: Tensor, state: Tensor, batch: CrystalBatch) -> tuple[Tensor, Tensor]:
         """New node features and new state, both [N, D], from both."""
         state = state + x
-        u1, u2 = self.split(self.norm(state, batch.node_count)).chunk(2, dim=1)
-        u2 = keyed_dropout(F.gelu(u2), batch.node_key, self.dropout, self.salt, self.training)
+        u1, u2 = self.split(self.norm(state, batch.node_multiplicity)).chunk(2, dim=1)
+        u2 = keyed_dropout(F.gelu(u2), batch.node_rng_key, self.dropout, self.salt, self.training)
         return self.out(self.mix(u1) * u2) + x, state

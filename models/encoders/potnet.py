@@ -90,7 +90,7 @@ class PotNet(Encoder):
         far = self.norm_sum(far, row_weight(edges) * is_sum)
         features = torch.where(is_sum[:, None], far, near)
         for conv in self.convs:
-            x = conv(x, features, edges, batch.node_count)
+            x = conv(x, features, edges, batch.node_multiplicity)
         return x
 
 
@@ -119,7 +119,9 @@ class PotNetConv(nn.Module):
         self.score_out, self.value_out = (nn.Linear(dim, dim) for _ in range(2))
         self.norm_score, self.norm_out = BatchNorm(dim), BatchNorm(dim)
 
-    def forward(self, x: Tensor, features: Tensor, edges: Edges, node_count: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, features: Tensor, edges: Edges, node_multiplicity: Tensor
+    ) -> Tensor:
         """New node features [N, D], none negative, from x [N, D] and edge features [R, D]."""
         messages = comformer_messages(
             torch.ones_like(x),  # ComFormer's score without a query
@@ -130,4 +132,4 @@ class PotNetConv(nn.Module):
             self.norm_score,
             edges,
         )
-        return F.relu(x + self.norm_out(messages, node_count))
+        return F.relu(x + self.norm_out(messages, node_multiplicity))

@@ -154,12 +154,14 @@ class ComformerConv(nn.Module):
         self.norm_score = BatchNorm(dim)
         self.norm_out = BatchNorm(dim)
 
-    def forward(self, x: Tensor, features: Tensor, edges: Edges, node_count: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, features: Tensor, edges: Edges, node_multiplicity: Tensor
+    ) -> Tensor:
         """Node features [N, D], all positive.
 
         Args:
             x: [N, D]. features: [R, D], the rows that `edges.row` points into.
-            node_count: [N] atoms each node stands for.
+            node_multiplicity: [N] atoms each node stands for.
         """
         dim = x.shape[1]
         # A weight on [target; source; edge] has three blocks, each applied where its input lives.
@@ -176,7 +178,7 @@ class ComformerConv(nn.Module):
             self.norm_score,
             edges,
         )
-        return F.softplus(x + self.norm_out(self.out(messages), node_count))
+        return F.softplus(x + self.norm_out(self.out(messages), node_multiplicity))
 
 
 def _table(x: Tensor, inner: nn.Linear, weight: Tensor, edge_rows: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ class ConnectivityDecoder(nn.Module):
 
     def forward(self, atoms: Tensor, batch: CrystalBatch) -> Reconstruction:
         """Losses of the latents [A, D]; the batch carries `pair_edges` (graphs/transforms.py)."""
-        log_p = self.pairs(atoms, batch.ptr, batch.sizes or None)
-        edges = batch.labels["pair_edges"].long().clamp(max=MOST_EDGES)
+        log_p = self.pairs(atoms, batch.ptr, batch.atoms_per_crystal or None)
+        edges = batch.extras["pair_edges"].long().clamp(max=MOST_EDGES)
         weight = torch.where(edges == 0, UNJOINED_WEIGHT, 1.0)
         features = F.binary_cross_entropy_with_logits(
             self.features(atoms), self.table[batch.numbers], reduction="none"

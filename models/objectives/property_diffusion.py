@@ -55,8 +55,8 @@ class DiffusionReadout(nn.Module):
     def losses(self, nodes: Tensor, labels: Tensor, batch: CrystalBatch) -> Tensor:
         """Squared error of the noise, [B], at a level and with a noise from each crystal's key;
         `labels` [B] are standardised."""
-        t = 1 + (TIMESTEPS * keyed_uniform(batch.key, 1, _TIME)[:, 0]).long()
-        noise = keyed_normal(batch.key, 1, _NOISE)
+        t = 1 + (TIMESTEPS * keyed_uniform(batch.rng_key, 1, _TIME)[:, 0]).long()
+        noise = keyed_normal(batch.rng_key, 1, _NOISE)
         keep = self.alpha_bar[t, None]
         noisy = keep.sqrt() * labels[:, None] + (1 - keep).sqrt() * noise
         return (self.noise(nodes, noisy, t, batch) - noise).square()[:, 0]

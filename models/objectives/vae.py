@@ -66,7 +66,9 @@ class Posterior(nn.Module):
 
 def posterior_noise(batch: CrystalBatch, latent: int) -> Tensor:
     """The standard normal noise of a batch's latents, fp32 [A, L], from the crystals' keys."""
-    return keyed_normal(member_keys(derive(batch.key, _NOISE), batch.batch, batch.ptr), latent, 0)
+    return keyed_normal(
+        member_keys(derive(batch.rng_key, _NOISE), batch.batch, batch.ptr), latent, 0
+    )
 
 
 @dataclass(kw_only=True)

@@ -124,10 +124,10 @@ class Edges:
         return cls(
             source=source,
             target=target,
-            row=batch.edge_shell,
+            row=batch.edge_distance_row,
             ptr=batch.edge_ptr,
-            count=batch.edge_count,
-            weight=batch.edge_count * batch.node_count[target],
+            count=batch.edge_multiplicity,
+            weight=batch.edge_multiplicity * batch.node_multiplicity[target],
             rows=len(batch.distances),
             most=batch.most_edges,
             pairs=batch.edge_pairs,

@@ -63,7 +63,7 @@ def mean_readout(x: Tensor, batch: CrystalBatch) -> Tensor:
     """Mean over the atoms of each crystal from node rows x [N, D], [B, D], in fp32 or wider."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     atoms = batch.ptr.diff().to(x.dtype)
-    share = batch.node_count.to(x.dtype) / atoms[batch.node_batch]
+    share = batch.node_multiplicity.to(x.dtype) / atoms[batch.node_batch]
     each = torch.arange(len(x) + 1, device=x.device)
     return Incidence(
         RowSum(each[:-1], batch.node_ptr, share), RowSum(batch.node_batch, each, share, each=1)

@@ -19,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from crysforge import load
 from crysforge.datapipe.crystals.prototypes import TARGETS, UNITS, prototypes
 from crysforge.datapipe.storage.dataset import DatasetWriter
-from crysforge.trainer import load
 from crysforge.trainer.base.signals import REQUEUE
 from tests.distributed.ranks import ROOT
 from tests.trainer.runs.test_kept import ENCODER, STOPPED, crystals

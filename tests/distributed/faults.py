@@ -301,7 +301,7 @@ def _note_batches(rank: int) -> None:
     def joined(self: Any, group: Any) -> Any:
         batch = original(self, group)
         if self.train:
-            note = json.dumps([rank, self.position, batch.ids * (not batch.filler)])
+            note = json.dumps([rank, self.position, batch.ids * (not batch.is_dummy)])
             os.write(1, f"\n{NOTE}{note}\n".encode())
         return batch
 

@@ -53,7 +53,7 @@ def encoder_of(part: slice, name: str) -> dict:
     torch.manual_seed(0)
     encoder = build_encoder({"name": name, "tiny": True}).double().train()
     batch = build(crystals()[part], encoder.graph)
-    batch = batch._map(lambda t: t.double() if t.is_floating_point() else t)
+    batch = batch.map_tensors(lambda t: t.double() if t.is_floating_point() else t)
     latents = encoder(batch)
     latents.pow(3).sum().backward()
     return {

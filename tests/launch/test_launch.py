@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from crysforge import load
 from crysforge.datapipe.crystals.prototypes import prototypes
 from crysforge.datapipe.storage.dataset import DatasetWriter
-from crysforge.trainer import load
 from tests.launching import FINETUNE, PRETRAIN
 
 

@@ -11,7 +11,7 @@ import torch
 
 from crysforge.datapipe.crystals.crystal import Crystal, crystal_key
 from crysforge.datapipe.graphs.packing import build
-from crysforge.datapipe.graphs.transforms import MaskAtoms, Sample
+from crysforge.datapipe.graphs.transforms import MaskAtoms, Sample, Step
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder
 
@@ -90,8 +90,8 @@ def latents(
     for crystal, seen in zip(crystals, shown or crystals, strict=True):
         key = crystal_key(seed, 0, crystal.id)
         clean = Sample(crystal, key, np.zeros(len(crystal), dtype=bool), seen)
-        hide = MaskAtoms(mask_ratio) if mask_ratio else None
-        samples.append(hide(clean, np.random.default_rng(key)) if hide else clean)
+        hide: Step = MaskAtoms(mask_ratio) if mask_ratio else Step()
+        samples.append(hide.on_crystal(clean, np.random.default_rng(key)))
     out: list[np.ndarray] = []
     group: list[Sample] = []
     with torch.no_grad():

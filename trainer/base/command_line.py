@@ -16,7 +16,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import crysforge
 from crysforge.datapipe.common.config import configure
+from crysforge.datapipe.common.names import nearest
 
 T = TypeVar("T")
 
@@ -83,12 +85,38 @@ def merge_sources(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> d
     return {str(k): v for k, v in values.items()}  # type: ignore[union-attr]
 
 
-def read_yaml(path: str | Path) -> DictConfig:
-    """A YAML mapping from a file; runs no code whatever the file holds."""
+def find_config(name: str | Path) -> Path:
+    """The file of that name; else the config that is shipped under it, with or without `configs/`
+    before and `.yaml` behind: `pretrain/tiny`."""
+    path = Path(name)
+    if path.is_absolute() or path.exists():
+        return path
+    inner = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    for place in crysforge.__path__:
+        for suffix in ("", ".yaml"):
+            shipped = Path(place, "configs", f"{inner}{suffix}")
+            if shipped.is_file():
+                return shipped
+    return path
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configs that are shipped: `pretrain/tiny`."""
+    found = []
+    for folder in (Path(place, "configs") for place in crysforge.__path__):
+        found += [p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml")]
+    return sorted(found)
+
+
+def read_yaml(name: str | Path) -> DictConfig:
+    """A YAML mapping from a file, or from a shipped config (see `find_config`); runs no code
+    whatever the file holds."""
+    path = find_config(name)
     try:
         config = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ValueError(f"config file {str(path)!r} does not exist") from None
+        hint = nearest(str(name), shipped_configs())
+        raise ValueError(f"config file {str(name)!r} does not exist; shipped: {hint}") from None
     except OSError as error:
         raise ValueError(f"config file {str(path)!r} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:

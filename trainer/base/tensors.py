@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from crysforge.models import __version__
+from crysforge import __version__
 from crysforge.trainer.base.safe_read import check_tensor_file
 
 

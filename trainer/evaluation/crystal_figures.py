@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ase.data import chemical_symbols
 
-from crysforge.datapipe.schema import MAX_Z
+from crysforge.datapipe.crystals.crystal import MAX_Z
 from crysforge.trainer.evaluation.compare import Arm
 from crysforge.trainer.evaluation.crystals import (
     BUCKETS,

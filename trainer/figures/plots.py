@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase.data import chemical_symbols
 
-from crysforge.datapipe.schema import MAX_Z
+from crysforge.datapipe.crystals.crystal import MAX_Z
 from crysforge.trainer.figures.style import (
     STYLE,
     TRAIN,

@@ -34,7 +34,7 @@ def predictions(
     labels, outputs = [], []
     with torch.no_grad():
         for batch in batches:
-            if batch.filler:
+            if batch.is_dummy:
                 continue
             on_device = batch.to(device)
             outputs.append(stage.predict(on_device).cpu())

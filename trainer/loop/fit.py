@@ -241,7 +241,7 @@ class _Session:
             batch = next(batches)
             waited = time.monotonic() - began
             terms = terms_of(engine, batch)
-            crystals, atoms = (0, 0) if batch.filler else (batch.num_crystals, batch.num_atoms)
+            crystals, atoms = (0, 0) if batch.is_dummy else (batch.num_crystals, batch.num_atoms)
             extra = (stop, len(self.stream.quarantined), crystals, atoms, waited)
             sums = total_over_ranks(terms, extra, world)
             share, loss = weighted_loss(terms, sums, engine.stage.weights, world)

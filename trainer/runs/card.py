@@ -175,7 +175,7 @@ def _unfinished(checkpoint: str) -> str:
 
 def _use(scaler: Scaler | None) -> str:
     call = "model.embed(structures)" if scaler is None else "model.predict(structures)"
-    code = f'from trainer import load\n\nmodel = load("DIR")  # this directory\nprint({call})'
+    code = f'from crysforge import load\n\nmodel = load("DIR")  # this directory\nprint({call})'
     start = "launch/finetune.py init_from=DIR target=NAME data=DATA run_dir=RUN"
     table = "launch/predict.py checkpoint=DIR input=FILE output=predictions.csv"
     lines = f"python {start}" + ("" if scaler is None else f"\npython {table}")

@@ -33,7 +33,7 @@ from typing import Any
 
 from torch import Tensor
 
-from crysforge.models import __version__
+from crysforge import __version__
 from crysforge.trainer.base.tensors import (
     check_space,
     code_version,

@@ -28,7 +28,7 @@ import yaml
 from torch import Tensor
 
 from crysforge.datapipe.storage.manifest import Manifest
-from crysforge.models import __version__
+from crysforge import __version__
 from crysforge.models.encoders import Encoder, build_encoder
 from crysforge.datapipe.common.config import configure
 from crysforge.trainer.runs.checkpoint import RunDirectory

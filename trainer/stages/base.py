@@ -82,7 +82,7 @@ class Stage(nn.Module):
 
     @abstractmethod
     def forward(self, batch: CrystalBatch) -> dict[str, Term]:
-        """Loss terms and metrics of a batch. Draws come from `batch.key` (ops/keyed_random.py)."""
+        """Loss terms and metrics of a batch. Draws come from `batch.rng_key`."""
 
     def warnings(self, means: Mapping[str, float]) -> list[str]:
         """Sentences for the log if these averaged metrics are a sign of trouble."""

@@ -79,14 +79,14 @@ class CrysDiffStage(Stage):
         return Diffuse(cosine_alpha_bar(steps).numpy(), wrapped_sigma(steps).numpy())
 
     def forward(self, batch: CrystalBatch) -> dict[str, Term]:
-        t, state = batch.labels["timestep"], batch.labels["lattice_state"]
-        at = batch.batch, batch.ptr, batch.sizes or None
+        t, state = batch.extras["timestep"], batch.extras["lattice_state"]
+        at = batch.batch, batch.ptr, batch.atoms_per_crystal or None
         score, noise = self.denoiser(self.encoder(batch), t, batch.seen_frac_coords, state, *at)
         level = t[batch.batch, None]
         moved = batch.seen_frac_coords - batch.frac_coords
         target = wrapped_score(moved, self.sigma[level]) * self.scale[level]
         coords = (score - target).square()
-        lattice = (noise - batch.labels["lattice_noise"]).square()
+        lattice = (noise - batch.extras["lattice_noise"]).square()
         return {
             "coords": Term(coords.sum(), coords.new_full((), coords.numel())),
             "lattice": Term(lattice.sum(), lattice.new_full((), lattice.numel())),

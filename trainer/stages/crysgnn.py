@@ -88,11 +88,11 @@ class CrysGNNStage(Stage):
         nodes = self.encoder.nodes(batch)
         found = self.decoder(nodes[batch.node_of_atom], batch)
         pooled = mean_readout(nodes, batch)
-        number = batch.labels["space_group"]
+        number = batch.extras["space_group"]
         logits = self.space_group(pooled)
         space_group = F.cross_entropy(logits, number - 1, reduction="sum")
         correct = (logits.argmax(dim=1) == number - 1).float().sum()
-        shown = 0 if batch.filler else batch.num_crystals  # others must not see a filler
+        shown = 0 if batch.is_dummy else batch.num_crystals  # others must not see a dummy batch
         system = torch.bucketize(number, self.last_of_system)
         contrast = nt_xent(pooled[:shown], system[:shown], self.config.temperature)
 

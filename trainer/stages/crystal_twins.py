@@ -96,7 +96,7 @@ class CrystalTwinsStage(Stage):
 
     def forward(self, batch: CrystalBatch) -> dict[str, Term]:
         pooled = mean_readout(self.encoder.nodes(batch), batch)
-        shown = 0 if batch.filler else len(pooled)  # others must not see a filler
+        shown = 0 if batch.is_dummy else len(pooled)  # others must not see a dummy batch
         z = self.projector(pooled[:shown])
         if self.predictor is None:
             return {"barlow": Term(*barlow_twins(z[0::2], z[1::2], self.config.off_diagonal))}

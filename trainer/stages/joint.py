@@ -83,8 +83,8 @@ class JointStage(Stage):
         z1 = self.encoder(batch).float()
         if self.config.latent_norm:
             z1 = F.layer_norm(z1, z1.shape[1:])
-        at = batch.batch, batch.ptr, batch.sizes or None
-        losses, t = flow_losses(self.denoiser, z1, batch.key, *at)
+        at = batch.batch, batch.ptr, batch.atoms_per_crystal or None
+        losses, t = flow_losses(self.denoiser, z1, batch.rng_key, *at)
         terms = {name: Term(*pair) for name, pair in self.heads(z1, batch).items()}
         return {
             "flow": Term(losses.sum(), losses.new_full((), len(losses))),

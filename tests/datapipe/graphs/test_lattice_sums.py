@@ -15,7 +15,7 @@ from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.lattice_sums import lattice_sums, potnet_sums
 from crysforge.datapipe.graphs.neighbours import neighbours
 from crysforge.datapipe.graphs.packing import build
-from crysforge.datapipe.graphs.transforms import Sample
+from crysforge.datapipe.graphs.transforms import DropEdges
 from crysforge.datapipe.loading.stream import estimate_edges
 from crysforge.datapipe.schema import GraphSpec, concat
 from tests.models.encoders.test_encoders import crystal, crystals
@@ -131,11 +131,11 @@ def test_every_pair_of_atoms_has_an_edge_with_its_sum():
     source, target = batch.edge_index
     pair = torch.isinf(batch.edge_distance)
     assert (target.diff() >= 0).all()
-    assert (batch.pair_sums[batch.edge_shell[~pair]] == 0).all()
+    assert (batch.pair_sums[batch.edge_distance_row[~pair]] == 0).all()
     plain = build(crystals(), dataclasses.replace(SPEC, pair_sums="none"))
     assert torch.equal(batch.edge_index[:, ~pair], plain.edge_index)
     assert torch.equal(batch.edge_distance[~pair], plain.edge_distance)
-    values = batch.pair_sums[batch.edge_shell[pair]].numpy()
+    values = batch.pair_sums[batch.edge_distance_row[pair]].numpy()
     first = batch.ptr.numpy()
     for c, start in zip(crystals(), first, strict=False):
         own = (target[pair] >= start) & (target[pair] < start + len(c))
@@ -148,7 +148,7 @@ def test_every_pair_of_atoms_has_an_edge_with_its_sum():
 def test_batches_with_pairs_are_joined_and_budgeted():
     whole = build(crystals(), SPEC)
     parts = concat([build(crystals()[:1], SPEC), build(crystals()[1:], SPEC)])
-    for name in ("edge_index", "edge_shell", "distances", "pair_sums"):
+    for name in ("edge_index", "edge_distance_row", "distances", "pair_sums"):
         assert torch.equal(getattr(parts, name), getattr(whole, name)), name
     c = crystal("irregular")
     graph = neighbours(c, SPEC)
@@ -160,9 +160,7 @@ def test_batches_with_pairs_are_joined_and_budgeted():
 
 def test_dropped_edges_are_those_of_neighbours():
     c = crystal("irregular")
-    whole, thinned = (
-        build([dataclasses.replace(Sample.clean(c), dropped_edges=share)], SPEC) for share in (0, 1)
-    )
+    whole, thinned = (build([c], SPEC, transform=transform) for transform in (None, DropEdges(1.0)))
     pairs = torch.isinf(whole.edge_distance)
     assert torch.equal(thinned.edge_index, whole.edge_index[:, pairs])
 

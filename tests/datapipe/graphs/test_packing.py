@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crysforge.datapipe.crystals.crystal import Crystal
-from crysforge.datapipe.graphs.packing import build, neighbours, pack
+from crysforge.datapipe.graphs.packing import build, neighbours, pack, unpack
 from crysforge.datapipe.graphs.transforms import MaskAtoms, Sample
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec, concat
 from tests.reference_graphs import by_pair, cell, lists_with, recipe
@@ -76,7 +76,7 @@ def test_edges_are_those_of_the_recipe(name, rule):
         [np.linalg.norm(e[2]) for e in expected],
     )
     assert_same_lengths(lengths_by_pair(batch), {pair: np.sort(v) for pair, v in lengths.items()})
-    assert (batch.edge_count == 1).all()
+    assert (batch.edge_multiplicity == 1).all()
     assert neighbours(crystal, spec).num_edges == len(expected) == batch.num_edges
 
 
@@ -108,7 +108,7 @@ def test_lattice_edges_count_what_the_set_leaves():
     plain = build([crystal], GraphSpec(**spec))
     assert plain.num_edges == 12 + 6
     quotient = build([crystal], GraphSpec(**spec, depth=3))
-    assert quotient.edge_count.tolist() == [12, 6]
+    assert quotient.edge_multiplicity.tolist() == [12, 6]
     np.testing.assert_allclose(quotient.edge_distance, [3, 3 * math.sqrt(2)], rtol=1e-6)
 
 
@@ -212,7 +212,7 @@ def test_noise_does_not_decide_ties(name, rule):
         )
         other = build([noisy], spec)
         assert exact.num_nodes == other.num_nodes == len(set(numbers))
-        for field in ("edge_index", "edge_count", "edge_shell", "node_of_atom"):
+        for field in ("edge_index", "edge_multiplicity", "edge_distance_row", "node_of_atom"):
             assert torch.equal(getattr(exact, field), getattr(other, field)), field
         torch.testing.assert_close(exact.pdd, other.pdd, atol=1e-6, rtol=0)
         assert neighbours(noisy, spec).num_edges == build([noisy], spec, quotient=False).num_edges
@@ -246,7 +246,7 @@ def test_isolated_atom_has_no_edges():
         np.testing.assert_allclose(batch.pdd[0, 1:], 10, rtol=1e-6)
         empty = build([alone], spec, quotient=quotient)
         assert empty.edge_index.shape == (2, 0) and empty.edge_ptr.tolist() == [0, 0]
-        assert len(empty.distances) == len(empty.edge_count) == 0
+        assert len(empty.distances) == len(empty.edge_multiplicity) == 0
     vectors = build([alone], GraphSpec(radius=4.0, vectors=True))
     assert vectors.edge_vector.shape == (0, 3)
 
@@ -262,7 +262,10 @@ def some_samples(count: int, ratio: float = 0.3) -> list[Sample]:
     crystals = [random_crystal(i, 1 + i % 6).with_targets({"gap": i / 3}) for i in range(count)]
     crystals[2:2] = [Crystal.create(name, *PERFECT[name]) for name in PERFECT]
     mask = MaskAtoms(ratio)
-    return [mask(Sample.clean(c, 71 * i), np.random.default_rng(i)) for i, c in enumerate(crystals)]
+    return [
+        mask.on_crystal(Sample.clean(c, 71 * i), np.random.default_rng(i))
+        for i, c in enumerate(crystals)
+    ]
 
 
 def assert_equal_batches(a: CrystalBatch, b: CrystalBatch):
@@ -305,23 +308,23 @@ def test_batch_is_well_formed(name, quotient):
     )
     assert torch.equal(batch.node_batch[source], batch.node_batch[target])
     assert torch.equal(batch.node_batch[batch.node_of_atom], batch.batch)
-    assert torch.equal(batch.node_count.long(), batch.node_of_atom.bincount())
+    assert torch.equal(batch.node_multiplicity.long(), batch.node_of_atom.bincount())
     assert torch.equal(batch.node_ptr[1:] - batch.node_ptr[:-1], batch.node_batch.bincount())
     assert torch.equal(batch.node_numbers[batch.node_of_atom], batch.numbers * ~batch.masked)
-    assert torch.equal(batch.edge_shell.unique(), torch.arange(len(batch.distances)))
+    assert torch.equal(batch.edge_distance_row.unique(), torch.arange(len(batch.distances)))
     assert batch.ids == [s.crystal.id for s in samples]
     np.testing.assert_allclose(
         batch.targets["gap"], [s.crystal.targets.get("gap", np.nan) for s in samples], rtol=1e-6
     )
     # Every edge has its reverse: the length sums of both directions agree, pair by pair.
-    weight = batch.edge_count * batch.node_count[target]
+    weight = batch.edge_multiplicity * batch.node_multiplicity[target]
     flow = torch.zeros(batch.num_nodes, batch.num_nodes, dtype=torch.float64)
     flow.index_put_((source, target), (weight * batch.edge_distance).double(), accumulate=True)
     torch.testing.assert_close(flow, flow.T, rtol=1e-6, atol=1e-6)
     # Shares of a crystal's visible atoms sum to one.
     if spec.pdd:
         share = torch.zeros(batch.num_crystals).index_add(
-            0, batch.node_batch, batch.pdd[:, 0] * batch.node_count
+            0, batch.node_batch, batch.pdd[:, 0] * batch.node_multiplicity
         )
         visible = torch.zeros(batch.num_crystals).index_add(0, batch.batch, (~batch.masked).float())
         torch.testing.assert_close(share, (visible > 0).float())
@@ -329,11 +332,13 @@ def test_batch_is_well_formed(name, quotient):
 
 def test_node_keys_follow_crystal_keys_alone():
     crystal, spec = random_crystal(1, 6), SPECS["pddformer"]
-    first = build([Sample.clean(crystal, 5)], spec).node_key
-    later = build([Sample.clean(random_crystal(2, 4), 9), Sample.clean(crystal, 5)], spec).node_key
+    first = build([Sample.clean(crystal, 5)], spec).node_rng_key
+    later = build(
+        [Sample.clean(random_crystal(2, 4), 9), Sample.clean(crystal, 5)], spec
+    ).node_rng_key
     assert torch.equal(first, later[-len(first) :])
     assert len(set(later.tolist())) == len(later)
-    assert not torch.isin(build([Sample.clean(crystal, 6)], spec).node_key, first).any()
+    assert not torch.isin(build([Sample.clean(crystal, 6)], spec).node_rng_key, first).any()
 
 
 def test_targets_are_clean_and_the_graph_is_what_is_seen():
@@ -380,3 +385,18 @@ def test_bad_input_is_named():
         build([], spec)
     with pytest.raises(ValueError, match="numbers of atoms differ"):
         pack([Sample.clean(crystal)], [neighbours(random_crystal(0, 4), spec)], spec)
+
+
+@pytest.mark.parametrize("quotient", [True, False])
+def test_unpack_is_the_inverse_of_pack(quotient):
+    crystals = [s.crystal for s in some_samples(7)]
+    batch = build(crystals, SPECS["pddformer"], ["gap"], quotient)
+    parts = unpack(batch)
+    assert [c.id for c in parts] == [c.id for c in crystals]
+    for ours, given in zip(parts, crystals, strict=True):
+        assert np.array_equal(ours.numbers, given.numbers)
+        away = ours.frac_coords - given.frac_coords
+        np.testing.assert_allclose(away - np.rint(away), 0, atol=1e-6)
+        np.testing.assert_allclose(ours.lattice, given.lattice, atol=1e-5)
+        np.testing.assert_allclose(ours.targets["gap"], given.targets.get("gap", np.nan), rtol=1e-6)
+    assert_equal_batches(build(parts, SPECS["pddformer"], ["gap"], quotient), batch)

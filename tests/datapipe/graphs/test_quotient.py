@@ -69,7 +69,7 @@ def samples(masked: bool) -> list[Sample]:
     clean = [Sample.clean(c, i) for i, c in enumerate(CRYSTALS)]
     if not masked:
         return clean
-    return [MaskAtoms(0.3)(s, np.random.default_rng(s.key)) for s in clean]
+    return [MaskAtoms(0.3).on_crystal(s, np.random.default_rng(s.rng_key)) for s in clean]
 
 
 class TinyNet(nn.Module):
@@ -100,7 +100,10 @@ class TinyNet(nn.Module):
         source, target = batch.edge_index
         d = batch.edge_distance.double()[:, None]
         radial = torch.cat([1 / d, torch.sin(d), torch.exp(-d)], dim=1)
-        count, atoms = batch.edge_count.double()[:, None], batch.node_count.double()[:, None]
+        count, atoms = (
+            batch.edge_multiplicity.double()[:, None],
+            batch.node_multiplicity.double()[:, None],
+        )
         h = self.element(batch.node_numbers)
         if self.row is not None:
             h = h + self.row(batch.pdd.double())
@@ -150,7 +153,7 @@ def plain_refinement(batch: CrystalBatch, depth: int) -> list[tuple]:
     ]
     for _ in range(depth):
         heard: list[Counter] = [Counter() for _ in colour]
-        for s, t, shell in zip(source, target, batch.edge_shell.tolist(), strict=True):
+        for s, t, shell in zip(source, target, batch.edge_distance_row.tolist(), strict=True):
             heard[t][colour[s], shell] += 1
         number = {}
         for c, bag in zip(colour, heard, strict=True):
@@ -172,18 +175,18 @@ def test_nodes_and_edges_are_those_of_the_definition(name, masked):
     # The edges of a class are those into its first atom, by class of the source and length.
     expected: Counter = Counter()
     source, target = full.edge_index.tolist()
-    for s, t, shell in zip(source, target, full.edge_shell.tolist(), strict=True):
+    for s, t, shell in zip(source, target, full.edge_distance_row.tolist(), strict=True):
         if t in order:
             expected[node[colour[t]], node[colour[s]], shell] += 1
     found = zip(
         quotient.edge_index[1].tolist(),
         quotient.edge_index[0].tolist(),
-        quotient.edge_shell.tolist(),
+        quotient.edge_distance_row.tolist(),
         strict=True,
     )
     assert list(found) == sorted(expected)
-    assert quotient.edge_count.tolist() == [expected[e] for e in sorted(expected)]
-    for field in ("numbers", "masked", "frac_coords", "batch", "key", "distances"):
+    assert quotient.edge_multiplicity.tolist() == [expected[e] for e in sorted(expected)]
+    for field in ("numbers", "masked", "frac_coords", "batch", "rng_key", "distances"):
         assert torch.equal(getattr(quotient, field), getattr(full, field)), field
     for field in ("node_numbers", "pdd", "node_batch"):
         assert torch.equal(getattr(quotient, field), getattr(full, field)[order]), field
@@ -205,8 +208,8 @@ def test_supercell_has_the_same_quotient(crystal, shape, rule):
     spec = GraphSpec(**rule, pdd=20, depth=4)
     one, many = build([crystal], spec), build([supercell(crystal, shape)], spec)
     times = int(np.prod(shape))
-    assert torch.equal(many.node_count, one.node_count * times)
-    for field in ("node_numbers", "edge_index", "edge_count", "edge_shell"):
+    assert torch.equal(many.node_multiplicity, one.node_multiplicity * times)
+    for field in ("node_numbers", "edge_index", "edge_multiplicity", "edge_distance_row"):
         assert torch.equal(getattr(many, field), getattr(one, field)), field
     torch.testing.assert_close(many.distances, one.distances, rtol=0, atol=1e-5)
     torch.testing.assert_close(many.pdd[:, 1:], one.pdd[:, 1:], rtol=0, atol=1e-5)
@@ -228,7 +231,7 @@ def test_masks_are_a_colour():
 def test_a_spec_without_depth_keeps_every_atom():
     batch = build([PEROVSKITE, DIAMOND], GraphSpec(neighbors=12), quotient=True)
     assert torch.equal(batch.node_of_atom, torch.arange(7))
-    assert (batch.node_count == 1).all() and (batch.edge_count == 1).all()
+    assert (batch.node_multiplicity == 1).all() and (batch.edge_multiplicity == 1).all()
 
 
 def test_refinement_sees_counts_and_empty_neighbourhoods():

@@ -19,7 +19,7 @@ from crysforge.datapipe.crystals.lattice import (
 )
 from crysforge.datapipe.crystals.symmetry import space_group
 from crysforge.datapipe.graphs.neighbours import neighbours
-from crysforge.datapipe.graphs.packing import build, drop_edges
+from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.graphs.transforms import (
     Chain,
     CountPairEdges,
@@ -31,7 +31,9 @@ from crysforge.datapipe.graphs.transforms import (
     Sample,
     ShiftAtoms,
     SpaceGroup,
+    Step,
     TwoViews,
+    drop_edges,
 )
 from crysforge.datapipe.loading.stream import LoaderConfig, Stream
 from crysforge.datapipe.schema import GraphSpec, concat
@@ -67,7 +69,7 @@ def moved(sample):
 
 def test_positions_get_normal_noise_in_angstrom():
     crystal = crystal_of(400)
-    sample = NoisePositions(0.2)(Sample.clean(crystal), draw())
+    sample = NoisePositions(0.2).on_crystal(Sample.clean(crystal), draw())
     noise = moved(sample)
     assert noise.mean() == pytest.approx(0, abs=0.02)
     assert noise.std(axis=0) == pytest.approx([0.2] * 3, rel=0.15)
@@ -78,7 +80,7 @@ def test_positions_get_normal_noise_in_angstrom():
 
 def test_atoms_are_shifted_by_a_uniform_distance():
     distance = np.linalg.norm(
-        moved(ShiftAtoms(0.05)(Sample.clean(crystal_of(400)), draw())), axis=1
+        moved(ShiftAtoms(0.05).on_crystal(Sample.clean(crystal_of(400)), draw())), axis=1
     )
     assert distance.max() < 0.05 + 1e-6
     assert np.quantile(distance, [0.25, 0.75]) == pytest.approx([0.0125, 0.0375], abs=0.005)
@@ -87,7 +89,7 @@ def test_atoms_are_shifted_by_a_uniform_distance():
 def test_lattice_noise_is_on_the_six_constants():
     crystal = crystal_of(30)
     clean = lattice_constants(crystal.lattice)
-    samples = [NoiseLattice(0.1)(Sample.clean(crystal), draw(i)) for i in range(300)]
+    samples = [NoiseLattice(0.1).on_crystal(Sample.clean(crystal), draw(i)) for i in range(300)]
     noise = np.array([lattice_constants(s.seen.lattice) for s in samples]) - clean
     assert noise.std(axis=0) == pytest.approx([0.1] * 6, rel=0.15)
     assert all(np.array_equal(s.seen.frac_coords, crystal.frac_coords) for s in samples)
@@ -96,11 +98,11 @@ def test_lattice_noise_is_on_the_six_constants():
 def test_cells_that_are_none_are_drawn_again():
     small = Crystal.create("small", [1], [[0, 0, 0]], 2 * np.eye(3))
     for i in range(50):
-        lattice = NoiseLattice(1.5)(Sample.clean(small), draw(i)).seen.lattice
+        lattice = NoiseLattice(1.5).on_crystal(Sample.clean(small), draw(i)).seen.lattice
         assert 4 < np.linalg.det(lattice) < 16
     tiny = Crystal.create("tiny", [1], [[0, 0, 0]], 0.11 * np.eye(3))
     with pytest.raises(ValueError, match=r"lattice noise 5\.0 gave no sound cell"):
-        NoiseLattice(5.0)(Sample.clean(tiny), draw())
+        NoiseLattice(5.0).on_crystal(Sample.clean(tiny), draw())
 
 
 @given(st.integers(0, 10**6), st.integers(1, 50))
@@ -142,9 +144,9 @@ def test_diffusion_noises_to_its_level():
     alpha_bar, sigma = cosine_alpha_bar(100).numpy(), wrapped_sigma(100).numpy()
     levels = set()
     for i in range(40):
-        sample = Diffuse(alpha_bar, sigma)(Sample.clean(crystal), draw(i))
-        (t,) = sample.labels["timestep"]
-        state, noise = sample.labels["lattice_state"][0], sample.labels["lattice_noise"][0]
+        sample = Diffuse(alpha_bar, sigma).on_crystal(Sample.clean(crystal), draw(i))
+        (t,) = sample.extras["timestep"]
+        state, noise = sample.extras["lattice_state"][0], sample.extras["lattice_noise"][0]
         levels.add(int(t))
         clean = np.sqrt(alpha_bar[t]) * log_metric(crystal.lattice, 40)
         np.testing.assert_allclose(state, clean + np.sqrt(1 - alpha_bar[t]) * noise, atol=1e-5)
@@ -164,8 +166,8 @@ def test_both_roundings_of_the_masked_share():
         (2, 0.1, 1, 1),
     ):
         sample = Sample.clean(crystal_of(atoms))
-        assert MaskAtoms(ratio)(sample, draw()).masked.sum() == up
-        assert MaskAtoms(ratio, round_up=False)(sample, draw()).masked.sum() == down
+        assert MaskAtoms(ratio).on_crystal(sample, draw()).masked.sum() == up
+        assert MaskAtoms(ratio, round_up=False).on_crystal(sample, draw()).masked.sum() == down
 
 
 def undirected(graph):
@@ -208,7 +210,8 @@ def test_every_edge_is_as_likely_to_be_dropped():
 
 def test_dropped_edges_are_those_of_the_key():
     def batch(key):
-        return build([DropEdges(0.3)(Sample.clean(crystal_of(6), key), draw())], SPECS["vectors"])
+        sample = Sample.clean(crystal_of(6), key)
+        return build([sample], SPECS["vectors"], transform=DropEdges(0.3))
 
     assert np.array_equal(batch(5).edge_index, batch(5).edge_index)
     assert not np.array_equal(batch(5).edge_index, batch(6).edge_index)
@@ -217,30 +220,32 @@ def test_dropped_edges_are_those_of_the_key():
 def test_labels_and_seen_structures_go_into_the_batch():
     crystals = [crystal_of(n, n) for n in (2, 3, 4)]
     transform = Chain((SpaceGroup(), CountPairEdges(), NoisePositions(0.1), NoiseLattice(0.1)))
-    samples = [transform(Sample.clean(c), draw(i)) for i, c in enumerate(crystals)]
+    samples = [Sample.clean(c, i) for i, c in enumerate(crystals)]
     spec = SPECS["quotient"]
-    whole = build(samples, spec)
-    assert whole.labels["space_group"].tolist() == [1, 1, 1]
-    assert len(whole.labels["pair_edges"]) == 4 + 9 + 16
-    seen = np.concatenate([s.seen.frac_coords for s in samples])
+    whole = build(samples, spec, transform=transform)
+    assert whole.extras["space_group"].tolist() == [1, 1, 1]
+    assert len(whole.extras["pair_edges"]) == 4 + 9 + 16
+    shown = [transform.on_crystal(s, draw(s.rng_key)).seen for s in samples]
+    seen = np.concatenate([c.frac_coords for c in shown])
     np.testing.assert_allclose(whole.seen_frac_coords, seen, atol=1e-6)
-    np.testing.assert_allclose(whole.seen_lattice[1], samples[1].seen.lattice, atol=1e-5)
-    parts = concat([build(samples[:1], spec), build(samples[1:], spec)])
-    for name, rows in whole.labels.items():
-        assert np.array_equal(parts.labels[name], rows)
+    np.testing.assert_allclose(whole.seen_lattice[1], shown[1].lattice, atol=1e-5)
+    halves = samples[:1], samples[1:]
+    parts = concat([build(half, spec, transform=transform) for half in halves])
+    for name, rows in whole.extras.items():
+        assert np.array_equal(parts.extras[name], rows)
     assert np.array_equal(parts.seen_frac_coords, whole.seen_frac_coords)
-    assert np.array_equal(parts.to("cpu").labels["pair_edges"], whole.labels["pair_edges"])
+    assert np.array_equal(parts.to("cpu").extras["pair_edges"], whole.extras["pair_edges"])
 
 
 def test_views_are_two_draws_that_depend_on_the_sample_alone():
     views = TwoViews(Chain((ShiftAtoms(0.1), MaskAtoms(0.5))))
-    sample = Sample.clean(crystal_of(8), key=3)
-    first, second = views(sample, draw())
-    assert first.key != second.key and first.crystal is second.crystal
+    sample = Sample.clean(crystal_of(8), rng_key=3)
+    first, second = views.on_crystal(sample, draw())
+    assert first.rng_key != second.rng_key and first.crystal is second.crystal
     assert not np.array_equal(first.seen.frac_coords, second.seen.frac_coords)
-    again = views(sample, draw())[1]
+    again = views.on_crystal(sample, draw())[1]
     assert np.array_equal(again.seen.frac_coords, second.seen.frac_coords)
-    assert np.array_equal(again.masked, second.masked) and again.key == second.key
+    assert np.array_equal(again.masked, second.masked) and again.rng_key == second.rng_key
 
 
 def test_space_groups():
@@ -262,7 +267,7 @@ def test_space_group_of_the_data_set_is_taken_and_found_ones_are_remembered(monk
     label = SpaceGroup()
 
     def number(crystal):
-        return int(label(Sample.clean(crystal), draw()).labels["space_group"][0])
+        return int(label.on_crystal(Sample.clean(crystal), draw()).extras["space_group"][0])
 
     assert number(SALT.with_targets({"space_group": 12.0})) == 12 and not calls
     assert number(SALT) == number(SALT.with_targets({"space_group": np.nan})) == 7
@@ -301,7 +306,7 @@ def test_views_stay_together_in_a_batch(dataset, workers):
         assert batch.ids == plain.ids
         assert torch.equal(batch.seen_frac_coords, plain.seen_frac_coords)
         assert torch.equal(batch.edge_index, plain.edge_index)
-        assert torch.equal(batch.labels["space_group"], plain.labels["space_group"])
+        assert torch.equal(batch.extras["space_group"], plain.extras["space_group"])
 
 
 def test_the_budget_counts_all_views(dataset):
@@ -315,11 +320,12 @@ def test_a_crystal_that_cannot_be_transformed_is_quarantined(dataset):
     found, source = batches(dataset, NoiseLattice(0.01), 3)
     assert sum(b.num_crystals for b in found) == 12
 
-    def refuse(sample, rng):
-        if sample.crystal.id == "c3":
-            raise ValueError("not this one")
-        return sample
+    class Refuse(Step):
+        def on_crystal(self, sample, rng):
+            if sample.crystal.id == "c3":
+                raise ValueError("not this one")
+            return sample
 
-    found, source = batches(dataset, refuse, 3)
+    found, source = batches(dataset, Refuse(), 3)
     assert sum(b.num_crystals for b in found) == 11
     assert "c3: not this one" in source.quarantined[0].reason

@@ -14,7 +14,7 @@ import torch
 
 from crysforge.datapipe.crystals.crystal import Crystal, crystal_key
 from crysforge.datapipe.graphs.packing import build
-from crysforge.datapipe.graphs.transforms import MaskAtoms, Sample
+from crysforge.datapipe.graphs.transforms import MaskAtoms, Sample, Step
 from crysforge.datapipe.loading.stream import LoaderConfig, Stream, estimate_edges
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec, concat
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
@@ -68,6 +68,16 @@ def all_same(some, others):
 
 def take(source, count):
     return list(islice(source, count))
+
+
+class Only(Step):
+    """A step of one function."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_crystal(self, sample, rng):
+        return self.function(sample, rng)
 
 
 def shift(sample: Sample, rng: np.random.Generator) -> Sample:
@@ -193,11 +203,11 @@ def test_evaluation_covers_each_crystal_once_in_equal_steps(dataset, workers):
         for _ in range(2):  # every pass is the same
             passes = [list(source) for source in ranks]
             assert {len(batches) for batches in passes} == {ranks[0].total_steps} == {3}
-            ids = [i for batches in passes for b in batches if not b.filler for i in b.ids]
+            ids = [i for batches in passes for b in batches if not b.is_dummy for i in b.ids]
             assert sorted(ids) == sorted(f"mp-{i}" for i in range(TRAIN, TRAIN + VAL))
-            fillers = [b for batches in passes for b in batches if b.filler]
-            assert len(fillers) == {1: 0, 2: 1, 3: 2}[world_size]
-            assert all(b.ids == ["mp-40"] for b in fillers)
+            dummies = [b for batches in passes for b in batches if b.is_dummy]
+            assert len(dummies) == {1: 0, 2: 1, 3: 2}[world_size]
+            assert all(b.ids == ["mp-40"] for b in dummies)
 
 
 def test_training_takes_its_epochs_in_full_steps(dataset):
@@ -214,7 +224,7 @@ def test_a_set_smaller_than_a_batch_goes_round(dataset):
     source = stream(dataset, select=np.array([3, 5, 11]), batch_size=8, world_size=2)
     for batch in take(source, 6):
         assert batch.num_crystals == 4
-        assert len(set(batch.key.tolist())) == 4  # the same crystal again has other draws
+        assert len(set(batch.rng_key.tolist())) == 4  # the same crystal again has other draws
     assert source.position == 48
 
 
@@ -266,7 +276,7 @@ def test_edge_estimate_is_near_the_graph(random_crystal):
         assert estimate_edges(spec, atoms, volume).sum() == pytest.approx(true, rel=0.2)
 
 
-@pytest.mark.parametrize("transform", [None, MaskAtoms(0.5), shift])
+@pytest.mark.parametrize("transform", [None, MaskAtoms(0.5), Only(shift)])
 def test_kept_graphs_change_nothing(dataset, transform):
     fresh, kept, few = (
         take(stream(dataset, transform=transform, cache_mb=c, workers=w), 15)
@@ -309,17 +319,17 @@ def test_too_many_bad_crystals_stop_the_run(damaged):
             take(source, 5)
 
 
-def test_a_rank_left_without_usable_crystals_gets_filler(damaged):
+def test_a_rank_left_without_usable_crystals_gets_dummy(damaged):
     source = stream(damaged, "train", select=np.array([2, 12]), batch_size=1, epochs=3)
     batches = list(source)
-    assert [b.filler for b in batches].count(True) == 3
+    assert [b.is_dummy for b in batches].count(True) == 3
     assert all(b.ids == ["mp-2"] for b in batches)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_failing_worker_is_one_clear_error(dataset, workers, root, tmp_path):
     with pytest.raises(RuntimeError, match="a bug in the transform"):
-        take(stream(dataset, transform=stumble, workers=workers), 3)
+        take(stream(dataset, transform=Only(stumble), workers=workers), 3)
     for path in root.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     broken = stream(Dataset.open(tmp_path), workers=workers)
@@ -330,7 +340,7 @@ def test_a_failing_worker_is_one_clear_error(dataset, workers, root, tmp_path):
 
 def test_a_killed_worker_is_an_error_and_no_hang(dataset):
     with pytest.raises(RuntimeError, match="DataLoader worker"):
-        take(stream(dataset, transform=die, workers=2), 3)
+        take(stream(dataset, transform=Only(die), workers=2), 3)
 
 
 def test_the_global_generator_is_left_alone(dataset):
@@ -343,7 +353,7 @@ def test_the_global_generator_is_left_alone(dataset):
 def test_draws_depend_on_seed_and_epoch(dataset):
     def key_of(seed, epoch):
         batches = take(stream(dataset, seed=seed), 10)[5 * epoch : 5 * epoch + 5]
-        return {i: k for b in batches for i, k in zip(b.ids, b.key.tolist(), strict=True)}
+        return {i: k for b in batches for i, k in zip(b.ids, b.rng_key.tolist(), strict=True)}
 
     keys = [key_of(0, 0), key_of(0, 1), key_of(1, 0)]
     assert all(len(k) == TRAIN for k in keys)
@@ -352,7 +362,7 @@ def test_draws_depend_on_seed_and_epoch(dataset):
 
 
 def test_crystals_are_not_changed_by_the_loader(dataset):
-    source = stream(dataset, transform=shift)
+    source = stream(dataset, transform=Only(shift))
     clean = {c.id: c for _, c in dataset.read(range(TRAIN)) if isinstance(c, Crystal)}
     for batch in take(source, 5):
         for i, id in enumerate(batch.ids):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from crysforge.datapipe.crystals.filters import Filters
-from crysforge.datapipe.preparing import prepare as preparing
+from crysforge.datapipe.preparing import write as writing
 from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.preparing.write import plan
@@ -125,13 +125,13 @@ def test_settings_that_do_not_fit(tmp_path, values, words):
 
 def test_input_that_changes_on_the_way(tmp_path, cifs, monkeypatch):
     source = write(tmp_path / "all.csv", rows(cifs, 10))
-    assign = preparing._assign
+    assign = writing._assign
 
     def meddle(work, scan):
         write(tmp_path / "all.csv", rows(cifs, 9))
         return assign(work, scan)
 
-    monkeypatch.setattr(preparing, "_assign", meddle)
+    monkeypatch.setattr(writing, "_assign", meddle)
     with pytest.raises(ValueError, match="the input changed while it was read: 'mp-9' is gone"):
         prepare(config(input=source, output=str(tmp_path / "out")))
     assert leftovers(tmp_path) == ["all.csv"]

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from crysforge.launch import submit
 from crysforge.launch.cluster import request
+from crysforge.launch.cluster.code import ROOT
 from crysforge.launch.cluster.config import SubmitConfig, minutes
 from crysforge.launch.cluster.executors import script, slurm_executor
 from crysforge.launch.cluster.request import JOBS, Request
-from crysforge.launch.cluster.submission import ROOT
 from crysforge.launch.cluster.sweep import grid, merge, names, read_sweep
 
 FINETUNE = ("job=finetune", "data=D", "target=gap", "encoder={name: pddformer, tiny: true}")
@@ -268,8 +268,9 @@ def test_nothing_that_users_write_is_run_by_the_script(tmp_path):
     settings = ("name", "mem", "partition", "account", "constraint", "qos", "slurm.comment")
     config = ask("job=pretrain", *(f"{key}={HOSTILE}" for key in settings)).config
     text = script(slurm_executor(config, "run", folder, folder / "code-1"), 1)
-    (folder / "code-1/launch").mkdir(parents=True)
-    (folder / "code-1/launch/task.py").write_text("import sys; print(*sys.argv[1:], sep='\\n')")
+    package = folder / "code-1/crysforge/launch/cluster"
+    package.mkdir(parents=True)
+    (package / "worker.py").write_text("import sys; print(*sys.argv[1:], sep='\\n')")
     (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "$@"\n')
     (tmp_path / "srun").chmod(0o755)
     done = subprocess.run(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from crysforge.datapipe.common.config import configure
 from crysforge.launch.cluster import status
+from crysforge.launch.cluster.code import ROOT
 from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.events import EventLog, ends_of_turn
 from crysforge.launch.cluster.executors import run_here, run_local
-from crysforge.launch.cluster.submission import ROOT, Submission, new_attempt
+from crysforge.launch.cluster.submission import Submission, new_attempt
 from crysforge.launch.cluster.worker import Task
 
 SCRIPT = """

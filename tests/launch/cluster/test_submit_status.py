@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from crysforge.launch.cluster import code as running
 from crysforge.launch.cluster import status
 from crysforge.launch.cluster.events import EventLog
 from crysforge.launch.cluster.runs import SILENT_S, read_run
-from crysforge.launch.cluster.submission import ROOT, Submission, code_files, new_attempt
+from crysforge.launch.cluster.submission import Submission, new_attempt
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.runs import logger
 from tests.launch.cluster.test_submit import FINETUNE, ask
@@ -24,7 +25,7 @@ def submitted(tmp_path: Path, cells: dict[str, str], cluster: str = "slurm") -> 
     submission = Submission(Submission.folder_of(tmp_path / "runs"), "finetune")
     for cell in cells:
         submission.add(cell, str(tmp_path / "runs" / cell), {"seed": cell}, {"seed": 0})
-    submission.attempts.append(new_attempt(cluster, ROOT, cells))
+    submission.attempts.append(new_attempt(cluster, running.ROOT, cells))
     submission.write()
     return submission
 
@@ -232,9 +233,9 @@ def test_a_job_that_is_not_started_again_says_why(tmp_path, monkeypatch):
 
 def test_cancel_asks_slurm_of_its_own_jobs_and_says_if_it_does_not_answer(tmp_path, monkeypatch):
     submission = submitted(tmp_path, {"a": "debug"}, cluster="debug")
-    submission.attempts += [new_attempt("local", ROOT, {"a": "0"})]
-    submission.attempts += [new_attempt("slurm", ROOT, {"a": "4"})]
-    submission.attempts += [new_attempt("slurm", ROOT, {"a": "5"})]
+    submission.attempts += [new_attempt("local", running.ROOT, {"a": "0"})]
+    submission.attempts += [new_attempt("slurm", running.ROOT, {"a": "4"})]
+    submission.attempts += [new_attempt("slurm", running.ROOT, {"a": "5"})]
     submission.write()
     known, done = {"4": ("COMPLETED", ""), "5": ("RUNNING", "n")}, []
     monkeypatch.setattr(status, "slurm_states", lambda ids: {i: known[i] for i in ids})
@@ -289,7 +290,7 @@ def test_snapshot_is_the_code_as_it_is(tmp_path, monkeypatch):
     (root / "launch/new.py").write_text("new")
     (root / "launch/x.pyc").write_text("ignored")
     (root / "scratch.txt").write_text("outside of the packages")
-    monkeypatch.setattr("crysforge.launch.cluster.submission.ROOT", root)
+    monkeypatch.setattr(running, "ROOT", root)
     code = Submission(tmp_path / "f").snapshot()
     (root / "launch/a.py").write_text("edited later")
     found = {str(p.relative_to(code)) for p in code.rglob("*") if p.is_file()}
@@ -297,8 +298,20 @@ def test_snapshot_is_the_code_as_it_is(tmp_path, monkeypatch):
     assert (code / "launch/a.py").read_text() == "edited"
 
 
-def test_snapshot_without_git_holds_the_packages():
-    """An installation has no repository around it."""
-    names = code_files(ROOT / "tests")  # not the top of a repository, and without packages
-    assert names == []
-    assert "launch/submit.py" in code_files(ROOT)
+def test_snapshot_of_an_installed_package_has_the_layout_of_a_checkout(tmp_path, monkeypatch):
+    """An installation has no repository around it, and its parts lie inside the package."""
+    home = tmp_path / "site-packages" / "crysforge"
+    for name in (
+        "__init__.py",
+        "launch/submit.py",
+        "models/__init__.py",
+        "configs/pretrain/a.yaml",
+    ):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(name)
+    monkeypatch.setattr(running, "HOME", home)
+    monkeypatch.setattr(running, "ROOT", home)
+    code = Submission(tmp_path / "f").snapshot()
+    found = {str(p.relative_to(code)): p.read_text() for p in code.rglob("*") if p.is_file()}
+    names = {"launch/submit.py", "models/__init__.py", "configs/pretrain/a.yaml"}
+    assert found == {**{n: n for n in names}, "crysforge/__init__.py": "__init__.py"}

@@ -14,10 +14,10 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 
 from crysforge.datapipe.common.config import configure
 from crysforge.launch.cluster import events
+from crysforge.launch.cluster.code import ROOT
 from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.events import EventLog, ends_of_turn, outcome_of, verdict
 from crysforge.launch.cluster.executors import script, slurm_executor
-from crysforge.launch.cluster.submission import ROOT
 from crysforge.launch.cluster.worker import Task, progress, rank_environ, run_to_end
 from crysforge.trainer.base import command_line as config
 

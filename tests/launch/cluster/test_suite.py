@@ -12,10 +12,10 @@ import yaml
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.storage.dataset import DatasetWriter
 from crysforge.launch import submit
+from crysforge.launch.cluster.code import ROOT
 from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.jobs import groups, settings_of, waves
 from crysforge.launch.cluster.status import statuses
-from crysforge.launch.cluster.submission import ROOT
 from crysforge.launch.cluster.suite import Suite
 
 SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))

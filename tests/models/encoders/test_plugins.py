@@ -85,7 +85,7 @@ def test_an_encoder_that_does_not_build_is_a_line(monkeypatch, capsys):
         def __init__(self, config) -> None:
             raise TypeError("no\nsuch thing")
 
-    monkeypatch.setattr(ENCODERS, "_items", {**ENCODERS._items, "fails": Fails})
+    monkeypatch.setitem(ENCODERS._items, "fails", Fails)
     runpy.run_module("crysforge.models.encoders", run_name="__main__")
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("fails"))
     assert line.endswith("does not build with its default settings: TypeError: no such thing")

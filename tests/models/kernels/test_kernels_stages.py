@@ -53,10 +53,8 @@ def test_a_step_is_that_of_the_definitions(name, encoder, recompute, attention, 
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     rng = np.random.default_rng(0)
-    samples = [Sample.clean(random_crystal(rng, n, str(n)), key=n) for n in (3, 1, 2)]
-    if (transform := stage.transform()) is not None:
-        samples = [transform(s, np.random.default_rng(s.key)) for s in samples]
-    batch = build(samples, stage.encoder.graph).to(DEVICE)
+    samples = [Sample.clean(random_crystal(rng, n, str(n)), rng_key=n) for n in (3, 1, 2)]
+    batch = build(samples, stage.encoder.graph, transform=stage.transform()).to(DEVICE)
 
     exact = step(stage, batch, "torch", "fp32")
     set_recompute(stage, recompute, DEVICE)

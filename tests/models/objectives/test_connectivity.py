@@ -1,7 +1,6 @@
 """Pairs of atoms, how many edges join them, and the features of elements."""
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.elements import properties
 from crysforge.datapipe.graphs.packing import build
-from crysforge.datapipe.graphs.transforms import Sample
+from crysforge.datapipe.graphs.transforms import CountPairEdges
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.models.objectives.element_features import (
     CLASSES,
@@ -60,15 +59,15 @@ def test_pairs_are_labelled_with_the_edges_of_the_full_graph(random_crystal, quo
     four = Crystal.create("four", [6] * 4, [[0, 0, x] for x in (0, 0.25, 0.5, 0.75)], 4 * np.eye(3))
     spec = GraphSpec(neighbors=8, pdd=16, depth=2)
     crystals = [random_crystal(np.random.default_rng(n), n) for n in (1, 3, 5)]
-    samples = [replace(Sample.clean(c), pair_edges=True) for c in (cube, four, *crystals)]
-    batch = build(samples, spec, quotient=quotient)
+    samples, count = [cube, four, *crystals], CountPairEdges()
+    batch = build(samples, spec, quotient=quotient, transform=count)
     assert (batch.num_nodes < batch.num_atoms) == quotient
-    full = build(samples, spec, quotient=False)
+    full = build(samples, spec, quotient=False, transform=count)
     joining = torch.zeros(full.num_atoms, full.num_atoms)
     source, target = full.edge_index
     joining.index_put_((target, source), torch.ones(full.num_edges), accumulate=True)
     pairs = Pairs.of(batch.ptr)
-    assert torch.equal(batch.labels["pair_edges"].float(), joining[pairs.first, pairs.second])
+    assert torch.equal(batch.extras["pair_edges"].float(), joining[pairs.first, pairs.second])
 
 
 def test_element_features():

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from crysforge.trainer import load
+from crysforge import load
 from crysforge.trainer.base.tensors import sha256
 from crysforge.trainer.loop.guards import load_batch
 from crysforge.trainer.runs.checkpoint import Checkpoint, RunDirectory

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from crysforge.launch.cluster.submission import ROOT
+from crysforge.launch.cluster.code import ROOT
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.base.command_line import read_yaml
 from crysforge.trainer.base.tensors import write_json, write_text

@@ -126,6 +126,6 @@ def test_no_global_side_effects(tmp_path):
     before = dict(matplotlib.rcParams)
     plots.learning_curves({"train/loss": curve(1)}, tmp_path / "c.png")
     assert dict(matplotlib.rcParams) == before
-    code = "import sys, trainer.plots; print('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, crysforge.trainer.figures.plots; print('matplotlib.pyplot' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"

@@ -143,7 +143,7 @@ def test_a_batch_that_fills_a_step_is_not_predicted(random_crystal):
     rng = np.random.default_rng(0)
     batch = build([random_crystal(rng, 3, "x")], encoder.graph, ["gap"])
     device = torch.device("cpu")
-    found = reports.predictions(stage, iter([batch, replace(batch, filler=True)]), device)
+    found = reports.predictions(stage, iter([batch, replace(batch, is_dummy=True)]), device)
     assert [len(column) for column in found] == [1, 1, 1]
 
 

@@ -149,7 +149,7 @@ def test_a_dumped_batch_comes_back_whole(data, random_crystal, tmp_path):
     batch = build(crystals, build_encoder({"name": "pddformer", "tiny": True}).graph)
     dump_batch(tmp_path / "deep" / "b.safetensors", batch)
     back = load_batch(tmp_path / "deep" / "b.safetensors")
-    assert back.ids == ["x2", "x3"] and back.filler is False
+    assert back.ids == ["x2", "x3"] and back.is_dummy is False
     assert_equal(back.targets, batch.targets)
     for field in dataclasses.fields(batch):
         value = getattr(batch, field.name)
@@ -217,7 +217,7 @@ def test_a_hang_ends_with_all_stacks(tmp_path, lock):
     hang = "ctypes.PyDLL(None).pause()" if lock else "threading.Event().wait()"
     code = (
         "import ctypes, sys, threading; from pathlib import Path\n"
-        "from trainer.guards import Watchdog\n"
+        "from crysforge.trainer.loop.watchdog import Watchdog\n"
         f"Watchdog.GRACE_S = {0 if lock else 60}\n"
         f"def stuck_here(): dog = Watchdog(0.1, Path(sys.argv[1])); dog.feed(); {hang}\n"
         "stuck_here()"

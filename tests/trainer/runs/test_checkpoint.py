@@ -130,12 +130,12 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_named(run, monkeypatch):
         return torch.UntypedStorage.from_file(str(file), False, 1)
 
     for name, read, words in (
-        ("checkpoint.sha256", files.sha256, "vae-00000001 is not complete, or being deleted"),
-        ("files.load_file", opened, r"model\.safetensors was deleted while it was read"),
+        ("runs.checkpoint.sha256", files.sha256, "vae-00000001 is not complete, or being deleted"),
+        ("base.tensors.load_file", opened, r"model\.safetensors was deleted while it was read"),
     ):
         path = run.save(checkpoint(1), keep=1)
         with monkeypatch.context() as patch:
-            patch.setattr(f"trainer.{name}", lambda file, read=read: file.unlink() or read(file))
+            patch.setattr(f"crysforge.trainer.{name}", lambda file, read=read: file.unlink() or read(file))
             with pytest.raises(ValueError, match=words):
                 run.load(path)
         shutil.rmtree(path)

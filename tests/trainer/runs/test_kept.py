@@ -17,7 +17,7 @@ import pytest
 
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.storage.dataset import Dataset
-from crysforge.trainer import load
+from crysforge import load
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.logger import read_metrics
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from crysforge import load
 from crysforge.datapipe.storage.dataset import Dataset
-from crysforge.trainer import load
 from crysforge.trainer.serving.ensemble import Predictions, calibration, create, fit_scale
 from tests.launching import FINETUNE
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from pymatgen.core import Lattice, Structure
 
+from crysforge import load
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.models.encoders import build_encoder
-from crysforge.trainer import load
 from crysforge.trainer.runs.model_directory import (
     Scaler,
     export_stage,

@@ -120,7 +120,7 @@ def test_draws_repeat_in_an_epoch_and_change_with_it(objective, crystals):
 def test_a_filler_shows_others_nothing(objective, crystals):
     stage = make(objective)
     batch = collate(stage, crystals[:1])
-    batch.filler = True
+    batch.is_dummy = True
     for name, term in stage(batch).items():
         assert torch.isfinite(term.total) and term.total.requires_grad <= (name in stage.weights)
         if name in GLOBAL:
@@ -189,7 +189,7 @@ def test_displacement_is_the_shortest_way_in_the_seen_cell(crystals):
 def test_adjacency_is_the_weighted_cross_entropy(objective, crystals):
     stage = make(objective).eval()
     batch = collate(stage, crystals)
-    edges = batch.labels["pair_edges"].long().clamp(max=MOST_EDGES)
+    edges = batch.extras["pair_edges"].long().clamp(max=MOST_EDGES)
     assert (edges == 0).any() and (edges > 0).any()
     atoms = stage.encoder(batch)
     log_p = stage.decoder.pairs(atoms, batch.ptr)
@@ -229,7 +229,7 @@ def test_views_are_neighbours_and_differ(crystals):
     batch = collate(stage, crystals)
     assert batch.num_crystals == 2 * len(crystals)
     assert batch.ids[0::2] == batch.ids[1::2] == [c.id for c in crystals]
-    assert len(set(batch.key.tolist())) == 2 * len(crystals)
+    assert len(set(batch.rng_key.tolist())) == 2 * len(crystals)
     for i in range(0, batch.num_crystals, 2):
         a, b, c = batch.ptr[i : i + 3].tolist()
         assert torch.equal(batch.numbers[a:b], batch.numbers[b:c])
@@ -257,8 +257,8 @@ def test_denoised_directions_follow_the_crystal(crystals):
     its atoms change places."""
     stage = make("crysdiff").eval()
     batch = collate(stage, crystals)
-    h, state = stage.encoder(batch), batch.labels["lattice_state"]
-    t, n = batch.labels["timestep"], batch.num_atoms
+    h, state = stage.encoder(batch), batch.extras["lattice_state"]
+    t, n = batch.extras["timestep"], batch.num_atoms
 
     def score(h, frac):
         return stage.denoiser(h, t, frac, state, batch.batch, batch.ptr)
@@ -278,11 +278,11 @@ def test_denoised_directions_follow_the_crystal(crystals):
 def test_a_denoiser_that_knows_the_noise_has_no_loss(crystals):
     stage = make("crysdiff").eval()
     batch = collate(stage, crystals)
-    t = batch.labels["timestep"]
+    t = batch.extras["timestep"]
     level = stage.sigma[t[batch.batch, None]]
     moved = batch.seen_frac_coords - batch.frac_coords
     score = wrapped_score(moved - moved.round(), level) * stage.scale[t[batch.batch, None]]
-    stage.denoiser.forward = lambda *_: (score, batch.labels["lattice_noise"])
+    stage.denoiser.forward = lambda *_: (score, batch.extras["lattice_noise"])
     for term in stage(batch).values():
         assert term.total < 1e-6
 

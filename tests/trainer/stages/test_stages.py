@@ -66,13 +66,9 @@ def crystals(n=6, seed=0):
 
 def collate(stage, crystals, epoch=0):
     """The batch a loader would make for the stage."""
-    transform, samples = stage.transform(), []
-    for crystal in crystals:
-        sample = Sample.clean(crystal, crystal_key(7, epoch, crystal.id))
-        if transform is not None:
-            sample = transform(sample, np.random.default_rng(sample.key))
-        samples.append(sample)
-    return build(samples, stage.encoder.graph, list(TARGETS))
+    samples = [Sample.clean(c, crystal_key(7, epoch, c.id)) for c in crystals]
+    graph = stage.encoder.graph
+    return build(samples, graph, list(TARGETS), transform=stage.transform())
 
 
 def make(name, **settings):
@@ -204,7 +200,7 @@ def test_joint_is_the_flow_loss_of_the_encoder_output():
     stage = JointStage(JointConfig(dit=SIZES["tiny"]), Local())
     batch = collate(stage, crystals())
     terms = stage(batch)
-    z1, t = stage.encoder(batch), flow_times(batch.key)
+    z1, t = stage.encoder(batch), flow_times(batch.rng_key)
     each = crystal_mean(z1.square(), batch.ptr).mean(1) / (1 - t.clamp(max=0.9)) ** 2
     assert torch.allclose(terms["flow"].total, each.sum(), rtol=1e-4)
     assert terms["flow"].count == batch.num_crystals
@@ -213,8 +209,11 @@ def test_joint_is_the_flow_loss_of_the_encoder_output():
 def test_joint_gradient_reaches_the_encoder_through_target_and_path():
     stage = make("joint")
     batch = collate(stage, crystals())
-    t = flow_times(batch.key)
-    at, noise = t[batch.batch, None], centred_noise(batch.key, batch.batch, batch.ptr, Local.dim)
+    t = flow_times(batch.rng_key)
+    at, noise = (
+        t[batch.batch, None],
+        centred_noise(batch.rng_key, batch.batch, batch.ptr, Local.dim),
+    )
 
     def grad(target_flows, path_flows):
         z1 = stage.encoder(batch)

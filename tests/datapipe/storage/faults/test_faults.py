@@ -210,7 +210,7 @@ def test_fewer_shards_than_readers(tmp_path, crystals, count, shard_size, worker
             )
             for rank in range(world_size)
         ]
-        found = [[b.ids for b in s if not b.filler] for s in ranks]
+        found = [[b.ids for b in s if not b.is_dummy] for s in ranks]
         for stream in ranks:
             stream.close()
         return found
