@@ -35,7 +35,6 @@ from crysforge.datapipe.graphs.transforms import Sample
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import build_encoder
-from crysforge.trainer import stages  # noqa: F401 - registers them
 from crysforge.trainer.base.command_line import parse, required, run
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.engines.base import EngineConfig

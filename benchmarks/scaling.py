@@ -45,7 +45,6 @@ from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.denoisers.dit import SIZES
 from crysforge.models.encoders import build_encoder
 from crysforge.models.ops.norm import BatchNorm
-from crysforge.trainer import stages  # noqa: F401 - registers them
 from crysforge.trainer.base.command_line import parse, required, run
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.engines.base import EngineConfig

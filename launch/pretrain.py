@@ -39,13 +39,14 @@ def main() -> None:
     config = parse(pretrain_schema(), __doc__)
     required(config, "data", "run_dir", "stages")
     stop = StopRequest(config.trainer.walltime_minutes, config.trainer.walltime_margin_minutes)
-    sections = {name: getattr(config, name) for name in config.stages if STAGES[name]}
+    sections = {name: getattr(config, name) for name in config.stages}
     micro = {name: jobs.micro_batch(section, config.trainer) for name, section in sections.items()}
     dataset = Dataset.open(config.data)
     jobs.check_splits(dataset, config.data, "train")
     world = distributed.init(config.trainer.timeout_s)
     print(world.describe(), flush=True)
 
+    before = open_model(config.init_from, config.init_stage) if config.init_from else None
     encoder = jobs.starting_encoder(config)
     start, data = lineage(config.init_from, config.init_stage), describe_data(dataset.manifest)
     directory = RunDirectory(config.run_dir)
@@ -56,13 +57,15 @@ def main() -> None:
 
     for name, section in sections.items():
         if not config.dry_run and name in record["finished"]:
-            encoder = open_model(directory.path, name).build_encoder()
-            start = lineage(directory.path, name)
+            before = open_model(directory.path, name)
+            encoder, start = before.build_encoder(), lineage(directory.path, name)
             if world.main:
                 print(f"{name}: already finished, taken from {directory.path / name}", flush=True)
             continue
         jobs.seed_everything(config.seed, name)
         stage = STAGES[name](section, encoder)
+        if before is not None:
+            stage.take(before)
         train, validation = (
             jobs.make_stream(
                 dataset,
@@ -94,8 +97,8 @@ def main() -> None:
             shown = f"validation {shown}" if shown else "no crystals to validate on"
             print(f"{name}: finished after {result.steps} steps; {shown}", flush=True)
         world.barrier()
-        encoder = open_model(directory.path, name).build_encoder()
-        start = lineage(directory.path, name)
+        before = open_model(directory.path, name)
+        encoder, start = before.build_encoder(), lineage(directory.path, name)
     if world.main and not config.dry_run:
         print(f"run: {directory.path}\ntensorboard: {directory.path / 'tensorboard'}", flush=True)
     distributed.shutdown()

@@ -9,7 +9,6 @@ from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.graphs.transforms import Sample
 from crysforge.models.denoisers.cspnet import CSPNetConfig
 from crysforge.models.encoders import build_encoder
-from crysforge.trainer import stages  # noqa: F401 - registers them
 from crysforge.trainer.stages.base import STAGES
 
 SMALL = CSPNetConfig(width=16, layers=2, frequencies=4)

@@ -53,7 +53,7 @@ def test_one_ranks_nan_is_left_out_by_both(run, zero):
     """The rank that had it names its crystals and keeps its batch."""
     codes, output = run(
         f"trainer.zero_stage={zero}",
-        rank1={"at": "crysforge.trainer.stages:VAEStage.forward", "call": 3, "do": "nan"},
+        rank1={"at": "crysforge.trainer.stages.vae:VAEStage.forward", "call": 3, "do": "nan"},
     )
     assert codes == [0, 0], output
     skips = [events(run.path, "skip", rank) for rank in (0, 1)]

@@ -134,7 +134,7 @@ BETWEEN = [
 ]
 FORWARD = Moment(
     "forward",
-    "crysforge.trainer.stages:VAEStage.forward",
+    "crysforge.trainer.stages.vae:VAEStage.forward",
     12,
     "crysforge.trainer.loop.fit:_Session.train_step",
 )

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-import crysforge.trainer.stages  # noqa: F401  (registers them)
 from crysforge.datapipe.common.config import configure
 from crysforge.trainer.base.tensors import read_json
 from crysforge.trainer.evaluation.formats import NOTHING, Entry, Number, Table

@@ -19,7 +19,7 @@ from crysforge.trainer.jobs.baselines import baselines
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.jobs.tables import errors, write_predictions
 from crysforge.trainer.runs.logger import read_metrics
-from crysforge.trainer.stages import FinetuneStage
+from crysforge.trainer.stages.finetune import FinetuneStage
 
 if TYPE_CHECKING:
     pass

@@ -9,8 +9,8 @@ from typing import Any
 from crysforge.datapipe.loading.stream import LoaderConfig
 from crysforge.trainer.loop.config import TrainerConfig
 from crysforge.trainer.runs.checkpoint import TAG
-from crysforge.trainer.stages import FinetuneConfig
-from crysforge.trainer.stages.base import STAGES
+from crysforge.trainer.stages.base import STAGES, pretraining_stages
+from crysforge.trainer.stages.finetune import FinetuneConfig
 
 
 @dataclass(kw_only=True)
@@ -68,7 +68,9 @@ class PretrainJob(JobConfig):
         for name in self.stages:
             if self.stages.count(name) > 1:
                 raise ValueError(f"stages={list(self.stages)} names {name} more than once")
-            if name in STAGES and getattr(self, name).epochs == 0:
+            if STAGES[name].learns_from_labels:
+                raise ValueError(f"stages=[{name}]: start it with launch/{name}.py")
+            if getattr(self, name).epochs == 0:
                 raise ValueError(f"{name}.epochs must be above 0: leave the stage out of stages")
 
 
@@ -107,7 +109,6 @@ class FinetuneJob(JobConfig):
 
 def pretrain_schema() -> type[PretrainJob]:
     """`PretrainJob` with a section for every registered stage."""
-    sections = [
-        (name, STAGES[name].Config, field(default_factory=STAGES[name].Config)) for name in STAGES
-    ]
+    stages = pretraining_stages().items()
+    sections = [(name, stage.Config, field(default_factory=stage.Config)) for name, stage in stages]
     return dataclasses.make_dataclass("PretrainJob", sections, bases=(PretrainJob,), kw_only=True)

@@ -20,8 +20,8 @@ from crysforge.trainer.engines.base import EngineConfig
 from crysforge.trainer.jobs.schemas import FinetuneJob, JobConfig
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.model_directory import Scaler, open_model, take_encoder
-from crysforge.trainer.stages import FinetuneStage
 from crysforge.trainer.stages.base import Stage, StageConfig, count_parameters
+from crysforge.trainer.stages.finetune import FinetuneStage
 
 
 def seed_everything(seed: int, purpose: str) -> None:

@@ -10,7 +10,7 @@
     RUN/skipped/                     batches whose gradient was not finite
     RUN/checkpoints/<stage>-<step>/  tensors, state.json, config.yaml; COMPLETE is written last and
                                      holds the files' hashes; MILESTONE marks one that is kept
-    RUN/<stage>/                     what a finished stage hands on: see trainer/runs/model_directory.py
+    RUN/<stage>/                     what a finished stage hands on: see model_directory.py
 
 A checkpoint holds full fp32 tensors, no shards: any number of ranks, any ZeRO stage and either
 engine can continue from it.

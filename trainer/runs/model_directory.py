@@ -8,8 +8,8 @@
     README.md           exported models: the model card, see trainer/runs/card.py
 
 Every stage of a run writes one, RUN/<stage>/. Reading one runs nothing of it: see
-trainer/base/safe_read.py. Schema 1 called config.yaml model.yaml, and put a finetuned model into RUN
-itself; it is read as well.
+trainer/base/safe_read.py. Schema 1 called config.yaml model.yaml, and put a finetuned model into
+RUN itself; it is read as well.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import dataclasses
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from crysforge.datapipe.storage.manifest import Manifest
 from crysforge import __version__
+from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.models.encoders import Encoder, build_encoder
-from crysforge.datapipe.common.config import configure
-from crysforge.trainer.runs.checkpoint import RunDirectory
+from crysforge.trainer.base.safe_read import (
+    PICKLES,
+    at_most,
+    check_tensor_file,
+    read_mapping,
+    read_object,
+)
 from crysforge.trainer.base.tensors import (
     code_version,
     load_into,
@@ -41,15 +46,8 @@ from crysforge.trainer.base.tensors import (
     write_json,
     write_text,
 )
+from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.stages.base import STAGES, Stage
-from crysforge.trainer.stages import FinetuneStage
-from crysforge.trainer.base.safe_read import (
-    PICKLES,
-    at_most,
-    check_tensor_file,
-    read_mapping,
-    read_object,
-)
 
 SCHEMA = 2
 CONFIG, WEIGHTS, SCALER = "config.yaml", "model.safetensors", "scaler.json"
@@ -111,9 +109,13 @@ class Exported:
             ValueError: the weights are missing, damaged or not those that the config describes.
         """
         with self._limit():
-            encoder = build_encoder(self.encoder)
+            encoder = self.new_encoder()
         load_into(encoder, self.weights("encoder."), str(self.file))
         return encoder.eval()
+
+    def new_encoder(self) -> Encoder:
+        """An encoder of that kind, with fresh weights."""
+        return build_encoder(self.encoder)
 
     def build_stage(self) -> Stage:
         """The whole stage with its trained weights, in evaluation mode.
@@ -123,38 +125,17 @@ class Exported:
                 another; weights that are not those that the config describes.
         """
         with self._limit():
-            encoder = build_encoder(self.encoder)
-            stage = self._finetuned(encoder) if self.finetuned else self._pretraining(encoder)
-        weights = self.weights()
-        load_into(stage, weights, str(self.file))
-        if self.scaler is not None and self.finetuned:
-            for name in ("mean", "std"):
-                if weights[name].tolist() != _float32(getattr(self.scaler, name)):
-                    raise ValueError(
-                        f"{self.path / SCALER} is of another model: its {name} is not the one that "
-                        f"{WEIGHTS} was trained with"
-                    )
+            stage = STAGES[self.stage].from_exported(self)
         return stage.eval()
 
     @property
     def finetuned(self) -> bool:
         """Whether it predicts properties."""
-        return self.stage == FinetuneStage.name
+        return self.scaler is not None
 
     def _limit(self) -> Any:
         check_tensor_file(self.file)
         return at_most(self.file.stat().st_size // 4, f"{self.path}: its config")
-
-    def _finetuned(self, encoder: Encoder) -> Stage:
-        scaler = self.scaler
-        if scaler is None:
-            raise ValueError(f"{self.path} has no {SCALER}: its run did not finish")
-        config = configure(FinetuneStage.Config, self.settings, "settings")
-        return FinetuneStage(config, encoder, scaler.targets, scaler.mean, scaler.std)
-
-    def _pretraining(self, encoder: Encoder) -> Stage:
-        cls: Any = STAGES[self.stage]
-        return cls(configure(cls.Config, self.settings, "settings"), encoder)
 
 
 def describe_stage(
@@ -282,7 +263,7 @@ def open_checkpoint(path: str | Path, tag: str = "") -> tuple[Exported, dict[str
     """
     run = RunDirectory(path)
     identity = run.read()["identity"]
-    tags = [p for name in identity.get("stages", [FinetuneStage.name]) for p in run.tags(name)]
+    tags = [p for name in identity.get("stages", ["finetune"]) for p in run.tags(name)]
     chosen = next((p for p in reversed(tags) if tag in ("", p.name)), None)
     if chosen is None:
         there = ", ".join(p.name for p in tags) or "none"
@@ -371,10 +352,6 @@ def _without_weights(root: Path) -> str:
             "for the model as safetensors"
         )
     return f"{root} has no {WEIGHTS}: its training did not finish, or the copy is not complete"
-
-
-def _float32(values: Sequence[float]) -> list[float]:
-    return torch.tensor(list(values), dtype=torch.float32).tolist()
 
 
 def _versions() -> dict[str, str]:

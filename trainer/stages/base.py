@@ -9,15 +9,21 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from crysforge.datapipe.common.config import configure
+from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.transforms import Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.registry import Registry
+from crysforge.trainer.base.tensors import load_into
 
 
 @dataclass
@@ -63,34 +69,129 @@ class StageConfig:
             raise ValueError(f"pct_start must be in [0, 1], got {self.pct_start}")
 
 
+class Saved(Protocol):
+    """A stage as it was saved (`Exported` in runs/model_directory.py): what rebuilds it, and what
+    the next stage may take from it."""
+
+    stage: str
+    """Its name."""
+    settings: dict[str, Any]
+    """Its config as a mapping."""
+    scaler: Any
+    """Targets, units, mean and std of the labels, if it learned from labels."""
+
+    @property
+    def file(self) -> Path:
+        """Where its weights are, for messages."""
+
+    def weights(self, prefix: str = "") -> dict[str, Tensor]:
+        """Tensors of its state dict whose names start with `prefix`, without it."""
+
+    def new_encoder(self) -> Encoder:
+        """An encoder of its kind, with fresh weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """What a generative stage is asked for."""
+
+    count: int
+    """Number of crystals."""
+    formula: str = ""
+    """Composition of one formula unit; empty: the stage chooses."""
+    formula_units: int = 1
+    """Formula units in a cell."""
+    atoms: int | None = None
+    """Atoms in a cell where no formula says; None: drawn as in training."""
+
+
 class Stage(nn.Module):
-    """Base of all stages. `encoder` is the part that is handed on and exported."""
+    """Base of all stages: an encoder with an objective.
+
+    A subclass sets `Config` (a dataclass derived from `StageConfig`), `name`, `encoder`, `config`
+    and `weights`, and implements `forward`. It is built as `cls(config, encoder)`; one that needs
+    more than that implements `from_exported` too. See docs/objectives.md.
+    """
 
     Config: ClassVar[type[StageConfig]]
     name: ClassVar[str]
+    learns_from_labels: ClassVar[bool] = False
+    """Whether it is a finetuning: built from labels and their statistics by launch/finetune.py."""
     min_atoms: ClassVar[int] = 1
     """Smaller crystals are left out of this stage's stream."""
 
     encoder: Encoder
+    """The part that every next stage starts from, and that is finetuned."""
     config: Any
     weights: Mapping[str, float]
     """Terms that enter the loss, with their weights."""
 
     def transform(self) -> Transform | None:
-        """What the loader does to a crystal before its graph is built."""
+        """What the loader does to a crystal before and after its graph is built."""
         return None
 
     @abstractmethod
     def forward(self, batch: CrystalBatch) -> dict[str, Term]:
-        """Loss terms and metrics of a batch. Draws come from `batch.rng_key`."""
+        """Loss terms and metrics of a batch.
+
+        The names are the same in every batch of a mode (training, evaluation); totals and counts
+        are fp32 scalars on the batch's device, and nothing waits for the device. Draws come from
+        `batch.rng_key` (ops/keyed_random.py), so that a resumed run draws the same. A dummy batch
+        (`batch.is_dummy`: this rank has no crystal in the step) goes through the same code, so that
+        all ranks take part in every collective; the loop sets its totals and counts to zero. A
+        stage that gathers crystals of other ranks itself must leave out those of dummy batches.
+        """
 
     def warnings(self, means: Mapping[str, float]) -> list[str]:
         """Sentences for the log if these averaged metrics are a sign of trouble."""
         return []
 
+    def take(self, before: Saved) -> None:
+        """Takes from the stage before what goes beyond its encoder: `before.weights("heads.")`, for
+        instance. Called once, on a fresh start. By default nothing is taken."""
 
-STAGES: Registry[type[Stage]] = Registry("stage")
-"""Pretraining stages: built as `cls(config, encoder)`."""
+    @classmethod
+    def from_exported(cls, saved: Saved) -> Stage:
+        """The stage that was saved, with its weights.
+
+        Raises:
+            ValueError: settings or weights that are not those of this stage.
+        """
+        stage = cls(configure(cls.Config, saved.settings, "settings"), saved.new_encoder())
+        load_into(stage, saved.weights(), str(saved.file))
+        return stage
+
+    @property
+    def generative(self) -> bool:
+        """Whether it makes crystals."""
+        return type(self).sample is not Stage.sample
+
+    def sample(self, request: SampleRequest, generator: torch.Generator) -> list[Crystal]:
+        """New crystals, without gradients.
+
+        Raises:
+            ValueError: the stage makes none, or none of the kind that is asked for.
+        """
+        raise ValueError(f"stage {self.name!r} does not generate crystals")
+
+
+_OURS = ("crysdiff", "crysgnn", "crystal_twins", "crysxpp", "dpf", "finetune", "joint", "vae")
+STAGES: Registry[type[Stage]] = Registry(
+    "stage",
+    modules={name: f"crysforge.trainer.stages.{name}" for name in _OURS},
+    plugins="crysforge.stages",
+)
+
+
+def pretraining_stages() -> dict[str, type[Stage]]:
+    """The stages that pretrain, by name. A plug-in that does not load is left out here, and an
+    error where it is asked for."""
+    found = {}
+    for name in STAGES:
+        with suppress(ValueError):
+            if not STAGES[name].learns_from_labels:
+                found[name] = STAGES[name]
+    return found
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.layers.readout import ReadoutHead
 from crysforge.models.objectives.property_diffusion import DiffusionReadout
-from crysforge.trainer.stages.base import Stage, StageConfig, Term
+from crysforge.trainer.base.tensors import load_into
+from crysforge.trainer.stages.base import STAGES, Saved, Stage, StageConfig, Term
 
 HEADS = ("regression", "linear", "diffusion")
 
@@ -51,6 +53,7 @@ class FinetuneConfig(StageConfig):
             )
 
 
+@STAGES.register("finetune")
 class FinetuneStage(Stage):
     """Encoder → mean over atoms → MLP → one number per target.
 
@@ -73,6 +76,7 @@ class FinetuneStage(Stage):
 
     Config = FinetuneConfig
     name = "finetune"
+    learns_from_labels = True
 
     mean: Tensor
     std: Tensor
@@ -94,6 +98,23 @@ class FinetuneStage(Stage):
         self.weights = {"noise": 1.0} if config.head == "diffusion" else {"mse": 1.0}
         self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32))
         self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32))
+
+    @classmethod
+    def from_exported(cls, saved: Saved) -> FinetuneStage:
+        scaler = saved.scaler
+        if scaler is None:
+            raise ValueError(f"{saved.file.parent} has no scaler.json: its run did not finish")
+        config = configure(cls.Config, saved.settings, "settings")
+        stage = cls(config, saved.new_encoder(), scaler.targets, scaler.mean, scaler.std)
+        given = {"mean": stage.mean.clone(), "std": stage.std.clone()}
+        load_into(stage, saved.weights(), str(saved.file))
+        for name, values in given.items():
+            if not torch.equal(getattr(stage, name), values):
+                raise ValueError(
+                    f"{saved.file.parent / 'scaler.json'} is of another model: its {name} is not "
+                    f"the one that {saved.file.name} was trained with"
+                )
+        return stage
 
     @property
     def lr_scales(self) -> dict[str, float]:

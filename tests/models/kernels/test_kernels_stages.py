@@ -9,7 +9,6 @@ from crysforge.datapipe.graphs.transforms import Sample
 from crysforge.models import kernels
 from crysforge.models.denoisers.dit import DiTConfig
 from crysforge.models.encoders import build_encoder
-from crysforge.trainer import stages  # noqa: F401 - registers them
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.engines.base import PRECISIONS, set_recompute
 from crysforge.trainer.loop.averages import total_over_ranks, weighted_loss

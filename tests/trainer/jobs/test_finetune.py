@@ -20,7 +20,7 @@ from crysforge.trainer.jobs import setup as jobs
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.logger import read_metrics
-from crysforge.trainer.stages import FinetuneConfig, FinetuneStage
+from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
 from tests.launching import FINETUNE
 
 

@@ -31,7 +31,7 @@ from crysforge.trainer.loop.guards import SpikeMonitor, dump_batch, load_batch
 from crysforge.trainer.loop.watchdog import Watchdog
 from crysforge.trainer.runs.checkpoint import BackgroundWriter, RunDirectory
 from crysforge.trainer.runs.logger import read_metrics
-from crysforge.trainer.stages import VAEConfig, VAEStage
+from crysforge.trainer.stages.vae import VAEConfig, VAEStage
 
 STEPS = 6
 

@@ -9,7 +9,6 @@ import torch
 from crysforge.datapipe.graphs.packing import build
 from crysforge.models.denoisers.dit import DiT, DiTConfig
 from crysforge.models.encoders import ENCODERS, build_encoder
-from crysforge.trainer import stages  # noqa: F401 - registers them
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.engines.base import EngineConfig, set_recompute
 from crysforge.trainer.engines.build import build_engine

@@ -9,7 +9,6 @@ import torch
 from crysforge.datapipe.graphs.packing import build
 from crysforge.models.denoisers.dit import DiTConfig
 from crysforge.models.encoders import build_encoder
-from crysforge.trainer import stages  # noqa: F401 - registers them
 from crysforge.trainer.base.command_line import from_sources
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.engines.base import EngineConfig

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from crysforge.trainer.base import tensors as files
-from crysforge.trainer.runs.checkpoint import BackgroundWriter, Checkpoint, RunDirectory
 from crysforge.trainer.base.tensors import load_into, load_tensors, save_tensors
+from crysforge.trainer.runs.checkpoint import BackgroundWriter, Checkpoint, RunDirectory
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -135,7 +135,9 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_named(run, monkeypatch):
     ):
         path = run.save(checkpoint(1), keep=1)
         with monkeypatch.context() as patch:
-            patch.setattr(f"crysforge.trainer.{name}", lambda file, read=read: file.unlink() or read(file))
+            patch.setattr(
+                f"crysforge.trainer.{name}", lambda file, read=read: file.unlink() or read(file)
+            )
             with pytest.raises(ValueError, match=words):
                 run.load(path)
         shutil.rmtree(path)

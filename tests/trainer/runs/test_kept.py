@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crysforge import load
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.storage.dataset import Dataset
-from crysforge import load
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.logger import read_metrics
 

@@ -16,7 +16,8 @@ from crysforge.trainer.runs.model_directory import (
     open_model,
     take_encoder,
 )
-from crysforge.trainer.stages import FinetuneConfig, FinetuneStage, VAEConfig, VAEStage
+from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
+from crysforge.trainer.stages.vae import VAEConfig, VAEStage
 
 
 def structures(count: int = 6) -> list[Structure]:

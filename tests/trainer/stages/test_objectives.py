@@ -15,9 +15,9 @@ from crysforge.models.encoders import ENCODERS, build_encoder
 from crysforge.models.objectives.connectivity import MOST_EDGES, UNJOINED_WEIGHT
 from crysforge.models.objectives.diffusion import wrapped_score
 from crysforge.models.objectives.element_features import element_features
-from crysforge.trainer.stages import FinetuneConfig, FinetuneStage
 from crysforge.trainer.stages.base import STAGES
 from crysforge.trainer.stages.dpf import displacement
+from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
 from tests.objectives import OBJECTIVES, collate, make
 
 GLOBAL = {"contrast", "barlow", "spread"}

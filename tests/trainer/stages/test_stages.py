@@ -14,15 +14,10 @@ from crysforge.models.denoisers.dit import SIZES
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.objectives.flow import centred_noise, crystal_mean, flow_times
 from crysforge.models.objectives.vae import Reconstruct
-from crysforge.trainer.stages import (
-    FinetuneConfig,
-    FinetuneStage,
-    JointConfig,
-    JointStage,
-    VAEConfig,
-    VAEStage,
-)
 from crysforge.trainer.stages.base import STAGES
+from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
+from crysforge.trainer.stages.joint import JointConfig, JointStage
+from crysforge.trainer.stages.vae import VAEConfig, VAEStage
 
 TARGETS = {"energy": (-1.5, 0.7), "gap": (2.0, 1.2)}
 
