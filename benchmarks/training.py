@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tables import show
 from crysforge.trainer.base.command_line import parse, required, run
-from crysforge.trainer.evaluation.costs import built
+from crysforge.trainer.reports.costs import built
 from crysforge.trainer.runs.logger import read_metrics
 from crysforge.trainer.runs.model_directory import open_model
 from crysforge.trainer.stages.base import count_parameters

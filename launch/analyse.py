@@ -19,7 +19,8 @@ if not __package__:  # run as a file of a checkout
 
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models import kernels
-from crysforge.trainer.analysis.report import AnalysisConfig, analyse
+from crysforge.trainer.analysis.config import AnalysisConfig
+from crysforge.trainer.analysis.report import analyse
 from crysforge.trainer.base.command_line import parse, required, run
 from crysforge.trainer.base.distributed import device_of
 from crysforge.trainer.runs.model_directory import open_model

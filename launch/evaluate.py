@@ -20,8 +20,9 @@ if not __package__:  # run as a file of a checkout
 from crysforge.launch.cluster.status import run_directories
 from crysforge.launch.cluster.submission import SUFFIX, Submission
 from crysforge.trainer.base.command_line import parse, required, run
-from crysforge.trainer.evaluation.report import EvaluateConfig, evaluate
 from crysforge.trainer.evaluation.suite import SUITE, Cell, Suite
+from crysforge.trainer.reports.config import EvaluateConfig
+from crysforge.trainer.reports.report import evaluate
 
 
 def find(path: Path) -> Suite:

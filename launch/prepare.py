@@ -51,7 +51,7 @@ from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.remote import join_path, local_path
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.base.command_line import parse, read_yaml, required, run
-from crysforge.trainer.figures import plots
+from crysforge.trainer.figures.data_figures import histograms
 
 
 def make() -> None:
@@ -83,7 +83,7 @@ def look() -> None:
     found = statistics(config)
     print(describe(found))
     path = config.output or join_path(local or "", "histograms.png")
-    plots.histograms(found.atoms, found.elements, *columns(found), path)
+    histograms(found.atoms, found.elements, *columns(found), path)
     print(f"histograms: {path}")
 
 

@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crysforge.models.denoisers.dit import TIME_CHANNELS
-from crysforge.models.objectives.flow import crystal_mean
-from crysforge.models.objectives.pairs import Pairs
-from crysforge.models.objectives.vae import WideLinear
+from crysforge.models.layers.basic import WideLinear
 from crysforge.models.ops.edges import Edges
-from crysforge.models.ops.segments import gather_source, gather_target, segment_sum
+from crysforge.models.ops.pairs import Pairs
+from crysforge.models.ops.segments import crystal_mean, gather_source, gather_target, segment_sum
 
 STATE = 6
 """Numbers that describe a lattice (log-metric coordinates, datapipe/crystals/lattice.py)."""

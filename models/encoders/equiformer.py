@@ -15,11 +15,9 @@ from crysforge.datapipe.schema import CrystalBatch, GraphSpec
 from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
 from crysforge.models.layers.basic import OneHotLinear, full_precision
 from crysforge.models.layers.irreps import (
-    Couplings,
     Features,
     IrrepLinear,
     IrrepNorm,
-    SeparableProduct,
     flatten,
     gate,
     gated_channels,
@@ -27,6 +25,7 @@ from crysforge.models.layers.irreps import (
     unit_moment,
 )
 from crysforge.models.layers.spherical import spherical_harmonics
+from crysforge.models.layers.tensor_product import Couplings, SeparableProduct
 from crysforge.models.ops.edges import Edges
 from crysforge.models.ops.keyed_random import keyed_dropout, member_keys
 from crysforge.models.ops.segments import (

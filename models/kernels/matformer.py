@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from crysforge.models.kernels.comformer import NODES
+from crysforge.models.kernels.matformer_norm import head_rows, norm_grad, norm_sum
 from crysforge.models.ops import messages
 from crysforge.models.ops.edges import Edges
 
@@ -38,10 +39,42 @@ def _value(values, index, edge, part, head, W, H, column, there, mask):
 
 
 @triton.jit
-def _head(base, row, head, W, H, column, mask):
-    """Rows of a table [·, H, W]: one head."""
-    offset = (row * H + head) * W
-    return tl.load(base + offset[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+def _centred(x0, x1, x2, mask, W):
+    """Three parts of a row of 3W, without their common mean, and the mean of their squares."""
+    mean = ((tl.sum(x0, 1) + tl.sum(x1, 1) + tl.sum(x2, 1)) / (3 * W))[:, None]
+    x0 = tl.where(mask, x0 - mean, 0.0)
+    x1 = tl.where(mask, x1 - mean, 0.0)
+    x2 = tl.where(mask, x2 - mean, 0.0)
+    var = (tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (3 * W)
+    return x0, x1, x2, var
+
+
+@triton.jit
+def _norm_input_grad(d0, d1, d2, x0, x1, x2, rstd, mask, W):
+    """Gradient of what a layer norm of 3W reads, from that of its output without affine map."""
+    level = ((tl.sum(d0, 1) + tl.sum(d1, 1) + tl.sum(d2, 1)) / (3 * W))[:, None]
+    along = ((tl.sum(d0 * x0, 1) + tl.sum(d1 * x1, 1) + tl.sum(d2 * x2, 1)) / (3 * W))[:, None]
+    d0 = tl.where(mask, (d0 - level - x0 * along) * rstd, 0.0)
+    d1 = tl.where(mask, (d1 - level - x1 * along) * rstd, 0.0)
+    d2 = tl.where(mask, (d2 - level - x2 * along) * rstd, 0.0)
+    return d0, d1, d2
+
+
+@triton.jit
+def _three(table, column, inside, W):
+    """Three vectors of W that lie one after another."""
+    a = tl.load(table + column, mask=inside, other=0.0)
+    b = tl.load(table + W + column, mask=inside, other=0.0)
+    c = tl.load(table + 2 * W + column, mask=inside, other=0.0)
+    return a, b, c
+
+
+@triton.jit
+def _store_three(table, a, b, c, column, inside, W):
+    """Writes them."""
+    tl.store(table + column, a, mask=inside)
+    tl.store(table + W + column, b, mask=inside)
+    tl.store(table + 2 * W + column, c, mask=inside)
 
 
 @triton.jit
@@ -58,15 +91,11 @@ def _gated(
     i = tl.load(target + edge, mask=there, other=0)
     j = tl.load(source + edge, mask=there, other=0)
     r = tl.load(row_of + edge, mask=there, other=0)
-    q = _head(query, i, head, W, H, column, mask)
-    s0 = q * _head(key, i, head, W, H, column, mask)
-    s1 = q * _head(key, j, head, W, H, column, mask)
-    s2 = q * _head(feature, r, head, W, H, column, mask)
-    mean = (tl.sum(s0, 1) + tl.sum(s1, 1) + tl.sum(s2, 1)) / (3 * W)
-    s0 = tl.where(mask, s0 - mean[:, None], 0.0)
-    s1 = tl.where(mask, s1 - mean[:, None], 0.0)
-    s2 = tl.where(mask, s2 - mean[:, None], 0.0)
-    var = (tl.sum(s0 * s0, 1) + tl.sum(s1 * s1, 1) + tl.sum(s2 * s2, 1)) / (3 * W)
+    q = head_rows(query, i, head, W, H, column, mask)
+    s0 = q * head_rows(key, i, head, W, H, column, mask)
+    s1 = q * head_rows(key, j, head, W, H, column, mask)
+    s2 = q * head_rows(feature, r, head, W, H, column, mask)
+    s0, s1, s2, var = _centred(s0, s1, s2, mask, W)
     rstd = 1 / tl.sqrt(var + eps)
     for part in tl.static_range(3):
         s = s0 if part == 0 else (s1 if part == 1 else s2)
@@ -76,74 +105,6 @@ def _gated(
         v = _value(values, index, edge, part, head, W, H, column, there, mask)
         offset = (edge * H + head) * 3 * W + part * W
         tl.store(out + offset[:, None] + column[None, :], gate * v, mask=mask)
-
-
-@triton.jit
-def _norm_sum(product, wn, bn, count, ptr, out, W, H, eps, P: tl.constexpr, C: tl.constexpr):
-    """out[n, h] = Σ count · layer_norm(product) over the edges into node n."""
-    node = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    column = tl.arange(0, C)
-    inside = column < W
-    first, last = tl.load(ptr + node), tl.load(ptr + node + 1)
-    total, weights = tl.zeros([C], tl.float32), tl.zeros([P], tl.float32)
-    for start in range(first, last, P):
-        edge = start + tl.arange(0, P)
-        there = edge < last
-        mask = there[:, None] & inside[None, :]
-        x = _head(product, edge, head, W, H, column, mask)
-        c = tl.load(count + edge, mask=there, other=0.0)
-        x = tl.where(mask, x - (tl.sum(x, 1) / W)[:, None], 0.0)
-        rstd = 1 / tl.sqrt(tl.sum(x * x, 1) / W + eps)
-        total += tl.sum((c * rstd)[:, None] * x, 0)
-        weights += c
-    w = tl.load(wn + column, mask=inside, other=0.0)
-    b = tl.load(bn + column, mask=inside, other=0.0)
-    total = total * w + tl.sum(weights, 0) * b
-    tl.store(out + (node * H + head) * W + column, total, mask=inside)
-
-
-@triton.jit
-def _norm_grad(
-    product, wn, grad, count, ptr, dproduct, partial, nodes, W, H, eps,
-    NODES: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Writes dproduct, and over a run of nodes the sums for weight and bias of the norm and for
-    the bias before it."""
-    run = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    column = tl.arange(0, C)
-    inside = column < W
-    w = tl.load(wn + column, mask=inside, other=0.0)
-    dw = tl.zeros([C], tl.float32)
-    db = tl.zeros([C], tl.float32)
-    dbias = tl.zeros([C], tl.float32)
-    for node in range(run * NODES, tl.minimum(run * NODES + NODES, nodes)):
-        first, last = tl.load(ptr + node), tl.load(ptr + node + 1)
-        up = tl.load(grad + (node * H + head) * W + column, mask=inside, other=0.0)
-        for start in range(first, last, P):
-            edge = start + tl.arange(0, P)
-            there = edge < last
-            mask = there[:, None] & inside[None, :]
-            x = _head(product, edge, head, W, H, column, mask)
-            c = tl.load(count + edge, mask=there, other=0.0)
-            x = tl.where(mask, x - (tl.sum(x, 1) / W)[:, None], 0.0)
-            rstd = 1 / tl.sqrt(tl.sum(x * x, 1) / W + eps)
-            x *= rstd[:, None]
-            dy = c[:, None] * up[None, :]
-            dw += tl.sum(dy * x, 0)
-            db += tl.sum(dy, 0)
-            dx = dy * w[None, :]
-            along = tl.sum(dx * x, 1) / W
-            dx = (dx - (tl.sum(dx, 1) / W)[:, None] - x * along[:, None]) * rstd[:, None]
-            dx = tl.where(mask, dx, 0.0)
-            dbias += tl.sum(dx, 0)
-            offset = (edge * H + head) * W
-            tl.store(dproduct + offset[:, None] + column[None, :], dx, mask=mask)
-    at = (run * H + head) * 3 * W + column
-    tl.store(partial + at, dw, mask=inside)
-    tl.store(partial + at + W, db, mask=inside)
-    tl.store(partial + at + 2 * W, dbias, mask=inside)
 
 
 @triton.jit
@@ -159,12 +120,8 @@ def _gated_grad(
     head = tl.program_id(1)
     column = tl.arange(0, C)
     inside = column < W
-    w0 = tl.load(wg + column, mask=inside, other=0.0)
-    w1 = tl.load(wg + W + column, mask=inside, other=0.0)
-    w2 = tl.load(wg + 2 * W + column, mask=inside, other=0.0)
-    b0 = tl.load(bg + column, mask=inside, other=0.0)
-    b1 = tl.load(bg + W + column, mask=inside, other=0.0)
-    b2 = tl.load(bg + 2 * W + column, mask=inside, other=0.0)
+    w0, w1, w2 = _three(wg, column, inside, W)
+    b0, b1, b2 = _three(bg, column, inside, W)
     dw0, dw1, dw2 = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     db0, db1, db2 = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     for node in range(run * NODES, tl.minimum(run * NODES + NODES, nodes)):
@@ -180,16 +137,12 @@ def _gated_grad(
             mask = there[:, None] & inside[None, :]
             j = tl.load(source + edge, mask=there, other=0)
             r = tl.load(row_of + edge, mask=there, other=0)
-            k = _head(key, j, head, W, H, column, mask)
-            f = _head(feature, r, head, W, H, column, mask)
+            k = head_rows(key, j, head, W, H, column, mask)
+            f = head_rows(feature, r, head, W, H, column, mask)
             x0 = tl.where(mask, (q * k0)[None, :], 0.0)
             x1 = k * q[None, :]
             x2 = f * q[None, :]
-            mean = (tl.sum(x0, 1) + tl.sum(x1, 1) + tl.sum(x2, 1)) / (3 * W)
-            x0 = tl.where(mask, x0 - mean[:, None], 0.0)
-            x1 = tl.where(mask, x1 - mean[:, None], 0.0)
-            x2 = tl.where(mask, x2 - mean[:, None], 0.0)
-            var = (tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (3 * W)
+            x0, x1, x2, var = _centred(x0, x1, x2, mask, W)
             rstd = (1 / tl.sqrt(var + eps))[:, None]
             x0, x1, x2 = x0 * rstd, x1 * rstd, x2 * rstd
             d0 = _pre_grad(
@@ -208,12 +161,7 @@ def _gated_grad(
             db1 += tl.sum(d1, 0)
             db2 += tl.sum(d2, 0)
             d0, d1, d2 = d0 * w0[None, :], d1 * w1[None, :], d2 * w2[None, :]
-            level = ((tl.sum(d0, 1) + tl.sum(d1, 1) + tl.sum(d2, 1)) / (3 * W))[:, None]
-            along = tl.sum(d0 * x0, 1) + tl.sum(d1 * x1, 1) + tl.sum(d2 * x2, 1)
-            along = (along / (3 * W))[:, None]
-            d0 = tl.where(mask, (d0 - level - x0 * along) * rstd, 0.0)
-            d1 = tl.where(mask, (d1 - level - x1 * along) * rstd, 0.0)
-            d2 = tl.where(mask, (d2 - level - x2 * along) * rstd, 0.0)
+            d0, d1, d2 = _norm_input_grad(d0, d1, d2, x0, x1, x2, rstd, mask, W)
             at = ((edge * H + head) * W)[:, None] + column[None, :]
             tl.store(dsource + at, d1 * q[None, :], mask=mask)
             tl.store(dfeature + at, d2 * q[None, :], mask=mask)
@@ -221,13 +169,9 @@ def _gated_grad(
             dq += tl.sum(d1 * k + d2 * f, 0)
         tl.store(dquery + own, dq + dk * k0, mask=inside)
         tl.store(dtarget + own, dk * q, mask=inside)
-    at = (run * H + head) * 6 * W + column
-    tl.store(partial + at, dw0, mask=inside)
-    tl.store(partial + at + W, dw1, mask=inside)
-    tl.store(partial + at + 2 * W, dw2, mask=inside)
-    tl.store(partial + at + 3 * W, db0, mask=inside)
-    tl.store(partial + at + 4 * W, db1, mask=inside)
-    tl.store(partial + at + 5 * W, db2, mask=inside)
+    at = partial + (run * H + head) * 6 * W
+    _store_three(at, dw0, dw1, dw2, column, inside, W)
+    _store_three(at + 3 * W, db0, db1, db2, column, inside, W)
 
 
 @triton.jit
@@ -255,7 +199,7 @@ class _Messages(torch.autograd.Function):
             del update
             summed = torch.empty_like(query)
             if summed.numel():
-                _norm_sum[(nodes, H)](
+                norm_sum[(nodes, H)](
                     product, wn, bn, edges.count, edges.ptr, summed, W, H, eps,
                     P=8, C=triton.next_power_of_2(W),
                 )  # fmt: skip
@@ -276,7 +220,7 @@ class _Messages(torch.autograd.Function):
             dproduct = torch.empty_like(product)
             partial = query.new_zeros(runs, H, 3, W)
             if partial.numel():
-                _norm_grad[(runs, H)](
+                norm_grad[(runs, H)](
                     product, wn, grad, edges.count, edges.ptr, dproduct, partial,
                     nodes, W, H, eps, NODES=NODES, P=8, C=C,
                 )  # fmt: skip

@@ -187,3 +187,12 @@ def _table(x: Tensor, inner: nn.Linear, weight: Tensor, edge_rows: Tensor) -> Te
     target, source, _ = weight.split(inner.out_features, 1)
     both = compose(x, torch.cat([target, source]), inner)
     return torch.cat([both[:, :dim], both[:, dim:], edge_rows])
+
+
+class WideLinear(nn.Linear):
+    """A linear layer that computes in fp32, autocast or not and however its weights are kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), bias)

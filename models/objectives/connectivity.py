@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models.layers.basic import WideLinear
 from crysforge.models.objectives.element_features import NUM_FEATURES, element_features
-from crysforge.models.objectives.pairs import PairClassifier, Pairs
-from crysforge.models.objectives.vae import WideLinear
+from crysforge.models.objectives.pairs import PairClassifier
+from crysforge.models.ops.pairs import Pairs
 
 MOST_EDGES = 5
 """Classes are 0, 1, … edges; more than this count as this."""

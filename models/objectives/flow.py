@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from crysforge.models.ops.keyed_random import derive, keyed_normal, keyed_uniform, member_keys
+from crysforge.models.ops.segments import crystal_mean
 
 T_MIN = 0.01
 T_CLAMP = 0.9
@@ -34,11 +34,6 @@ def centred_noise(key: Tensor, batch: Tensor, ptr: Tensor, dim: int) -> Tensor:
     A crystal of one atom has none left."""
     noise = keyed_normal(member_keys(derive(key, _NOISE), batch, ptr), dim, 0)
     return noise - crystal_mean(noise, ptr)[batch]
-
-
-def crystal_mean(x: Tensor, ptr: Tensor) -> Tensor:
-    """Mean over the atoms of each crystal, [A, D] → [B, D]."""
-    return torch.segment_reduce(x, "mean", offsets=ptr)
 
 
 def flow_losses(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crysforge.datapipe.schema import MAX_Z, CrystalBatch
+from crysforge.models.layers.basic import WideLinear
 from crysforge.models.ops.keyed_random import derive, keyed_normal, member_keys
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -41,15 +42,6 @@ class Gaussian(NamedTuple):
     def kl(self) -> Tensor:
         """Divergence from the standard normal, summed over channels, [A]."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).sum(dim=1)
-
-
-class WideLinear(nn.Linear):
-    """A linear layer that computes in fp32, autocast or not and however its weights are kept."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float(), bias)
 
 
 class Posterior(nn.Module):

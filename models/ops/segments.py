@@ -68,3 +68,8 @@ def mean_readout(x: Tensor, batch: CrystalBatch) -> Tensor:
     return Incidence(
         RowSum(each[:-1], batch.node_ptr, share), RowSum(batch.node_batch, each, share, each=1)
     )(x)
+
+
+def crystal_mean(x: Tensor, ptr: Tensor) -> Tensor:
+    """Mean over the atoms of each crystal, [A, D] → [B, D]."""
+    return torch.segment_reduce(x, "mean", offsets=ptr)

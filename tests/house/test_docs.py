@@ -19,8 +19,8 @@ from crysforge.launch import analyse, demo, ensemble, export, leaderboard, predi
 from crysforge.launch.cluster.request import Request
 from crysforge.launch.cluster.suite import SuiteConfig
 from crysforge.trainer.base.command_line import from_sources, merge_sources, split_arguments
-from crysforge.trainer.evaluation.report import EvaluateConfig
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema
+from crysforge.trainer.reports.config import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +11,16 @@ import numpy as np
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder
+from crysforge.trainer.analysis.config import AnalysisConfig
 from crysforge.trainer.analysis.geometry import invariance, smoothness
 from crysforge.trainer.analysis.health import collapse, variance_over_training
 from crysforge.trainer.analysis.information import mutual_information
 from crysforge.trainer.analysis.latents import Latents, latents, sample
 from crysforge.trainer.analysis.maps import latent_map, projector
+from crysforge.trainer.analysis.page import page
 from crysforge.trainer.analysis.probes import reconstruction
 from crysforge.trainer.base.tensors import new_directory, write_json, write_text
 from crysforge.trainer.figures.style import STYLE, TRAIN, VAL, new_figure, save_png
-
-ANALYSES = ("probes", "information", "smoothness", "variance", "invariance", "collapse", "map")
-
-
-@dataclass(kw_only=True)
-class AnalysisConfig:
-    """What is analysed, and on how much."""
-
-    split: str = "test"
-    """Split that is looked at and judged on."""
-    fit_split: str = "train"
-    """Split that probes are fitted on."""
-    count: int = 1000
-    """Crystals looked at, drawn by the seed."""
-    fit_count: int = 2000
-    """Crystals that probes are fitted on."""
-    mask_ratio: float = 0.3
-    """Share of the atoms whose element is hidden, for the probe of elements."""
-    max_pairs: int = 20000
-    """Atoms behind the mutual information."""
-    seeds: int = 3
-    """Networks that the mutual information is the mean of."""
-    seed: int = 0
-    """Seed of the draws."""
-    targets: list[str] | None = None
-    """Labels that colour the map; None: all."""
-    analyses: list[str] = field(default_factory=lambda: list(ANALYSES))
-    """Which to make."""
-
-    def __post_init__(self) -> None:
-        for name in self.analyses:
-            if name not in ANALYSES:
-                raise ValueError(f"unknown analysis {name!r}: {nearest(name, ANALYSES)}")
-        for name, least in (("count", 2), ("fit_count", 20), ("max_pairs", 100), ("seeds", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 def analyse(
@@ -125,110 +90,6 @@ def _information(found: Latents, config: AnalysisConfig) -> dict[str, dict[str, 
         name: mutual_information(found.atoms[rows], values[rows], config.seeds)
         for name, values in parts.items()
     }
-
-
-def page(out: Mapping[str, Any], config: AnalysisConfig) -> str:
-    """The numbers as Markdown."""
-    lines = [
-        "# Analysis of an encoder",
-        f"{out['crystals']} crystals of the {config.split} split, {out['atoms']} atoms.",
-    ]
-    if p := out.get("probes"):
-        lines += [
-            "## Linear probes of frozen latents",
-            f"Fitted on up to {config.fit_count} crystals of the {config.fit_split} split; "
-            f"elements of {p['masked_atoms']} masked atoms (ratio {config.mask_ratio}).",
-            *_table(
-                ("", "probe", "without latents"),
-                (
-                    "element, accuracy",
-                    f"{p['element_accuracy']:.3f}",
-                    f"{p['element_accuracy_commonest']:.3f} (commonest)",
-                ),
-                (
-                    "fractional coordinates, MAE",
-                    f"{p['coords_mae']:.4f}",
-                    f"{p['coords_mae_mean']:.4f} (mean)",
-                ),
-                (
-                    "lattice, MAE (Å)",
-                    f"{p['lattice_mae']:.3f}",
-                    f"{p['lattice_mae_mean']:.3f} (mean)",
-                ),
-            ),
-        ]
-    if info := out.get("information"):
-        lines += [
-            "## Mutual information",
-            "MINE (Donsker–Varadhan lower bound), nats, on pairs it has not learned from; A: "
-            "elements, X: fractional coordinates.",
-            *_table(
-                ("", "nats", "std over networks", "ln(pairs)"),
-                *(
-                    (f"I({k})", f"{v['nats']:.3f}", f"{v['std']:.3f}", f"{v['ceiling']:.1f}")
-                    for k, v in info.items()
-                ),
-            ),
-        ]
-    if s := out.get("smoothness"):
-        lines += [
-            "## Smoothness",
-            f"Cartesian displacements of all atoms. Straight line: Δ = {s['jump']:.3g} + "
-            f"{s['slope_per_angstrom']:.3g} σ/Å (R² {s['r2']:.3f}); the latents' mean norm "
-            f"is {s['mean_norm']:.3g}.",
-            *_table(
-                ("σ (Å)", "Δ", "cosine"),
-                *((f"{r['sigma']}", f"{r['delta']:.4g}", f"{r['cosine']:.5f}") for r in s["rows"]),
-            ),
-        ]
-    if v := out.get("invariance"):
-        lines += [
-            "## Invariance",
-            "Smallest cosine, and largest difference in units of the spread over crystals.",
-            *_table(
-                ("change", "cosine", "difference"),
-                *((k, f"{x['cosine']:.7f}", f"{x['difference']:.2g}") for k, x in v.items()),
-            ),
-        ]
-    if c := out.get("collapse"):
-        lines += [
-            "## Collapse",
-            f"{'Collapsed: ' + c['why'] if c['collapsed'] else 'No sign of collapse'}. Variance "
-            f"{c['variance']:.4g}, effective rank {c['effective_rank']:.1f} of {c['channels']}, "
-            f"dead channels {c['dead_channels']:.1%}, mean cosine of pairs of crystals "
-            f"{c['pairwise_cosine']:.4f}.",
-        ]
-    if curves := out.get("variance_over_training"):
-        ends = "; ".join(
-            f"{k}: {v[0][1]:.3g} at step {v[0][0]} to {v[-1][1]:.3g} at step {v[-1][0]}"
-            for k, v in curves.items()
-        )
-        lines += ["## Latent variance over stage 2", f"{ends}. ![](variance.png)"]
-    if m := out.get("map"):
-        shares = " and ".join(f"{x:.0%}" for x in m["variance_shares"])
-        lines += [
-            "## Map",
-            f"Principal components, {shares} of the variance. ![](map.png)",
-            "All dimensions: `tensorboard --logdir projector`.",
-        ]
-    return "\n\n".join(_joined(lines)) + "\n"
-
-
-def _table(*rows: Sequence[str]) -> list[str]:
-    head, *body = rows
-    marked = [head, ["---"] * len(head), *body]
-    return ["| " + " | ".join(row) + " |" for row in marked]
-
-
-def _joined(lines: Sequence[str]) -> list[str]:
-    """Paragraphs; the rows of a table stay together."""
-    out: list[str] = []
-    for line in lines:
-        if out and line.startswith("|") and out[-1].startswith("|"):
-            out[-1] += "\n" + line
-        else:
-            out.append(line)
-    return out
 
 
 def _smoothness_figure(found: Mapping[str, Any], path: Path) -> None:

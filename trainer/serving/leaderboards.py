@@ -114,22 +114,7 @@ def matbench(
             or a missing piece of metadata.
     """
     _needs(metadata, "authors", "algorithm", "algorithm_long")
-    tasks: dict[str, dict[int, dict[str, Any]]] = {}
-    for run in map(Path, runs):
-        metrics, rows = _results(run)
-        task, fold, ids = _fold(run, [row["id"] for row in rows])
-        folds = tasks.setdefault(task, {})
-        if fold in folds:
-            raise ValueError(f"{run}: there is a run of fold {fold} of {task} already")
-        values = np.array([[float(r["target"]), float(r["prediction"])] for r in rows])
-        folds[fold] = {
-            "data": dict(zip(ids, values[:, 1].tolist(), strict=True)),
-            "parameters": {"encoder": metrics["encoder"], "seed": metrics["seed"]},
-            "scores": scores(values[:, 0], values[:, 1]),
-        }
-    for task, folds in tasks.items():
-        if missing := sorted(set(range(FOLDS)) - set(folds)):
-            raise ValueError(f"{task} has no run of fold {', '.join(map(str, missing))}")
+    tasks = _by_fold(runs)
     record = {
         "@module": "matbench.bench",
         "@class": "MatbenchBenchmark",
@@ -159,6 +144,27 @@ def matbench(
         task: float(np.mean([fold["scores"]["mae"] for fold in folds.values()]))
         for task, folds in tasks.items()
     }
+
+
+def _by_fold(runs: Sequence[str | Path]) -> dict[str, dict[int, dict[str, Any]]]:
+    """What each fold of each task has to say, all folds there."""
+    tasks: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in map(Path, runs):
+        metrics, rows = _results(run)
+        task, fold, ids = _fold(run, [row["id"] for row in rows])
+        folds = tasks.setdefault(task, {})
+        if fold in folds:
+            raise ValueError(f"{run}: there is a run of fold {fold} of {task} already")
+        values = np.array([[float(r["target"]), float(r["prediction"])] for r in rows])
+        folds[fold] = {
+            "data": dict(zip(ids, values[:, 1].tolist(), strict=True)),
+            "parameters": {"encoder": metrics["encoder"], "seed": metrics["seed"]},
+            "scores": scores(values[:, 0], values[:, 1]),
+        }
+    for task, folds in tasks.items():
+        if missing := sorted(set(range(FOLDS)) - set(folds)):
+            raise ValueError(f"{task} has no run of fold {', '.join(map(str, missing))}")
+    return tasks
 
 
 def scores(label: np.ndarray, prediction: np.ndarray) -> dict[str, float]:

@@ -11,9 +11,9 @@ from torch import Tensor
 from crysforge.datapipe.graphs.transforms import Chain, CountPairEdges, SpaceGroup, Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
+from crysforge.models.layers.basic import WideLinear
 from crysforge.models.objectives.connectivity import ConnectivityDecoder
 from crysforge.models.objectives.contrastive import nt_xent
-from crysforge.models.objectives.vae import WideLinear
 from crysforge.models.ops.segments import mean_readout
 from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
 

@@ -17,7 +17,8 @@ from crysforge.datapipe.graphs.transforms import (
 )
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
-from crysforge.models.objectives.vae import Reconstruct, ReconstructionHeads, WideLinear
+from crysforge.models.layers.basic import WideLinear
+from crysforge.models.objectives.vae import Reconstruct, ReconstructionHeads
 from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
 from crysforge.trainer.stages.vae import check_mask_ratio
 

@@ -13,10 +13,8 @@ from torch.func import functional_call
 
 from crysforge.models.layers import irreps
 from crysforge.models.layers.irreps import (
-    Couplings,
     IrrepLinear,
     IrrepNorm,
-    SeparableProduct,
     coupling,
     flatten,
     gate,
@@ -26,6 +24,7 @@ from crysforge.models.layers.irreps import (
     unit_moment,
 )
 from crysforge.models.layers.spherical import spherical_harmonics
+from crysforge.models.layers.tensor_product import Couplings, SeparableProduct
 
 CHANNELS = (6, 5, 4)
 

@@ -18,7 +18,8 @@ from crysforge.models.objectives.element_features import (
     SIZES,
     element_features,
 )
-from crysforge.models.objectives.pairs import PairClassifier, Pairs, pair_products
+from crysforge.models.objectives.pairs import PairClassifier, pair_products
+from crysforge.models.ops.pairs import Pairs
 
 
 def test_pairs_and_their_products():

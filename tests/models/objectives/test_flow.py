@@ -2,14 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from crysforge.models.objectives.flow import (
-    T_CLAMP,
-    T_MIN,
-    centred_noise,
-    crystal_mean,
-    flow_losses,
-    flow_times,
-)
+from crysforge.models.objectives.flow import T_CLAMP, T_MIN, centred_noise, flow_losses, flow_times
+from crysforge.models.ops.segments import crystal_mean
 
 SIZES = [3, 1, 6, 2]
 DIM = 5

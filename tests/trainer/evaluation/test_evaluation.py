@@ -15,9 +15,10 @@ import pytest
 from crysforge.launch.evaluate import find
 from crysforge.trainer.base.tensors import read_json, write_json
 from crysforge.trainer.evaluation.compare import arms_of, compare, mean_improvements
-from crysforge.trainer.evaluation.report import EvaluateConfig, evaluate
 from crysforge.trainer.evaluation.results import classification_scores, gather
 from crysforge.trainer.evaluation.suite import Suite
+from crysforge.trainer.reports.config import EvaluateConfig
+from crysforge.trainer.reports.report import evaluate
 from tests.evaluation_runs import arms_and_seeds, dataset, finetuned, suite
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -309,7 +310,7 @@ def test_a_failure_leaves_the_last_report_alone(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("crysforge.trainer.evaluation.report._text", fail)
+    monkeypatch.setattr("crysforge.trainer.reports.report._text", fail)
     with pytest.raises(OSError, match="disk full"):
         write(root)
     assert (path / "report.md").read_bytes() == before

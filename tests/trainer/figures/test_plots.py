@@ -14,6 +14,7 @@ from PIL import Image
 from crysforge.datapipe.schema import MAX_Z
 from crysforge.trainer.figures import plots
 from crysforge.trainer.figures import style as drawing
+from crysforge.trainer.figures.data_figures import histograms
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_nothing_to_draw_is_an_error(tmp_path):
 def test_histograms_of_a_data_set(tmp_path, saved):
     atoms = np.array([2, 2, 5, 40])
     targets = {"gap": np.array([0.0, 1.0, np.nan, 2.0]), "none": np.full(4, np.nan)}
-    plots.histograms(atoms, {11: 3, 17: 4}, targets, {"gap": "eV"}, tmp_path / "h.png")
+    histograms(atoms, {11: 3, 17: 4}, targets, {"gap": "eV"}, tmp_path / "h.png")
     labels = [a.get_xlabel() for a in saved[0].axes]
     assert "atoms per cell" in labels
     assert "gap (eV)" in labels

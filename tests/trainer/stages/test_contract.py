@@ -118,4 +118,6 @@ def test_a_stage_takes_more_than_the_encoder(dreamer, tmp_path):
     given = {k: v for k, v in vae.state_dict().items() if k.startswith("heads.heads.atoms.")}
     assert given
     for name, value in given.items():
-        assert torch.equal(dreamer.state_dict()[name.replace("heads.heads.atoms", "element")], value)
+        assert torch.equal(
+            dreamer.state_dict()[name.replace("heads.heads.atoms", "element")], value
+        )

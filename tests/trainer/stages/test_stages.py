@@ -12,8 +12,9 @@ from crysforge.datapipe.graphs.transforms import Sample
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.models.denoisers.dit import SIZES
 from crysforge.models.encoders.base import Encoder
-from crysforge.models.objectives.flow import centred_noise, crystal_mean, flow_times
+from crysforge.models.objectives.flow import centred_noise, flow_times
 from crysforge.models.objectives.vae import Reconstruct
+from crysforge.models.ops.segments import crystal_mean
 from crysforge.trainer.stages.base import STAGES
 from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
 from crysforge.trainer.stages.joint import JointConfig, JointStage

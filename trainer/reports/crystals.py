@@ -12,10 +12,10 @@ from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.symmetry import space_group
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer.evaluation.compare import Arm, lines_of, varying
-from crysforge.trainer.evaluation.formats import NOTHING, Entry, Number, Table, places
 from crysforge.trainer.evaluation.results import Result
 from crysforge.trainer.evaluation.statistics import improvement, summarise
 from crysforge.trainer.evaluation.suite import Suite
+from crysforge.trainer.reports.formats import NOTHING, Entry, Number, Table, places
 
 BUCKETS = (("N ≤ 5", 1, 5), ("5 < N < 10", 6, 9), ("N ≥ 10", 10, 10**9))
 """Number of atoms per cell, both ends included. Source: Fig. 8 of the CrysLDNet paper, where

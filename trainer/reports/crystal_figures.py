@@ -13,17 +13,17 @@ from ase.data import chemical_symbols
 
 from crysforge.datapipe.crystals.crystal import MAX_Z
 from crysforge.trainer.evaluation.compare import Arm
-from crysforge.trainer.evaluation.crystals import (
+from crysforge.trainer.evaluation.statistics import improvement
+from crysforge.trainer.figures.style import WIDTH, new_figure, place_of
+from crysforge.trainer.reports.crystals import (
     BUCKETS,
     SYSTEMS,
     Facts,
     arm_errors,
     means_inside,
 )
-from crysforge.trainer.evaluation.figures import STYLE, Look, headline, mae_label, save
-from crysforge.trainer.evaluation.formats import places
-from crysforge.trainer.evaluation.statistics import improvement
-from crysforge.trainer.figures.style import WIDTH, new_figure, place_of
+from crysforge.trainer.reports.figures import STYLE, Look, headline, mae_label, save
+from crysforge.trainer.reports.formats import places
 
 _WHISKERS = "bars: means over seeds, with their standard deviation"
 FEWEST = 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from crysforge.trainer.base.tensors import (
@@ -14,7 +14,6 @@ from crysforge.trainer.base.tensors import (
     sync_directory,
     write_text,
 )
-from crysforge.trainer.evaluation import crystal_figures, figures
 from crysforge.trainer.evaluation.compare import (
     Arm,
     arms_of,
@@ -24,61 +23,20 @@ from crysforge.trainer.evaluation.compare import (
     title_of,
     varying,
 )
-from crysforge.trainer.evaluation.costs import costs_table
-from crysforge.trainer.evaluation.crystals import Facts, atoms_table, facts_behind, facts_of
-from crysforge.trainer.evaluation.formats import Table
 from crysforge.trainer.evaluation.published import Published, published
 from crysforge.trainer.evaluation.results import gather
 from crysforge.trainer.evaluation.suite import Suite
-from crysforge.trainer.evaluation.tables import (
-    comparisons_table,
-    missing_table,
-    published_table,
-    results_table,
-    scores_table,
-)
+from crysforge.trainer.reports import crystal_figures, figures
+from crysforge.trainer.reports.config import EvaluateConfig
+from crysforge.trainer.reports.costs import costs_table
+from crysforge.trainer.reports.crystals import Facts, atoms_table, facts_behind, facts_of
+from crysforge.trainer.reports.formats import Table
+from crysforge.trainer.reports.published_tables import published_table
+from crysforge.trainer.reports.scores_tables import missing_table, scores_table
+from crysforge.trainer.reports.tables import comparisons_table, results_table
 
 REPORT = "report.md"
 _LABELS = ("label_fraction", "label_count")
-
-
-@dataclass(kw_only=True)
-class EvaluateConfig:
-    """Settings of an evaluation."""
-
-    suite: str = ""
-    """Directory of a suite, of a sweep that was submitted, or of runs."""
-    output: str = ""
-    """Where the report goes; default `report` in the suite's directory. A report there is
-    replaced."""
-    baseline: str = ""
-    """`FACTOR=VALUE` that the factor's other values are compared with; default the suite's."""
-    rows: list[str] = field(default_factory=list)
-    """Factors that name the rows of the main table; default all that vary but `columns`."""
-    columns: str = ""
-    """Factor whose values are its columns; default the compared one."""
-    split: str = "test"
-    """`test` or `val`."""
-    paper: str = ""
-    """Published tables to set beside (`crysldnet-unified`, `dpf`, …); default the suite's."""
-    data: list[str] = field(default_factory=list)
-    """Where to look for data sets that are no longer where the runs found them."""
-    confidence: float = 0.95
-    """Of the intervals."""
-    resamples: int = 10_000
-    """Draws of the bootstrap over crystals."""
-    figures: bool = True
-    """Whether to draw."""
-    space_groups: bool = True
-    """Whether to look for the space group of every crystal (some milliseconds each)."""
-
-    def __post_init__(self) -> None:
-        if self.split not in ("test", "val"):
-            raise ValueError(f"split must be test or val, got {self.split!r}")
-        if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence must be between 0 and 1, got {self.confidence}")
-        if self.resamples < 1:
-            raise ValueError(f"resamples must be positive, got {self.resamples}")
 
 
 @dataclass

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 from crysforge.trainer.evaluation.compare import (
@@ -11,10 +10,14 @@ from crysforge.trainer.evaluation.compare import (
     Comparison,
     Key,
     mean_improvements,
-    most_labels,
     varying,
 )
-from crysforge.trainer.evaluation.formats import (
+from crysforge.trainer.evaluation.published import (
+    Published,
+)
+from crysforge.trainer.evaluation.statistics import NAN, Summary
+from crysforge.trainer.evaluation.suite import Suite
+from crysforge.trainer.reports.formats import (
     NOTHING,
     Entry,
     Interval,
@@ -23,18 +26,6 @@ from crysforge.trainer.evaluation.formats import (
     Table,
     places,
 )
-from crysforge.trainer.evaluation.published import (
-    ANY,
-    ENCODER,
-    OWN,
-    PRETRAINING,
-    Published,
-    PublishedTable,
-    model_of,
-)
-from crysforge.trainer.evaluation.results import Missing
-from crysforge.trainer.evaluation.statistics import NAN, Summary, one_sample_p
-from crysforge.trainer.evaluation.suite import Suite
 
 FEW = 6
 """Replicates below which a test over them is called weak."""
@@ -78,10 +69,8 @@ def results_table(
         means |= _means(group, bold=side_by_side or rows == [suite.compared])
     units = [_unit(group) for group in peers]
     several = len(set(units)) > 1
-    others = [h for h in heads if h != suite.baseline] if side_by_side and comparisons else []
-    by_arm = {id(c.arm): c for c in comparisons}
-    printed = {id(a): found for a in arms if (found := known.value(a, suite.compared))}
-    beside = [h for h in heads if any(id(a) in printed for a in arms if _head(a, column) == h)]
+    gains = _Gains(suite, comparisons, heads if side_by_side else [])
+    beside = _Beside(suite, arms, heads, column, known)
     kinds = _COMPOSITION if side_by_side else {}
     body: list[list[Entry]] = []
     for key, line in grid.items():
@@ -89,32 +78,57 @@ def results_table(
         if several and side_by_side:
             entries.append(_unit([*line.values()]))
         entries += [means[id(line[h])] if h in line else "" for h in heads]
-        for head in others:
-            entries += _gain(by_arm.get(id(line.get(head))), alone=len(others) == 1)
+        entries += gains.of(line)
         shown = [a for a in line.values() if a.results]
         digits = places([a.mean(_mae) for a in shown])
         entries += [Number(shown[0].composition(k) if shown else NAN, digits) for k in kinds]
-        for head in beside:
-            value = printed.get(id(line.get(head)), (NAN, ""))[0]
-            entries.append(Number(value, places([value])))
-        body.append(entries)
+        body.append([*entries, *beside.of(line)])
     titles = [h or "MAE" for h in heads]
     if several and not side_by_side:
         titles = [f"{h} ({u})" if u else h for h, u in zip(heads, units, strict=True)]
-    columns = [
-        *rows,
-        *(["unit"] if several and side_by_side else []),
-        *titles,
-        *(["gain / %", "p (seeds)", "p (crystals)"] if len(others) == 1
-          else [f"{h}: gain / %" for h in others]),
-        *kinds.values(),
-        *(f"{h}, published" if h else "published" for h in beside),
-    ]  # fmt: skip
+    unit_column = ["unit"] if several and side_by_side else []
+    columns = [*rows, *unit_column, *titles, *gains.titles, *kinds.values(), *beside.titles]
     unit = f" in {units[0]}" if units and units[0] and not several else ""
     by = f" by {column}" if column else ""
     title = f"{suite.title}: {split} MAE{unit}{by}, mean ± standard deviation over seeds"
-    named = len(rows) + (several and side_by_side)
-    return Table("results", title, columns, body, named, _constants(arms))
+    return Table("results", title, columns, body, len(rows) + len(unit_column), _constants(arms))
+
+
+class _Gains:
+    """Columns that say how much an arm gains on the baseline of its row."""
+
+    def __init__(
+        self, suite: Suite, comparisons: Sequence[Comparison], heads: Sequence[str]
+    ) -> None:
+        self.heads = [h for h in heads if h != suite.baseline] if comparisons else []
+        self.by_arm = {id(c.arm): c for c in comparisons}
+        self.titles = [f"{h}: gain / %" for h in self.heads]
+        if len(self.heads) == 1:
+            self.titles = ["gain / %", "p (seeds)", "p (crystals)"]
+
+    def of(self, line: Mapping[str, Arm]) -> list[Entry]:
+        """The entries of a row."""
+        alone = len(self.heads) == 1
+        found = [self.by_arm.get(id(line.get(head))) for head in self.heads]
+        return [entry for each in found for entry in _gain(each, alone=alone)]
+
+
+class _Beside:
+    """Columns of published values, for the heads that have one."""
+
+    def __init__(
+        self, suite: Suite, arms: Sequence[Arm], heads: Sequence[str], column: str, known: Published
+    ) -> None:
+        values = {id(a): known.value(a, suite.compared) for a in arms}
+        self.values = {arm: found[0] for arm, found in values.items() if found}
+        with_value = {_head(a, column) for a in arms if id(a) in self.values}
+        self.heads = [h for h in heads if h in with_value]
+        self.titles = [f"{h}, published" if h else "published" for h in self.heads]
+
+    def of(self, line: Mapping[str, Arm]) -> list[Entry]:
+        """The entries of a row."""
+        found = [self.values.get(id(line.get(head)), NAN) for head in self.heads]
+        return [Number(value, places([value])) for value in found]
 
 
 def _grid(arms: Sequence[Arm], rows: Sequence[str], column: str) -> dict[Key, dict[str, Arm]]:
@@ -131,49 +145,6 @@ def _grid(arms: Sequence[Arm], rows: Sequence[str], column: str) -> dict[Key, di
 
 def _head(arm: Arm, column: str) -> str:
     return arm.values[column] if column else ""
-
-
-def scores_table(
-    suite: Suite,
-    arms: Sequence[Arm],
-    known: Published,
-    split: str = "test",
-    confidence: float = 0.95,
-) -> Table:
-    """Every arm with all its scores."""
-    factors = varying(arms) or list(arms[0].values)[:1]
-    percent = f"{100 * confidence:g} %"
-    more = [m for m in _MORE if any(a.scores(m) for a in arms)]
-    published = any(known.value(a, suite.compared) for a in arms)
-    body: list[list[Entry]] = []
-    for arm in arms:
-        found = arm.summary("mae", confidence)
-        unit = arm.first.unit if arm.results else ""
-        n = f"{len(arm.results)} of {arm.planned}" if arm.missing else len(arm.results)
-        entries: list[Entry] = [*arm.key(factors), unit, n]
-        if found is None:
-            entries += [NOTHING] * (7 + len(more) + 2 * published)
-            body.append([*entries, NOTHING])
-            continue
-        digits = places([found.mean], 4)
-        entries += [Number(found.mean, digits, found.std), Interval(found.low, found.high, digits)]
-        entries += [_spread(arm, m, digits if m == "rmse" else 3) for m in ("rmse", "r2", *more)]
-        entries += [
-            Number(arm.mean(lambda r: r.scores["val_mae"]), digits),
-            *(Number(arm.composition(k), digits) for k in _COMPOSITION),
-        ]
-        if published:
-            value = known.value(arm, suite.compared)
-            entries.append(Number(value[0] if value else NAN, digits))
-            entries.append(PValue(one_sample_p(arm.scores("mae"), value[0]) if value else NAN))
-        body.append([*entries, Number(arm.mean(lambda r: r.seconds) / 60, 1)])
-    columns = [
-        *factors, "unit", "n", "MAE", f"MAE {percent} CI", "RMSE", "R²", *more, "validation MAE",
-        *_COMPOSITION.values(),
-        *(["published", "p against it"] if published else []), "minutes",
-    ]  # fmt: skip
-    title = f"{suite.title}: scores on the {split} split"
-    return Table("scores", title, columns, body, len(factors) + 1, _constants(arms))
 
 
 def comparisons_table(
@@ -225,76 +196,6 @@ def comparisons_table(
         )
     title = f"{suite.title}: compared with {suite.compared}={suite.baseline}"
     return Table("comparisons", title, columns, body, len(factors), notes)
-
-
-def missing_table(missing: Sequence[Missing]) -> Table:
-    """Cells without results, and why."""
-    cells = {m.cell.name: m.reason for m in missing}
-    rows: list[list[Entry]] = [[name, reason] for name, reason in cells.items()]
-    return Table("missing", "Cells without results", ["cell", "reason"], rows, 2)
-
-
-def published_table(
-    suite: Suite, arms: Sequence[Arm], known: Published, table: PublishedTable
-) -> Table:
-    """A published table with our numbers beside: one column for each task of ours, then the
-    published properties of the same quantities (all of them where there are none)."""
-    ours = [a for a in most_labels(arms) if a.results]
-    model = {ENCODER, "encoder.name", PRETRAINING, suite.compared}
-    task_factors = varying(ours, model)
-    tasks = list(dict.fromkeys(a.key(task_factors) for a in ours))
-    by_place = {(*model_of(a, suite.compared), a.key(task_factors)): a for a in ours}
-    exact = {known.property_of(a, table.properties) for a in ours}
-    sets = {p.data for p in exact if p} if None not in exact else set()
-    columns = [
-        p
-        for p in table.properties
-        if any(known.means(a.first.target, a.first.unit, p) for a in ours)
-        and (not sets or p.data in sets)
-    ] or table.properties
-    rows = [r for r in table.rows if any(p.key in r.mae for p in columns)]
-    models = list(dict.fromkeys(model_of(a, suite.compared) for a in ours))
-    lines = [(m, [r for r in rows if r.is_of(*m)]) for m in models]
-    mine = {id(r) for _, found in lines for r in found}
-    heads = {t: _task(next(a for a in ours if a.key(task_factors) == t), t) for t in tasks}
-    digits = {t: places([a.mean(_mae) for a in ours if a.key(task_factors) == t]) for t in tasks}
-    body: list[list[Entry]] = []
-    for (encoder, pretraining), found in lines:
-        entries: list[Entry] = [encoder, pretraining]
-        for task in tasks:
-            arm = by_place.get((encoder, pretraining, task))
-            summary = arm.summary() if arm else None
-            entries.append(Number(summary.mean, digits[task], summary.std) if summary else NOTHING)
-        body.append([*entries, *(_printed(found, p.key) for p in columns)])
-    for row in rows:
-        if id(row) not in mine:
-            name = {OWN: "its own", ANY: "not said"}.get(row.encoder, row.encoder)
-            body.append([name, row.pretraining, *[NOTHING] * len(tasks),
-                         *(_printed([row], p.key) for p in columns)])  # fmt: skip
-    head = [ENCODER, PRETRAINING, *(f"ours: {heads[t]}" for t in tasks),
-            *(f"{p.title} ({p.unit})" if p.unit else p.title for p in columns)]  # fmt: skip
-    notes = [table.note] if table.note else []
-    if None in exact:
-        notes.append(
-            "Ours are on other data, or on another number of labels, than the published numbers: "
-            "compare the order of the rows, not the values."
-        )
-    return Table(table.key, f"{table.source}, with ours beside (MAE)", head, body, 2, notes)
-
-
-def _task(arm: Arm, key: Key) -> str:
-    """A task of ours for the head of a column."""
-    name = ", ".join(key) or arm.first.target
-    return f"{name} ({arm.first.unit})" if arm.first.unit else name
-
-
-def _printed(rows: Sequence, key: str) -> Entry:
-    values = [(r.mae[key], r.std.get(key, NAN)) for r in rows if key in r.mae]
-    if not values:
-        return NOTHING
-    value, std = values[0]
-    digits = max(len(f"{x:g}".partition(".")[2]) for x in (value, std) if math.isfinite(x))
-    return Number(value, max(3, digits) if value < 1 else digits, std)
 
 
 def _column(suite: Suite, arms: Sequence[Arm], column: str) -> str:

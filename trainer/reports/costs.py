@@ -11,8 +11,8 @@ import torch
 
 from crysforge.datapipe.common.config import configure
 from crysforge.trainer.base.tensors import read_json
-from crysforge.trainer.evaluation.formats import NOTHING, Entry, Number, Table
 from crysforge.trainer.evaluation.suite import Cell, Suite, shown
+from crysforge.trainer.reports.formats import NOTHING, Entry, Number, Table
 from crysforge.trainer.runs.logger import read_metrics
 from crysforge.trainer.runs.model_directory import Exported, open_model
 from crysforge.trainer.stages.base import STAGES, Stage, count_parameters

@@ -17,8 +17,11 @@ from crysforge.models.encoders import build_encoder
 from crysforge.trainer.base.command_line import read_yaml
 from crysforge.trainer.base.tensors import write_json, write_text
 from crysforge.trainer.evaluation.compare import arms_of
-from crysforge.trainer.evaluation.costs import costs_table
-from crysforge.trainer.evaluation.formats import (
+from crysforge.trainer.evaluation.published import PATH, published
+from crysforge.trainer.evaluation.results import gather
+from crysforge.trainer.evaluation.suite import Suite
+from crysforge.trainer.reports.costs import costs_table
+from crysforge.trainer.reports.formats import (
     Interval,
     Number,
     PValue,
@@ -26,10 +29,8 @@ from crysforge.trainer.evaluation.formats import (
     escape_latex,
     places,
 )
-from crysforge.trainer.evaluation.published import PATH, published
-from crysforge.trainer.evaluation.results import gather
-from crysforge.trainer.evaluation.suite import Suite
-from crysforge.trainer.evaluation.tables import published_table, results_table
+from crysforge.trainer.reports.published_tables import published_table
+from crysforge.trainer.reports.tables import results_table
 from crysforge.trainer.runs.model_directory import export_stage
 from crysforge.trainer.stages.base import STAGES
 from tests.evaluation_runs import arms_and_seeds, finetuned, suite

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from crysforge.trainer.evaluation import crystal_figures, figures
 from crysforge.trainer.evaluation.compare import arms_of
-from crysforge.trainer.evaluation.crystals import Facts
 from crysforge.trainer.evaluation.results import gather
 from crysforge.trainer.evaluation.suite import Suite
+from crysforge.trainer.reports import crystal_figures, figures
+from crysforge.trainer.reports.crystals import Facts
 from tests.evaluation_runs import arms_and_seeds, finetuned, suite
 
 
