@@ -43,7 +43,8 @@ from benchmarks.processes import resident
 from benchmarks.tables import markdown
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import Filters
-from crysforge.datapipe.loading.stream import LoaderConfig, Stream
+from crysforge.datapipe.loading.config import LoaderConfig
+from crysforge.datapipe.loading.stream import Stream
 from crysforge.datapipe.preparing.bake import BakeConfig, bake
 from crysforge.datapipe.preparing.edit import SubsetConfig, subset
 from crysforge.datapipe.schema import GraphSpec

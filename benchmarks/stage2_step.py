@@ -32,8 +32,9 @@ from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.storage.dataset import Dataset
-from crysforge.models.denoisers.dit import SIZES, DiT, index_embedding, time_embedding
+from crysforge.models.denoisers.dit import SIZES, DiT, index_embedding
 from crysforge.models.encoders import build_encoder
+from crysforge.models.layers.time_embedding import time_embedding
 from crysforge.models.ops.modulation import EPS
 from crysforge.trainer.base.command_line import parse, required, run
 

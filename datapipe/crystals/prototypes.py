@@ -24,20 +24,24 @@ every machine makes the same data.
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
 import itertools
-import json
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.structure_types import (
+    SHARED,
+    Ion,
+    StructureType,
+    charges,
+    compositions,
+    structure_types,
+    usable_ions,
+)
 
 UNITS = {"ewald_energy": "eV/atom", "density": "g/cm^3", "volume_per_atom": "A^3/atom"}
 """Unit of each label. `ewald_energy` is the electrostatic energy of the ions as point charges."""
@@ -47,23 +51,7 @@ TARGETS = tuple(UNITS)
 
 MIN_SIZE, MAX_SIZE = 200, 20_000
 
-_IONS = {
-    1: "Li Na K Rb Cs Ag Tl",
-    2: "Mg Ca Sr Ba Mn Fe Co Cu Zn Cd Pb",
-    3: "Al Sc Fe Ga Y In La Nd Gd Er Lu Bi",
-    4: "Si Ti Ge Zr Sn Hf Pb Th",
-    -1: "F Cl Br I",
-    -2: "O S Se Te",
-}
-"""Elements by charge: common oxidation states whose radii are known."""
 
-_MAX_ATOMS = 40
-_SHARED = 4
-"""Structure types in a row that share a composition."""
-_LIKE = 0.95
-"""Ions of like charge stay apart by this share of the sum of their radii,"""
-_LIKE_FLOOR = 2.2
-"""and by at least so many Å."""
 _PACKING = 0.3
 """Smallest share of the cell that the ions fill."""
 _STRETCH = (0.95, 1.2)
@@ -117,7 +105,7 @@ def prototype_crystal(index: int, seed: int = 0) -> Crystal:
     rng = np.random.default_rng([seed, index])
     strain = np.eye(3)
     shift: np.ndarray = np.zeros((len(kind.site), 3))
-    lattice = kind.lattice * kind.scale(np.array([ion.radius for ion in ions]), _charges(ions))
+    lattice = kind.lattice * kind.scale(np.array([ion.radius for ion in ions]), charges(ions))
     lattice = lattice * (_STRETCH[0] + rng.random() * (_STRETCH[1] - _STRETCH[0]))
     if rng.random() < 0.5:
         shear = _SHEAR * (2 * rng.random((3, 3)) - 1)
@@ -133,7 +121,7 @@ def prototype_crystal(index: int, seed: int = 0) -> Crystal:
     mass = sum(ions[k].mass for k in kind.site)
     return crystal.with_targets(
         {
-            "ewald_energy": ewald_energy(crystal, _charges(ions)[kind.site]),
+            "ewald_energy": ewald_energy(crystal, charges(ions)[kind.site]),
             "density": mass / crystal.volume * _G_PER_CM3,
             "volume_per_atom": crystal.volume / len(crystal),
         }
@@ -157,126 +145,10 @@ def ewald_energy(crystal: Crystal, charges: Sequence[int] | np.ndarray) -> float
     return float(EwaldSummation(structure, acc_factor=8).total_energy) / len(crystal)
 
 
-class _Ion(NamedTuple):
-    symbol: str
-    number: int
-    charge: int
-    radius: float
-    mass: float
-    electronegativity: float
-
-
-@dataclass(frozen=True)
-class _StructureType:
-    """A prototype. Its kinds of site (letters K) are numbered by rising count."""
-
-    name: str
-    lattice: np.ndarray
-    frac_coords: np.ndarray
-    site: np.ndarray
-    """[n] kind of each site."""
-    formula: tuple[int, ...]
-    """[K] sites of each kind in the formula unit, rising."""
-    contact: np.ndarray
-    """[K, K] shortest distance between sites of two kinds in Å."""
-
-    def scale(self, radius: np.ndarray, charge: np.ndarray) -> np.ndarray:
-        """Factor on all lengths at which the ions touch; radius and charge [..., K] → [...]."""
-        touch = radius[..., :, None] + radius[..., None, :]
-        like = charge[..., :, None] * charge[..., None, :] > 0
-        needed = np.where(like, np.maximum(_LIKE * touch, _LIKE_FLOOR), touch)
-        return (needed / self.contact).max((-2, -1))
-
-    def packing(self, radius: np.ndarray, charge: np.ndarray) -> np.ndarray:
-        """Share of the scaled cell that the ions fill; radius and charge [..., K] → [...]."""
-        filled = 4 / 3 * np.pi * (radius**3 * np.bincount(self.site)).sum(-1)
-        cell = abs(np.linalg.det(self.lattice)) * self.scale(radius, charge) ** 3
-        return filled / cell
-
-
-@lru_cache(maxsize=1)
-def _ions() -> tuple[_Ion, ...]:
-    from pymatgen.core import Element
-
-    return tuple(
-        _Ion(e.symbol, e.Z, charge, float(e.ionic_radii[charge]), float(e.atomic_mass), float(e.X))
-        for charge, symbols in _IONS.items()
-        for e in map(Element, symbols.split())
-    )
-
-
-def _charges(ions: Sequence[_Ion]) -> np.ndarray:
-    return np.array([ion.charge for ion in ions])
-
-
-@lru_cache(maxsize=1)
-def _structure_types() -> dict[tuple[int, ...], list[_StructureType]]:
-    """Prototypes of two or three elements and at most 40 atoms, by formula."""
-    out = defaultdict(list)
-    for entry in _aflow():
-        sites = entry["snl"]["sites"]
-        symbols = [site["species"][0]["element"] for site in sites]
-        count = Counter(symbols)  # keeps the order of first appearance
-        if len(count) not in (2, 3) or len(sites) > _MAX_ATOMS:
-            continue
-        order = sorted(count, key=count.__getitem__)
-        site = np.array([order.index(symbol) for symbol in symbols])
-        unit = int(np.gcd.reduce(list(count.values())))
-        formula = tuple(count[symbol] // unit for symbol in order)
-        lattice = np.array(entry["snl"]["lattice"]["matrix"])
-        frac = np.array([s["abc"] for s in sites])
-        contact = _contact(lattice, frac, site)
-        name = entry["tags"]["aflow"]
-        out[formula].append(_StructureType(name, lattice, frac, site, formula, contact))
-    return dict(sorted(out.items()))
-
-
-def _aflow() -> list[dict]:
-    """pymatgen's prototypes as plain JSON (importing its module would build them all)."""
-    spec = importlib.util.find_spec("pymatgen.analysis")
-    folders = (spec.submodule_search_locations if spec else None) or ()
-    for path in (p for folder in folders for p in Path(folder).rglob("aflow_prototypes.json*")):
-        data = path.read_bytes()
-        return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
-    raise ValueError("the installed pymatgen lacks aflow_prototypes.json: pymatgen>=2025.1 has it")
-
-
-def _contact(lattice: np.ndarray, frac: np.ndarray, site: np.ndarray) -> np.ndarray:
-    """[K, K] shortest distance between sites of two kinds, periodic images included."""
-    step = frac[:, None] - frac
-    images = np.array(list(itertools.product(range(-2, 3), repeat=3)))
-    vectors = ((step - np.round(step))[:, :, None] + images) @ lattice
-    distance = np.linalg.norm(vectors, axis=-1)
-    distance[distance < 1e-6] = np.inf  # a site and itself
-    nearest = distance.min(-1)
-    kinds = range(site.max() + 1)
-    return np.array([[nearest[np.ix_(site == a, site == b)].min() for b in kinds] for a in kinds])
-
-
-def _compositions(formula: tuple[int, ...]) -> np.ndarray:
-    """[D, K] rows of `_ions()` that balance in charge on a formula; one row per composition."""
-    ions = _ions()
-    charge = _charges(ions)
-    negativity = np.array([ion.electronegativity for ion in ions])
-    number = np.array([ion.number for ion in ions])
-    rows = np.stack(np.meshgrid(*[np.arange(len(ions))] * len(formula), indexing="ij"), -1)
-    rows = rows.reshape(-1, len(formula))
-    rows = rows[(charge[rows] * formula).sum(1) == 0]
-    anion = charge[rows] < 0
-    keep = np.where(anion, negativity[rows], np.inf).min(1) > np.where(
-        anion, -np.inf, negativity[rows]
-    ).max(1)
-    for a, b in itertools.combinations(range(len(formula)), 2):
-        keep &= number[rows[:, a]] != number[rows[:, b]]
-        if formula[a] == formula[b]:  # which of the two is where is the structure type's choice
-            keep &= rows[:, a] < rows[:, b]
-    return rows[keep]
-
-
 class _Pairs(NamedTuple):
     """Every structure type of a formula with every composition that suits it, in drawn order."""
 
-    types: list[_StructureType]
+    types: list[StructureType]
     type_index: np.ndarray
     """[M] structure type of each pair."""
     ions: np.ndarray
@@ -286,11 +158,11 @@ class _Pairs(NamedTuple):
 def _pairs(formula: tuple[int, ...], seed: int) -> _Pairs:
     """Pairs of a formula: the compositions in random order with four structure types each, then
     again with the next four, until all pairs have been named once."""
-    types = _structure_types()[formula]
-    rows = _compositions(formula)
+    types = structure_types()[formula]
+    rows = compositions(formula)
     rng = np.random.default_rng([seed, *formula])
-    radius = np.array([ion.radius for ion in _ions()])
-    charge = _charges(_ions())
+    radius = np.array([ion.radius for ion in usable_ions()])
+    charge = charges(usable_ions())
     # Sites of equal count may swap their ions: each structure type takes the way that packs best.
     swaps = [p for p in itertools.permutations(range(len(formula))) if _same(formula, p)]
     ways = np.stack([rows[:, p] for p in swaps])
@@ -299,7 +171,7 @@ def _pairs(formula: tuple[int, ...], seed: int) -> _Pairs:
     suits = packing.max(1) > _PACKING
     # Rank of each structure type among those that suit a composition, in random order.
     place = np.where(suits, rng.random(suits.shape), 2.0).argsort(0).argsort(0)
-    turn = place // _SHARED
+    turn = place // SHARED
     t, d = np.nonzero(suits)
     order = np.lexsort((place[t, d], rng.permutation(len(rows))[d], turn[t, d]))
     t, d = t[order], d[order]
@@ -314,14 +186,14 @@ def _same(formula: tuple[int, ...], permutation: tuple[int, ...]) -> bool:
 def _plan(seed: int) -> tuple[dict[tuple[int, ...], _Pairs], list[tuple[int, ...]]]:
     """The pairs of each formula, and the order in which formulas take turns: in one cycle each
     occurs as often as it has structure types."""
-    pairs = {formula: _pairs(formula, seed) for formula in _structure_types()}
+    pairs = {formula: _pairs(formula, seed) for formula in structure_types()}
     pairs = {formula: p for formula, p in pairs.items() if len(p.ions)}
     cycle = [f for f, p in pairs.items() for _ in range(len(set(p.type_index.tolist())))]
     order = np.random.default_rng(seed).permutation(len(cycle))
     return pairs, [cycle[i] for i in order]
 
 
-def _choice(index: int, seed: int) -> tuple[_StructureType, tuple[_Ion, ...]]:
+def _choice(index: int, seed: int) -> tuple[StructureType, tuple[Ion, ...]]:
     """Structure type and ions of a crystal. A pair comes again, with another stretch and
     distortion, only after all pairs of its formula have been used."""
     pairs, cycle = _plan(seed)
@@ -330,10 +202,10 @@ def _choice(index: int, seed: int) -> tuple[_StructureType, tuple[_Ion, ...]]:
     own = pairs[formula]
     rank = turn * cycle.count(formula) + cycle[:position].count(formula)
     row = rank % len(own.ions)
-    return own.types[own.type_index[row]], tuple(_ions()[i] for i in own.ions[row])
+    return own.types[own.type_index[row]], tuple(usable_ions()[i] for i in own.ions[row])
 
 
-def _id(index: int, kind: _StructureType, ions: Sequence[_Ion]) -> str:
+def _id(index: int, kind: StructureType, ions: Sequence[Ion]) -> str:
     """For example `synthetic-000017-CaTiO3-AB3C_cP5_221_a_c_b`: cations first, then anions."""
     order = sorted(range(len(ions)), key=lambda k: (ions[k].charge < 0, ions[k].electronegativity))
     symbols = (f"{ions[k].symbol}{kind.formula[k] if kind.formula[k] > 1 else ''}" for k in order)

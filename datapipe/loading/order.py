@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from crysforge.datapipe.loading.epoch import Epoch
+
 MAX_LANES = 64
 READ_AHEAD = 64
 """Crystals of a lane that are read together where nothing is shuffled."""
@@ -101,8 +103,8 @@ class Plan:
         self.num_lanes = lanes
         self._lay_lanes()
         self._weigh()
-        self._starts = np.flatnonzero(np.diff(self.shards, prepend=-1))
-        self._epochs: dict[int, _Epoch] = {}
+        self.starts = np.flatnonzero(np.diff(self.shards, prepend=-1))
+        self._epochs: dict[int, Epoch] = {}
 
     def _lay_lanes(self) -> None:
         """Neighbouring positions go to lanes that are far apart (bit reversal), so that ranks,
@@ -110,7 +112,7 @@ class Plan:
         width = max(1, (self.num_lanes - 1).bit_length())
         reversed_bits = [int(f"{lane:0{width}b}"[::-1], 2) for lane in range(self.num_lanes)]
         self._lane_at = np.argsort(reversed_bits)
-        self._slot_of = np.argsort(self._lane_at)
+        self.slot_of = np.argsort(self._lane_at)
         ends = [self.lanes_of(rank)[1] for rank in range(self.world_size)]
         self._rank_at = np.searchsorted(ends, self._lane_at, side="right")
 
@@ -149,7 +151,7 @@ class Plan:
 
     def taken(self, position: int, lane: int) -> int:
         """How many positions before `position` belong to a lane."""
-        return (position - int(self._slot_of[lane]) + self.num_lanes - 1) // self.num_lanes
+        return (position - int(self.slot_of[lane]) + self.num_lanes - 1) // self.num_lanes
 
     def windows(self, position: int, lane: int) -> Iterator[tuple[int, np.ndarray]]:
         """What a lane holds from `position` on, without end.
@@ -163,7 +165,7 @@ class Plan:
         while True:
             chosen = self._epoch(epoch).lane(lane)
             while skip < len(chosen):
-                end = skip + self._width - (skip - self._first_end(lane)) % self._width
+                end = skip + self.width - (skip - self.first_end(lane)) % self.width
                 yield epoch, self.items[chosen[skip:end]]
                 skip = end
             epoch, skip = epoch + 1, 0
@@ -174,19 +176,19 @@ class Plan:
         return len(self) <= self.shuffle
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
         if self.shuffle == 0:
             return READ_AHEAD
         return len(self) if self.fits_window else max(1, self.shuffle // self.num_lanes)
 
-    def _first_end(self, lane: int) -> int:
+    def first_end(self, lane: int) -> int:
         """Where a lane's first window ends: staggered, so that lanes are not all read at once."""
-        return -(-self._width * (lane + 1) // self.num_lanes)
+        return -(-self.width * (lane + 1) // self.num_lanes)
 
-    def _epoch(self, epoch: int) -> _Epoch:
+    def _epoch(self, epoch: int) -> Epoch:
         if epoch not in self._epochs:
             self._epochs = {e: x for e, x in self._epochs.items() if abs(e - epoch) == 1}
-            self._epochs[epoch] = _Epoch(self, epoch)
+            self._epochs[epoch] = Epoch(self, epoch)
         return self._epochs[epoch]
 
     # Steps
@@ -294,67 +296,3 @@ class Plan:
             "shuffle": self.shuffle,
             "lanes": self.num_lanes,
         }
-
-
-class _Epoch:
-    """The order of one epoch, worked out as far as it is asked for."""
-
-    def __init__(self, plan: Plan, epoch: int) -> None:
-        self.plan, self.epoch = plan, epoch
-        n = len(plan)
-        self.start = epoch * n
-        lanes = range(plan.num_lanes)
-        sizes = [plan.taken(self.start + n, k) - plan.taken(self.start, k) for k in lanes]
-        self.cuts = np.cumsum([0, *sizes])
-        self._order: np.ndarray | None = None
-        self._whole: np.ndarray | None = None
-        if plan.shuffle == 0:
-            self._whole = np.arange(n)
-        elif plan.fits_window:
-            self._whole = np.argsort(self._random("items", plan.items), kind="stable")
-        else:
-            ends = np.append(plan._starts[1:], n)
-            shuffled = np.argsort(self._random("shards", plan.shards[plan._starts]), kind="stable")
-            self._from, self._to = plan._starts[shuffled], ends[shuffled]
-            self._ends = np.cumsum(self._to - self._from)
-
-    def _random(self, purpose: str, values: np.ndarray) -> np.ndarray:
-        """[n] uint64, a hash of (seed, epoch, purpose, value). Numpy's generators are not used
-        because their streams may change between releases."""
-        text = f"{self.plan.seed}/{self.epoch}/{purpose}"
-        word = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        x = np.frombuffer(word, "<u8") + values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-    def _sequence(self, start: int, stop: int) -> np.ndarray:
-        """Part of the epoch's sequence before lanes: indices into the selection."""
-        if self._whole is not None:
-            return self._whole[start:stop]
-        first = int(np.searchsorted(self._ends, start, side="right"))
-        last = int(np.searchsorted(self._ends, stop, side="left"))
-        runs = [np.arange(self._from[i], self._to[i]) for i in range(first, last + 1)]
-        skip = start - int(self._ends[first] - len(runs[0]))
-        return np.concatenate(runs)[skip : skip + stop - start]
-
-    def lane(self, lane: int) -> np.ndarray:
-        """Indices into the selection that a lane holds, in the order of use."""
-        start, stop = int(self.cuts[lane]), int(self.cuts[lane + 1])
-        if start == stop:
-            return np.zeros(0, dtype=np.int64)
-        sequence = self._sequence(start, stop)
-        if self._whole is not None:
-            return sequence
-        window = (np.arange(stop - start) - self.plan._first_end(lane)) // self.plan._width
-        return sequence[np.lexsort((self._random("window", self.plan.items[sequence]), window))]
-
-    @property
-    def order(self) -> np.ndarray:
-        """[n] index into the selection that stands at each position of the epoch."""
-        if self._order is None:
-            self._order = np.empty(len(self.plan), dtype=np.int64)
-            for lane in range(self.plan.num_lanes):
-                first = (int(self.plan._slot_of[lane]) - self.start) % self.plan.num_lanes
-                self._order[first :: self.plan.num_lanes] = self.lane(lane)
-        return self._order

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.transforms import Transform
+from crysforge.datapipe.loading.config import LoaderConfig, estimate_edges
 from crysforge.datapipe.loading.order import OverLimit, Plan
 from crysforge.datapipe.loading.worker import (
     Failure,
@@ -27,74 +26,8 @@ from crysforge.datapipe.loading.worker import (
 )
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec, concat
 from crysforge.datapipe.storage.dataset import Dataset
-from crysforge.datapipe.storage.remote import Access
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class LoaderConfig:
-    """How batches are made. `shuffle` and `lanes` change the order of crystals, the limits change
-    how many a step takes; nothing else here changes what is in a batch."""
-
-    workers: int = 2
-    """Loader processes per rank; 0 makes the batches in the training process."""
-    prefetch: int = 4
-    """Steps that each worker works ahead."""
-    max_atoms: int | None = None
-    """Most atoms of one rank in one step; a step takes fewer crystals to stay below."""
-    max_edges: int | None = None
-    """Most edges of one rank in one step, by an estimate that is good to a few per cent."""
-    shuffle: int = 16384
-    """Shuffle window in crystals. Data sets that fit are shuffled whole and kept in memory."""
-    lanes: int | None = None
-    """Parallel sequences the data is cut into: at least as many as ranks, better as all workers.
-    None: the largest divisor of the batch size up to 64."""
-    cache_mb: int = 512
-    """Memory of a rank for graphs that are kept from epoch to epoch."""
-    max_bad: int = 100
-    """Unusable crystals that a rank passes over before it stops."""
-    tries: int = 5
-    """Attempts at reading a file from a URL."""
-    timeout_s: float = 300.0
-    """Seconds after which an attempt is given up."""
-    cache_dir: str | None = None
-    """Local disk to which shards are copied when they are first used, for all processes of the
-    machine. None: those of a URL go to the temporary directory, local ones are not copied."""
-    cache_gb: float = 20.0
-    """Size of the copies; when they are more, those unused for longest go. Below one shard for
-    each lane, shards are fetched again and again."""
-
-    def __post_init__(self) -> None:
-        least = {"workers": 0, "prefetch": 1, "cache_mb": 0, "max_bad": 0, "tries": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"loader.{name} must be at least {value}")
-        for name in ("timeout_s", "cache_gb"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"loader.{name} must be above 0, got {getattr(self, name)}")
-
-    @property
-    def access(self) -> Access:
-        """How shards are reached."""
-        names = ("tries", "timeout_s", "cache_dir", "cache_gb")
-        return Access(**{name: getattr(self, name) for name in names})
-
-
-def estimate_edges(spec: GraphSpec, atoms: np.ndarray, volume: np.ndarray) -> np.ndarray:
-    """Expected edges of the plain graph of each crystal, [n] int64.
-
-    Joining the neighbours of both ends and keeping ties adds about 15 % to k neighbours per atom
-    on Materials Project crystals; a radius holds what the mean density says.
-    """
-    if spec.neighbors is not None:
-        per_atom = np.full(len(atoms), 1.15 * spec.neighbors)
-    else:
-        assert spec.radius is not None
-        per_atom = atoms / volume * (4 / 3 * math.pi * spec.radius**3)
-    images = {"none": 0, "matformer": 12, "comformer": 6}[spec.lattice_edges]
-    partners = 0 if spec.pair_sums == "none" else atoms
-    return np.ceil(atoms * (per_atom + images + partners)).astype(np.int64)
 
 
 class Stream:

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crysforge.models.denoisers.dit import TIME_CHANNELS
 from crysforge.models.layers.basic import WideLinear
+from crysforge.models.layers.time_embedding import TIME_CHANNELS, timestep_embedding
 from crysforge.models.ops.edges import Edges
 from crysforge.models.ops.pairs import Pairs
 from crysforge.models.ops.segments import crystal_mean, gather_source, gather_target, segment_sum
@@ -132,12 +132,4 @@ def fourier(difference: Tensor, frequencies: int) -> Tensor:
     """[P, 3] → [P, 6F]: sines, then cosines of 2π·m·difference, m = 0..F−1, for each axis."""
     m = torch.arange(frequencies, device=difference.device)
     angle = (difference[:, :, None] * (2 * math.pi * m)).flatten(1)
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
-def timestep_embedding(t: Tensor) -> Tensor:
-    """[B] → [B, 256]: sines, then cosines of t·10000^(−k/127), k = 0..127."""
-    half = TIME_CHANNELS // 2
-    k = torch.arange(half, device=t.device)
-    angle = t[:, None] * torch.exp(-math.log(10000) / (half - 1) * k)
     return torch.cat([angle.sin(), angle.cos()], dim=1)

@@ -20,11 +20,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from crysforge.datapipe.common.names import nearest
+from crysforge.models.layers.time_embedding import TIME_CHANNELS, time_embedding
 from crysforge.models.ops.attention import ATTENTION, Layout, attend, by_size, resolve
 from crysforge.models.ops.modulation import gated_add, modulated_norm
 from crysforge.models.ops.recompute import LinearOf, applied, linear_of
-
-TIME_CHANNELS = 256
 
 
 @dataclass(kw_only=True)
@@ -185,15 +184,6 @@ class Block(nn.Module):
 def _wide(x: Tensor) -> Tensor:
     """At least fp32: there are few rows, and they scale every token."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def time_embedding(t: Tensor) -> Tensor:
-    """[B] → [B, 256]: cosines, then sines of t·10000^(−k/128). t is not stretched, so that the
-    embedding is smooth in it."""
-    half = TIME_CHANNELS // 2
-    k = torch.arange(half, device=t.device)
-    angle = t[:, None] * torch.exp(-math.log(10000) / half * k)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 def index_embedding(number: Tensor, width: int) -> Tensor:

@@ -20,7 +20,7 @@ from crysforge.models.layers.spherical import spherical_harmonics
 
 Features = list[Tensor]
 
-_BLOCK = 256
+BLOCK = 256
 """Edges whose products are made at once on CPU: 3 MB at the published size."""
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crysforge.models.layers.basic import full_precision
-from crysforge.models.layers.irreps import _BLOCK, Features, IrrepLinear, coupling
+from crysforge.models.layers.irreps import BLOCK, Features, IrrepLinear, coupling
 
 
 class Couplings(nn.Module):
@@ -177,5 +177,5 @@ def _split_weights(weight: Tensor | None, sizes: list[list[int]], edges: slice) 
 
 def _blocks(x: Tensor) -> list[slice]:
     """Runs of edges; on GPUs one of all."""
-    size = _BLOCK if x.device.type == "cpu" else max(len(x), 1)
+    size = BLOCK if x.device.type == "cpu" else max(len(x), 1)
     return [slice(i, min(i + size, len(x))) for i in range(0, len(x), size)]

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crysforge.datapipe.schema import CrystalBatch
-from crysforge.models.denoisers.cspnet import timestep_embedding
-from crysforge.models.denoisers.dit import TIME_CHANNELS
+from crysforge.models.layers.time_embedding import TIME_CHANNELS, timestep_embedding
 from crysforge.models.objectives.diffusion import cosine_alpha_bar
 from crysforge.models.ops.keyed_random import keyed_normal, keyed_uniform
 from crysforge.models.ops.segments import mean_readout

@@ -18,7 +18,7 @@ from crysforge.trainer.stages.base import Stage, Term
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(kw_only=True)
@@ -96,7 +96,7 @@ class Engine(ABC):
         """Takes what `optimizer_state` gave. Every rank passes the same full state."""
 
 
-def _schedule(groups: Iterable[dict], lr: float, beta1: float) -> None:
+def schedule(groups: Iterable[dict], lr: float, beta1: float) -> None:
     for group in groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
         group["betas"] = (beta1, group["betas"][1])
@@ -130,28 +130,28 @@ class GuardedAdamW(torch.optim.AdamW):
             super().step(closure)
 
 
-def _host(tensor: Tensor) -> Tensor:
+def host(tensor: Tensor) -> Tensor:
     """An fp32 copy on the CPU that no later step changes."""
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
-def _plain_state(stage: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def plain_state(stage: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, parameter in stage.named_parameters():
         moments = optimizer.state.get(parameter)
         if moments:
-            for key in _MOMENTS:
-                out[f"{key}/{name}"] = _host(moments[key])
-            out["step"] = _host(torch.as_tensor(moments["step"])).reshape(())
+            for key in MOMENTS:
+                out[f"{key}/{name}"] = host(moments[key])
+            out["step"] = host(torch.as_tensor(moments["step"])).reshape(())
     return out
 
 
-def _load_plain(
+def load_plain(
     stage: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]
 ) -> None:
     for name, parameter in stage.named_parameters():
         if f"exp_avg/{name}" in state:
-            moments = {k: state[f"{k}/{name}"].to(parameter, copy=True) for k in _MOMENTS}
+            moments = {k: state[f"{k}/{name}"].to(parameter, copy=True) for k in MOMENTS}
             fused = bool(optimizer.defaults.get("fused"))
             step = state["step"].clone().to(parameter.device if fused else "cpu")
             optimizer.state[parameter] = {"step": step, **moments}

@@ -17,15 +17,15 @@ from crysforge.datapipe.schema import CrystalBatch
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import copied_state
 from crysforge.trainer.engines.base import (
-    _MOMENTS,
+    MOMENTS,
     PRECISIONS,
     Engine,
     EngineConfig,
     GuardedAdamW,
-    _host,
-    _load_plain,
-    _plain_state,
-    _schedule,
+    host,
+    load_plain,
+    plain_state,
+    schedule,
 )
 from crysforge.trainer.stages.base import Stage, Term
 
@@ -93,7 +93,7 @@ class DeepSpeedEngine(Engine):
     def step(self, lr: float, beta1: float) -> None:
         boundary = self.engine.is_gradient_accumulation_boundary()
         if boundary:
-            _schedule(self.optimizer.param_groups, lr, beta1)
+            schedule(self.optimizer.param_groups, lr, beta1)
         self.engine.step()
         if boundary and isinstance(self.optimizer, GuardedAdamW):
             self.grad_norm, self.skipped = self.optimizer.grad_norm, self.optimizer.skipped
@@ -126,7 +126,7 @@ class DeepSpeedEngine(Engine):
 
     def optimizer_state(self) -> dict[str, Tensor]:
         if self.zero_stage == 0:
-            return _plain_state(self.stage, self.optimizer) if self.world.main else {}
+            return plain_state(self.stage, self.optimizer) if self.world.main else {}
         if not any(self.optimizer.optimizer.state.values()):  # no update yet
             return {}
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -134,18 +134,18 @@ class DeepSpeedEngine(Engine):
         self._link()
         out: dict[str, Tensor] = {}
         for name, parameter in zip(self._names, self.stage.parameters(), strict=True):
-            for key in _MOMENTS:
+            for key in MOMENTS:
                 full = safe_get_full_optimizer_state(parameter, key)
                 if self.world.main and full is not None:
-                    out[f"{key}/{name}"] = _host(full)
+                    out[f"{key}/{name}"] = host(full)
         for moments in self.optimizer.optimizer.state.values():
             if self.world.main and "step" in moments:
-                out["step"] = _host(torch.as_tensor(moments["step"])).reshape(())
+                out["step"] = host(torch.as_tensor(moments["step"])).reshape(())
         return out
 
     def load_optimizer(self, state: Mapping[str, Tensor]) -> None:
         if self.zero_stage == 0 or not state:  # nothing yet: every update was left out
-            _load_plain(self.stage, self.optimizer, state)
+            load_plain(self.stage, self.optimizer, state)
             return
         from deepspeed.utils import safe_get_local_optimizer_state as local_state
         from deepspeed.utils import safe_set_full_optimizer_state
@@ -157,11 +157,11 @@ class DeepSpeedEngine(Engine):
             else (zero.fp32_partitioned_groups_flat)
         )
         for flat in sharded:
-            moments = {k: torch.zeros_like(flat) for k in _MOMENTS}
+            moments = {k: torch.zeros_like(flat) for k in MOMENTS}
             zero.optimizer.state[flat] = {"step": state["step"].clone(), **moments}
         self._link()
         for name, parameter in zip(self._names, self.stage.parameters(), strict=True):
-            for key in _MOMENTS:
+            for key in MOMENTS:
                 if f"{key}/{name}" not in state:  # it never had a gradient
                     continue
                 full = state[f"{key}/{name}"].to(self.world.device)

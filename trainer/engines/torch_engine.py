@@ -15,9 +15,9 @@ from crysforge.trainer.engines.base import (
     Engine,
     EngineConfig,
     GuardedAdamW,
-    _load_plain,
-    _plain_state,
-    _schedule,
+    load_plain,
+    plain_state,
+    schedule,
 )
 from crysforge.trainer.stages.base import Stage, Term
 
@@ -49,7 +49,7 @@ class TorchEngine(Engine):
         if self._micro < self.accumulation:
             return
         self._micro = 0
-        _schedule(self.optimizer.param_groups, lr, beta1)
+        schedule(self.optimizer.param_groups, lr, beta1)
         self.scaler.unscale_(self.optimizer)
         self.optimizer.step()
         self.scaler.update()
@@ -60,7 +60,7 @@ class TorchEngine(Engine):
         return copied_state(self.stage)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        return _plain_state(self.stage, self.optimizer)
+        return plain_state(self.stage, self.optimizer)
 
     def load_optimizer(self, state: Mapping[str, Tensor]) -> None:
-        _load_plain(self.stage, self.optimizer, state)
+        load_plain(self.stage, self.optimizer, state)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from crysforge.datapipe.loading.stream import LoaderConfig
+from crysforge.datapipe.loading.config import LoaderConfig
 from crysforge.trainer.loop.config import TrainerConfig
 from crysforge.trainer.runs.checkpoint import TAG
 from crysforge.trainer.stages.base import STAGES, pretraining_stages

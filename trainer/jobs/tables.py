@@ -45,11 +45,11 @@ def write_predictions(
 
 def write_table(path: Path, ids: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
     """A CSV of numbers for each crystal, in one step; NaN stays empty."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         writer = csv.writer(file)
         writer.writerow(["id", *columns])
         for id, *values in zip(ids, *columns.values(), strict=True):
-            writer.writerow([id, *map(_cell, values)])
+            writer.writerow([id, *map(cell, values)])
 
 
 def suffixes(targets: Sequence[str]) -> list[str]:
@@ -57,12 +57,12 @@ def suffixes(targets: Sequence[str]) -> list[str]:
     return [""] if len(targets) == 1 else [f"_{name}" for name in targets]
 
 
-def _cell(value: float) -> str:
+def cell(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.7g}"
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
+def replacing(path: Path) -> Iterator[TextIO]:
     """A text file that takes its place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")

@@ -15,9 +15,9 @@ from crysforge.trainer.reports.figures import (
     BAND_FROM,
     STYLE,
     Look,
-    _panels,
     headline,
     mae_label,
+    panel_row,
     save,
 )
 
@@ -32,7 +32,7 @@ def bars(
 
     tallest = max(len(line) for line in lines.values())
     with matplotlib.rc_context(STYLE):
-        figure, panels = _panels(len(lines), 1.0 + 0.42 * tallest)
+        figure, panels = panel_row(len(lines), 1.0 + 0.42 * tallest)
         for axes, (name, line) in zip(panels, lines.items(), strict=True):
             base = next((a for a in line if look.is_baseline(look.value(a))), None)
             floor = base.summary() if base else None

@@ -161,7 +161,7 @@ def label_curves(curves: dict[str, list[Arm]], look: Look, path: Path, confidenc
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure, panels = _panels(len(curves), 3.7)
+        figure, panels = panel_row(len(curves), 3.7)
         handles: dict[str, Any] = {}
         for axes, (name, arms) in zip(panels, curves.items(), strict=True):
             by_value: dict[str, list[Arm]] = {}
@@ -204,7 +204,7 @@ def _curve(axes: Any, line: Sequence[Arm], look: Look, confidence: float) -> Any
     return axes.plot(x, mean, markersize=6, **style)[0]
 
 
-def _panels(count: int, height: float) -> tuple[Figure, list[Any]]:
+def panel_row(count: int, height: float) -> tuple[Figure, list[Any]]:
     """A figure with so many panels, up to three beside each other, each so high in inches."""
     columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
     rows = -(-count // columns)

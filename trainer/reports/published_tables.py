@@ -29,7 +29,7 @@ from crysforge.trainer.reports.formats import (
     Table,
     places,
 )
-from crysforge.trainer.reports.tables import _mae
+from crysforge.trainer.reports.tables import mae_of
 
 
 def published_table(
@@ -55,7 +55,7 @@ def published_table(
     lines = [(m, [r for r in rows if r.is_of(*m)]) for m in models]
     mine = {id(r) for _, found in lines for r in found}
     heads = {t: _task(next(a for a in ours if a.key(task_factors) == t), t) for t in tasks}
-    digits = {t: places([a.mean(_mae) for a in ours if a.key(task_factors) == t]) for t in tasks}
+    digits = {t: places([a.mean(mae_of) for a in ours if a.key(task_factors) == t]) for t in tasks}
     body: list[list[Entry]] = []
     for (encoder, pretraining), found in lines:
         entries: list[Entry] = [encoder, pretraining]

@@ -27,6 +27,7 @@ from crysforge.trainer.evaluation.published import Published, published
 from crysforge.trainer.evaluation.results import gather
 from crysforge.trainer.evaluation.suite import Suite
 from crysforge.trainer.reports import crystal_figures, figures
+from crysforge.trainer.reports.bars import bars
 from crysforge.trainer.reports.config import EvaluateConfig
 from crysforge.trainer.reports.costs import costs_table
 from crysforge.trainer.reports.crystals import Facts, atoms_table, facts_behind, facts_of
@@ -147,7 +148,7 @@ def _draw(
         for share, some in tasks.items():
             title = f"By {suite.compared}{f', {share}' if share else ''}"
             name = path(_slug("bars", share), title)
-            figures.bars(some, look, name, config.confidence, title)
+            bars(some, look, name, config.confidence, title)
     most = {id(a) for a in most_labels(arms)}
     for line in lines:
         if id(line[0]) not in most:

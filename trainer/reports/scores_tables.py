@@ -23,7 +23,7 @@ from crysforge.trainer.reports.formats import (
     Table,
     places,
 )
-from crysforge.trainer.reports.tables import _COMPOSITION, _MORE, _constants, _spread
+from crysforge.trainer.reports.tables import COMPOSITION, MORE, constants, spread_of
 
 
 def scores_table(
@@ -36,7 +36,7 @@ def scores_table(
     """Every arm with all its scores."""
     factors = varying(arms) or list(arms[0].values)[:1]
     percent = f"{100 * confidence:g} %"
-    more = [m for m in _MORE if any(a.scores(m) for a in arms)]
+    more = [m for m in MORE if any(a.scores(m) for a in arms)]
     published = any(known.value(a, suite.compared) for a in arms)
     body: list[list[Entry]] = []
     for arm in arms:
@@ -50,10 +50,10 @@ def scores_table(
             continue
         digits = places([found.mean], 4)
         entries += [Number(found.mean, digits, found.std), Interval(found.low, found.high, digits)]
-        entries += [_spread(arm, m, digits if m == "rmse" else 3) for m in ("rmse", "r2", *more)]
+        entries += [spread_of(arm, m, digits if m == "rmse" else 3) for m in ("rmse", "r2", *more)]
         entries += [
             Number(arm.mean(lambda r: r.scores["val_mae"]), digits),
-            *(Number(arm.composition(k), digits) for k in _COMPOSITION),
+            *(Number(arm.composition(k), digits) for k in COMPOSITION),
         ]
         if published:
             value = known.value(arm, suite.compared)
@@ -62,11 +62,11 @@ def scores_table(
         body.append([*entries, Number(arm.mean(lambda r: r.seconds) / 60, 1)])
     columns = [
         *factors, "unit", "n", "MAE", f"MAE {percent} CI", "RMSE", "R²", *more, "validation MAE",
-        *_COMPOSITION.values(),
+        *COMPOSITION.values(),
         *(["published", "p against it"] if published else []), "minutes",
     ]  # fmt: skip
     title = f"{suite.title}: scores on the {split} split"
-    return Table("scores", title, columns, body, len(factors) + 1, _constants(arms))
+    return Table("scores", title, columns, body, len(factors) + 1, constants(arms))
 
 
 def missing_table(missing: Sequence[Missing]) -> Table:

@@ -15,6 +15,7 @@ from crysforge.trainer.evaluation.compare import (
 from crysforge.trainer.evaluation.published import (
     Published,
 )
+from crysforge.trainer.evaluation.results import Result
 from crysforge.trainer.evaluation.statistics import NAN, Summary
 from crysforge.trainer.evaluation.suite import Suite
 from crysforge.trainer.reports.formats import (
@@ -29,8 +30,8 @@ from crysforge.trainer.reports.formats import (
 
 FEW = 6
 """Replicates below which a test over them is called weak."""
-_MORE = ("accuracy", "f1", "roc_auc")
-_COMPOSITION = {"mean": "mean label", "ridge": "composition ridge"}
+MORE = ("accuracy", "f1", "roc_auc")
+COMPOSITION = {"mean": "mean label", "ridge": "composition ridge"}
 """Predictors that see the composition only."""
 _PERCENT = 1
 """Decimal places of percentages."""
@@ -71,7 +72,7 @@ def results_table(
     several = len(set(units)) > 1
     gains = _Gains(suite, comparisons, heads if side_by_side else [])
     beside = _Beside(suite, arms, heads, column, known)
-    kinds = _COMPOSITION if side_by_side else {}
+    kinds = COMPOSITION if side_by_side else {}
     body: list[list[Entry]] = []
     for key, line in grid.items():
         entries: list[Entry] = [*key]
@@ -80,7 +81,7 @@ def results_table(
         entries += [means[id(line[h])] if h in line else "" for h in heads]
         entries += gains.of(line)
         shown = [a for a in line.values() if a.results]
-        digits = places([a.mean(_mae) for a in shown])
+        digits = places([a.mean(mae_of) for a in shown])
         entries += [Number(shown[0].composition(k) if shown else NAN, digits) for k in kinds]
         body.append([*entries, *beside.of(line)])
     titles = [h or "MAE" for h in heads]
@@ -91,7 +92,7 @@ def results_table(
     unit = f" in {units[0]}" if units and units[0] and not several else ""
     by = f" by {column}" if column else ""
     title = f"{suite.title}: {split} MAE{unit}{by}, mean ± standard deviation over seeds"
-    return Table("results", title, columns, body, len(rows) + len(unit_column), _constants(arms))
+    return Table("results", title, columns, body, len(rows) + len(unit_column), constants(arms))
 
 
 class _Gains:
@@ -217,7 +218,8 @@ def _unit(arms: Sequence[Arm]) -> str:
     return next((a.first.unit for a in arms if a.results), "")
 
 
-def _mae(result) -> float:
+def mae_of(result: Result) -> float:
+    """The error that tables show."""
     return result.scores["mae"]
 
 
@@ -251,12 +253,12 @@ def _gain(comparison: Comparison | None, alone: bool) -> list[Entry]:
     return [gain, PValue(test.p if test else NAN), PValue(draws.p if draws else NAN)]
 
 
-def _spread(arm: Arm, metric: str, digits: int) -> Entry:
+def spread_of(arm: Arm, metric: str, digits: int) -> Entry:
     found = arm.summary(metric)
     return Number(found.mean, digits, found.std) if found else NOTHING
 
 
-def _constants(arms: Sequence[Arm]) -> list[str]:
+def constants(arms: Sequence[Arm]) -> list[str]:
     """A note on factors that have one value throughout."""
     several = varying(arms)
     fixed = {f: v for f, v in arms[0].values.items() if f not in several and v}

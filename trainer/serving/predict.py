@@ -14,7 +14,7 @@ from crysforge.datapipe.sources import Failure
 if TYPE_CHECKING:
     from crysforge.trainer.serving.ensemble import Ensemble
     from crysforge.trainer.serving.predictor import Predictor
-from crysforge.trainer.jobs.tables import _cell, _replacing
+from crysforge.trainer.jobs.tables import cell, replacing
 
 
 def predict_to_csv(
@@ -24,7 +24,7 @@ def predict_to_csv(
     returns how many of each. The files appear when all are written; of predictions none does where
     there is none."""
     counts = {"written": 0, "dropped": 0}
-    with _replacing(dropped_path(output)) as bad, contextlib.suppress(_NothingWritten):
+    with replacing(dropped_path(output)) as bad, contextlib.suppress(_NothingWritten):
         drops = csv.writer(bad)
         drops.writerow(["id", "where", "reason", "message"])
 
@@ -36,11 +36,11 @@ def predict_to_csv(
                     counts["dropped"] += 1
                     drops.writerow([item.id, item.where, item.reason, item.message])
 
-        with _replacing(output) as file:
+        with replacing(output) as file:
             writer = csv.writer(file)
             writer.writerow(["id", *model.columns])
             for crystal, values in model.iterate(usable(), max_atoms):
-                writer.writerow([crystal.id, *(_cell(v) for v in values)])
+                writer.writerow([crystal.id, *(cell(v) for v in values)])
                 counts["written"] += 1
             if not counts["written"]:
                 raise _NothingWritten

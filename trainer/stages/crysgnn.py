@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crysforge.datapipe.graphs.transforms import Chain, CountPairEdges, SpaceGroup, Transform
+from crysforge.datapipe.graphs.edge_transforms import CountPairEdges
+from crysforge.datapipe.graphs.transforms import Chain, SpaceGroup, Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.layers.basic import WideLinear

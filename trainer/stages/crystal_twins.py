@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.graphs.edge_transforms import DropEdges
 from crysforge.datapipe.graphs.transforms import (
     Chain,
-    DropEdges,
     MaskAtoms,
     ShiftAtoms,
     Step,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crysforge.datapipe.graphs.transforms import CountPairEdges, Transform
+from crysforge.datapipe.graphs.edge_transforms import CountPairEdges
+from crysforge.datapipe.graphs.transforms import Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.objectives.connectivity import ConnectivityDecoder

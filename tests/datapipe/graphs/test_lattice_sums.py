@@ -12,11 +12,11 @@ from pymatgen.analysis.ewald import EwaldSummation
 from pymatgen.core import Lattice, Structure
 
 from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.graphs.edge_transforms import DropEdges
 from crysforge.datapipe.graphs.lattice_sums import lattice_sums, potnet_sums
 from crysforge.datapipe.graphs.neighbours import neighbours
 from crysforge.datapipe.graphs.packing import build
-from crysforge.datapipe.graphs.transforms import DropEdges
-from crysforge.datapipe.loading.stream import estimate_edges
+from crysforge.datapipe.loading.config import estimate_edges
 from crysforge.datapipe.schema import GraphSpec, concat
 from tests.models.encoders.test_encoders import crystal, crystals
 

@@ -18,13 +18,12 @@ from crysforge.datapipe.crystals.lattice import (
     standard_lattice,
 )
 from crysforge.datapipe.crystals.symmetry import space_group
+from crysforge.datapipe.graphs.edge_transforms import CountPairEdges, DropEdges, drop_edges
 from crysforge.datapipe.graphs.neighbours import neighbours
 from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.graphs.transforms import (
     Chain,
-    CountPairEdges,
     Diffuse,
-    DropEdges,
     MaskAtoms,
     NoiseLattice,
     NoisePositions,
@@ -33,9 +32,9 @@ from crysforge.datapipe.graphs.transforms import (
     SpaceGroup,
     Step,
     TwoViews,
-    drop_edges,
 )
-from crysforge.datapipe.loading.stream import LoaderConfig, Stream
+from crysforge.datapipe.loading.config import LoaderConfig
+from crysforge.datapipe.loading.stream import Stream
 from crysforge.datapipe.schema import GraphSpec, concat
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.models.objectives.diffusion import cosine_alpha_bar, wrapped_sigma

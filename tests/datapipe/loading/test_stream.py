@@ -15,7 +15,8 @@ import torch
 from crysforge.datapipe.crystals.crystal import Crystal, crystal_key
 from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.graphs.transforms import MaskAtoms, Sample, Step
-from crysforge.datapipe.loading.stream import LoaderConfig, Stream, estimate_edges
+from crysforge.datapipe.loading.config import LoaderConfig, estimate_edges
+from crysforge.datapipe.loading.stream import Stream
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec, concat
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 

@@ -14,16 +14,12 @@ import torch
 
 import crysforge.datapipe.loading.worker as reading
 from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.graphs.edge_transforms import DropEdges
 from crysforge.datapipe.graphs.neighbours import neighbours
 from crysforge.datapipe.graphs.stored import StoredGraphs, graph_key
-from crysforge.datapipe.graphs.transforms import (
-    Chain,
-    DropEdges,
-    MaskAtoms,
-    ShiftAtoms,
-    TwoViews,
-)
-from crysforge.datapipe.loading.stream import LoaderConfig, Stream
+from crysforge.datapipe.graphs.transforms import Chain, MaskAtoms, ShiftAtoms, TwoViews
+from crysforge.datapipe.loading.config import LoaderConfig
+from crysforge.datapipe.loading.stream import Stream
 from crysforge.datapipe.preparing.bake import BakeConfig, bake
 from crysforge.datapipe.preparing.verify import VerifyConfig, verify
 from crysforge.datapipe.schema import GraphSpec

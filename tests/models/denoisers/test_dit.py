@@ -7,13 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from crysforge.models.denoisers.dit import (
-    SIZES,
-    DiT,
-    DiTConfig,
-    index_embedding,
-    time_embedding,
-)
+from crysforge.models.denoisers.dit import SIZES, DiT, DiTConfig, index_embedding
+from crysforge.models.layers.time_embedding import time_embedding
 from crysforge.models.ops import attention
 from crysforge.models.ops.attention import ATTENTION, Layout, attend, by_size
 from crysforge.models.ops.modulation import per_crystal

@@ -9,8 +9,8 @@ from torch import nn
 
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.elements import properties
+from crysforge.datapipe.graphs.edge_transforms import CountPairEdges
 from crysforge.datapipe.graphs.packing import build
-from crysforge.datapipe.graphs.transforms import CountPairEdges
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.models.objectives.element_features import (
     CLASSES,

@@ -16,7 +16,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crysforge.datapipe.graphs.packing import build
-from crysforge.datapipe.loading.stream import LoaderConfig, Stream
+from crysforge.datapipe.loading.config import LoaderConfig
+from crysforge.datapipe.loading.stream import Stream
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.base.distributed import World

@@ -12,6 +12,7 @@ from crysforge.trainer.evaluation.compare import arms_of
 from crysforge.trainer.evaluation.results import gather
 from crysforge.trainer.evaluation.suite import Suite
 from crysforge.trainer.reports import crystal_figures, figures
+from crysforge.trainer.reports.bars import bars
 from crysforge.trainer.reports.crystals import Facts
 from tests.evaluation_runs import arms_and_seeds, finetuned, suite
 
@@ -69,7 +70,7 @@ def test_curves_show_every_arm_over_its_labels(tmp_path, saved):
 
 def test_bars_are_the_means_and_name_the_gain(tmp_path, saved):
     arms, look = arms_at(arms_and_seeds(tmp_path, {"none": 0.2, "a": 0.1, "b": 0.3}))
-    figures.bars({"gap": arms}, look, tmp_path / "b", 0.95, "By pretraining")
+    bars({"gap": arms}, look, tmp_path / "b", 0.95, "By pretraining")
     axes = saved[0].axes[0]
     means = [a.summary().mean for a in arms]
     assert [p.get_width() for p in axes.patches] == pytest.approx(means)
@@ -132,7 +133,7 @@ def test_a_suite_that_compares_nothing_is_drawn(tmp_path, saved):
 def test_the_same_figure_has_the_same_bytes_and_no_date(tmp_path):
     arms, look = arms_at(arms_and_seeds(tmp_path, {"none": 0.2, "a": 0.1}))
     for name in ("one", "two"):
-        figures.bars({"gap": arms}, look, tmp_path / name, 0.95, "By pretraining")
+        bars({"gap": arms}, look, tmp_path / name, 0.95, "By pretraining")
     for kind in ("svg", "png"):
         assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
     assert "dc:date" not in (tmp_path / "one.svg").read_text()
@@ -140,5 +141,5 @@ def test_the_same_figure_has_the_same_bytes_and_no_date(tmp_path):
 
 def test_names_with_dots_keep_them(tmp_path):
     arms, look = arms_at(arms_and_seeds(tmp_path, {"none": 0.2}, seeds=(0,)))
-    figures.bars({"gap": arms}, look, tmp_path / "bars-label_fraction-0.2", 0.95, "x")
+    bars({"gap": arms}, look, tmp_path / "bars-label_fraction-0.2", 0.95, "x")
     assert (tmp_path / "bars-label_fraction-0.2.png").is_file()

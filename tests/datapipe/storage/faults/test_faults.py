@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from crysforge.datapipe.crystals.crystal import Crystal
-from crysforge.datapipe.loading.stream import LoaderConfig, Stream
+from crysforge.datapipe.loading.config import LoaderConfig
+from crysforge.datapipe.loading.stream import Stream
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage import writer as writing
 from crysforge.datapipe.storage.dataset import Dataset, encode

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crysforge.datapipe.loading.stream import LoaderConfig, Stream
+from crysforge.datapipe.loading.config import LoaderConfig
+from crysforge.datapipe.loading.stream import Stream
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage import remote as source
 from crysforge.datapipe.storage.cache import ShardCache, open_shard
