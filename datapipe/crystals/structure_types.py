@@ -138,7 +138,7 @@ def _contact(lattice: np.ndarray, frac: np.ndarray, site: np.ndarray) -> np.ndar
 
 
 def compositions(formula: tuple[int, ...]) -> np.ndarray:
-    """[D, K] rows of `usable_ions()` that balance in charge on a formula; one row per composition."""
+    """[D, K] rows of `usable_ions()` that balance in charge on a formula, one per composition."""
     ions = usable_ions()
     charge = charges(ions)
     negativity = np.array([ion.electronegativity for ion in ions])

@@ -79,7 +79,7 @@ def test_pairs_name_every_suitable_pair_once():
     pairs = module._pairs(formula, seed=3)
     named = {(int(t), *map(int, row)) for t, row in zip(pairs.type_index, pairs.ions, strict=True)}
     assert len(named) == len(pairs.ions)
-    ions = module._ions()
+    ions = module.usable_ions()
     for t, *row in islice(named, 300):
         chosen = [ions[i] for i in row]
         assert sum(n * ion.charge for n, ion in zip(formula, chosen, strict=True)) == 0

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from crysforge.models.layers import irreps
+from crysforge.models.layers import tensor_product
 from crysforge.models.layers.irreps import (
     IrrepLinear,
     IrrepNorm,
@@ -123,7 +123,7 @@ def test_products_with_harmonics_are_equivariant(outputs, shared):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("outputs", [(2, 2, 1), (2,)], ids=str)
 def test_gradients_of_products_with_harmonics(outputs, shared, monkeypatch):
-    monkeypatch.setattr(irreps, "_BLOCK", 2)
+    monkeypatch.setattr(tensor_product, "BLOCK", 2)
     torch.manual_seed(0)
     layer = SeparableProduct((2, 1, 1), outputs).double()
     matrices = Couplings(3)(spherical_harmonics(F.normalize(torch.randn(5, 3).double(), dim=1), 3))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from crysforge.datapipe.schema import MAX_Z
-from crysforge.trainer.figures import plots
+from crysforge.trainer.figures import data_figures, plots
 from crysforge.trainer.figures import style as drawing
 from crysforge.trainer.figures.data_figures import histograms
 
@@ -28,6 +28,7 @@ def saved(monkeypatch, tmp_path):
         save(figure, path)
 
     monkeypatch.setattr(plots, "save_png", keep)
+    monkeypatch.setattr(data_figures, "save_png", keep)
     return figures
 
 

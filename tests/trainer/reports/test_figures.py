@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from crysforge.trainer.evaluation.compare import arms_of
 from crysforge.trainer.evaluation.results import gather
 from crysforge.trainer.evaluation.suite import Suite
+from crysforge.trainer.reports import bars as bar_figures
 from crysforge.trainer.reports import crystal_figures, figures
 from crysforge.trainer.reports.bars import bars
 from crysforge.trainer.reports.crystals import Facts
@@ -35,6 +36,7 @@ def saved(monkeypatch):
 
     monkeypatch.setattr(figures, "save", keep)
     monkeypatch.setattr(crystal_figures, "save", keep)
+    monkeypatch.setattr(bar_figures, "save", keep)
     return kept
 
 
