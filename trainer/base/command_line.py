@@ -3,7 +3,6 @@ dataclass."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 import sys
@@ -19,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 import crysforge
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.names import nearest
+from crysforge.trainer.base.help import help_text, show
 
 T = TypeVar("T")
 
@@ -29,15 +29,16 @@ def parse(schema: type[T], doc: str | None, argv: Sequence[str] | None = None) -
     Args:
         schema: dataclass of all settings.
         doc: help text; printed with the settings and their defaults on `--help`.
-        argv: `--config FILE` (repeatable, later files win), `key=value` overrides with dots for
-            nested keys, `--dry-run` for `dry_run=true`. Default: the process's arguments.
+        argv: `--config FILE` (repeatable, later files win), overrides `key=value`, `--key=value`
+            or `--key value` with dots for nested keys, `--dry-run` for `dry_run=true`. Default: the
+            process's arguments.
 
     Raises:
         ValueError: an unreadable file, a malformed argument, an unknown key or a wrong type.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if "-h" in args or "--help" in args:
-        print(help_text(schema, doc))
+        show(help_text(schema, doc))
         raise SystemExit(0)
     return from_sources(schema, *split_arguments(args))
 
@@ -60,11 +61,22 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         elif arg.startswith("--local_rank"):  # the deepspeed launcher's own; LOCAL_RANK says it too
             if "=" not in arg and args:
                 args.pop(0)
+        elif arg.startswith("--") and "=" in arg:
+            overrides.append(_key(arg.partition("=")[0]) + "=" + arg.partition("=")[2])
+        elif arg.startswith("--") and args and not args[0].startswith("--"):
+            overrides.append(f"{_key(arg)}={args.pop(0)}")
+        elif arg.startswith("--"):
+            raise ValueError(f"argument {arg!r} has no value: give {_key(arg)}=… (see --help)")
         elif "=" in arg and not arg.startswith("-"):
             overrides.append(arg)
         else:
             raise ValueError(f"argument {arg!r} is not of the form key=value (see --help)")
     return files, overrides
+
+
+def _key(flag: str) -> str:
+    """The key that a flag names: `trainer.max_steps` for `--trainer.max-steps`."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def from_sources(schema: type[T], files: Sequence[str] = (), overrides: Sequence[str] = ()) -> T:
@@ -130,23 +142,6 @@ def read_yaml(name: str | Path) -> DictConfig:
 def to_yaml(config: Any) -> str:
     """A dataclass config as YAML text that `parse` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def help_text(schema: type, doc: str | None) -> str:
-    """Usage and every setting with its default, one a line."""
-    lines = [(doc or "").strip(), "", "settings (key = default):"]
-
-    def walk(value: Any, prefix: str) -> None:
-        for f in dataclasses.fields(value):
-            default = getattr(value, f.name)
-            if dataclasses.is_dataclass(default):
-                walk(default, f"{prefix}{f.name}.")
-            else:
-                shown = "(required)" if default == "???" else default
-                lines.append(f"  {prefix}{f.name} = {shown}")
-
-    walk(schema(), "")
-    return "\n".join(lines)
 
 
 def required(config: Any, *names: str) -> None:

@@ -86,7 +86,7 @@ def test_pairs_name_every_suitable_pair_once():
         anions = [ion.electronegativity for ion in chosen if ion.charge < 0]
         cations = [ion.electronegativity for ion in chosen if ion.charge > 0]
         assert min(anions) > max(cations)
-        radius, charge = np.array([i.radius for i in chosen]), module._charges(chosen)
+        radius, charge = np.array([i.radius for i in chosen]), module.charges(chosen)
         assert pairs.types[t].packing(radius, charge) > module._PACKING
 
 
