@@ -23,6 +23,7 @@ from crysforge.datapipe.common.names import nearest
 from crysforge.models.layers.time_embedding import TIME_CHANNELS, time_embedding
 from crysforge.models.ops.attention import ATTENTION, Layout, attend, by_size, resolve
 from crysforge.models.ops.modulation import gated_add, modulated_norm
+from crysforge.models.ops.precision import full_precision
 from crysforge.models.ops.recompute import LinearOf, applied, linear_of
 
 
@@ -146,7 +147,7 @@ class DiT(nn.Module):
             else:
                 linear = linear_of if self.recompute == "cheap" else applied
                 x = block(x, condition, layout, path, linear)
-        shift, scale = _wide(self.final_modulation(F.silu(condition))).chunk(2, dim=1)
+        shift, scale = full_precision(self.final_modulation(F.silu(condition))).chunk(2, dim=1)
         x = self.output(modulated_norm(x, shift, scale, layout))
         return x if order is None else torch.empty_like(x).index_copy(0, order, x)
 
@@ -170,7 +171,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """Tokens [A, D] and the condition [B, D] → tokens [A, D]. `linear` is how a layer is
         applied to a function of its inputs: `applied` or `linear_of`."""
-        modulation = _wide(linear(F.silu, self.modulation, condition)).chunk(6, dim=1)
+        modulation = full_precision(linear(F.silu, self.modulation, condition)).chunk(6, dim=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         norm = functools.partial(modulated_norm, layout=layout)
         qkv = linear(norm, self.qkv, x, shift1, scale1).view(len(x), 3, self.heads, -1)
@@ -179,11 +180,6 @@ class Block(nn.Module):
         up, activation, down = self.mlp
         update = linear(activation, down, linear(norm, up, x, shift2, scale2))
         return gated_add(x, update, gate2, layout)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least fp32: there are few rows, and they scale every token."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def index_embedding(number: Tensor, width: int) -> Tensor:

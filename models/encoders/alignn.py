@@ -11,16 +11,10 @@ from torch import Tensor, nn
 
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
 from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
-from crysforge.models.layers.basic import (
-    RBF,
-    OneHotLinear,
-    full_precision,
-    line_graph,
-    own_rows,
-    row_weight,
-)
+from crysforge.models.layers.basic import RBF, OneHotLinear, line_graph, own_rows, row_weight
 from crysforge.models.ops.edges import Edges
 from crysforge.models.ops.norm import BatchNorm
+from crysforge.models.ops.precision import full_precision
 from crysforge.models.ops.segments import gather_sum
 
 _BLOCK = 1 << 18

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
 from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
-from crysforge.models.layers.basic import RBF, EdgeLinear, OneHotLinear, full_precision
+from crysforge.models.layers.basic import RBF, EdgeLinear, OneHotLinear
 from crysforge.models.ops.edges import Edges
 from crysforge.models.ops.norm import BatchNorm
+from crysforge.models.ops.precision import full_precision
 from crysforge.models.ops.segments import segment_sum
 
 

@@ -18,9 +18,10 @@ from torch_geometric.nn.models.dimenet import (
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
 from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
 from crysforge.models.layers.angle_sums import Turns
-from crysforge.models.layers.basic import EdgeLinear, OneHotLinear, full_precision
+from crysforge.models.layers.basic import EdgeLinear, OneHotLinear
 from crysforge.models.layers.spherical import SphericalBessel
 from crysforge.models.ops.edges import Edges
+from crysforge.models.ops.precision import full_precision
 from crysforge.models.ops.segments import segment_sum
 
 

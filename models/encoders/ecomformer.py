@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
 from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
-from crysforge.models.layers.basic import RBF, ComformerConv, OneHotLinear, full_precision
+from crysforge.models.layers.basic import RBF, ComformerConv, OneHotLinear
 from crysforge.models.layers.spherical import spherical_harmonics
 from crysforge.models.ops.edges import Edges, Incidence, RowSum
 from crysforge.models.ops.norm import BatchNorm
+from crysforge.models.ops.precision import full_precision
 from crysforge.models.ops.segments import gather_source, segment_sum
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
 from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
-from crysforge.models.layers.basic import OneHotLinear, full_precision
+from crysforge.models.layers.basic import OneHotLinear
 from crysforge.models.layers.irreps import (
     Features,
     IrrepLinear,
@@ -28,6 +28,7 @@ from crysforge.models.layers.spherical import spherical_harmonics
 from crysforge.models.layers.tensor_product import Couplings, SeparableProduct
 from crysforge.models.ops.edges import Edges
 from crysforge.models.ops.keyed_random import keyed_dropout, member_keys
+from crysforge.models.ops.precision import full_precision
 from crysforge.models.ops.segments import (
     gather_source,
     gather_target,

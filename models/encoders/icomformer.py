@@ -17,12 +17,12 @@ from crysforge.models.layers.basic import (
     ComformerConv,
     OneHotLinear,
     compose,
-    full_precision,
     group_rows,
     own_rows,
 )
 from crysforge.models.ops.edges import Edges, Incidence
 from crysforge.models.ops.norm import BatchNorm
+from crysforge.models.ops.precision import full_precision
 
 
 @dataclass(kw_only=True)

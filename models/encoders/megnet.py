@@ -11,15 +11,9 @@ from torch import Tensor, nn
 
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
 from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
-from crysforge.models.layers.basic import (
-    RBF,
-    EdgeLinear,
-    OneHotLinear,
-    full_precision,
-    group_rows,
-    own_rows,
-)
+from crysforge.models.layers.basic import RBF, EdgeLinear, OneHotLinear, group_rows, own_rows
 from crysforge.models.ops.edges import Edges, Incidence
+from crysforge.models.ops.precision import full_precision
 from crysforge.models.ops.segments import mean_readout, segment_sum
 
 

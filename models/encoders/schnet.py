@@ -13,8 +13,9 @@ from torch_geometric.nn.models.schnet import InteractionBlock
 
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
 from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
-from crysforge.models.layers.basic import RBF, OneHotLinear, full_precision
+from crysforge.models.layers.basic import RBF, OneHotLinear
 from crysforge.models.ops.edges import Edges
+from crysforge.models.ops.precision import full_precision
 from crysforge.models.ops.segments import gather_source, segment_sum
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from crysforge.models.ops.edges import Edges, Incidence, RowSum
 from crysforge.models.ops.messages import comformer_messages
 from crysforge.models.ops.norm import BatchNorm
+from crysforge.models.ops.precision import full_precision
 from crysforge.models.ops.segments import gather_sum
 
 
@@ -31,7 +32,7 @@ class RBF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n] → [n, bins]."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = full_precision(x)
         centres = torch.linspace(self.start, self.end, self.bins, device=x.device, dtype=x.dtype)
         return (x[:, None] - centres).square_().mul_(-self.gamma).exp_()
 
@@ -130,11 +131,6 @@ def line_graph(edges: Edges) -> Edges:
     return Edges(
         source=source, target=target, row=every, ptr=ptr, count=ones, weight=ones, rows=len(target)
     )
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """x in fp32 or wider, as sums over edges need it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ComformerConv(nn.Module):

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from crysforge.models.ops.precision import full_precision
+
 
 def spherical_harmonics(unit: Tensor, degrees: int) -> Tensor:
     """Real spherical harmonics of degree 0 … degrees - 1 of unit vectors [n, 3], [n, degrees²], the
@@ -63,7 +65,7 @@ class SphericalBessel(nn.Module):
             before, now = now, (2 * l - 1) / argument * now - before
             column.append(now[:, l])
         waves = torch.stack(column, dim=1) * self.scale.double()
-        return waves.to(torch.promote_types(x.dtype, torch.float32))
+        return full_precision(waves)
 
 
 def _zeros(degrees: int, roots: int) -> tuple[np.ndarray, np.ndarray]:

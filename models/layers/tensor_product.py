@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crysforge.models.layers.basic import full_precision
 from crysforge.models.layers.irreps import BLOCK, Features, IrrepLinear, coupling
+from crysforge.models.ops.precision import full_precision
 
 
 class Couplings(nn.Module):

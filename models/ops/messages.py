@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from crysforge.models.ops.dispatch import Op
 from crysforge.models.ops.edges import Block, Edges
 from crysforge.models.ops.norm import BatchNorm, moments
+from crysforge.models.ops.precision import full_precision
 
 _BLOCK = 1 << 19
 """Elements of a block's largest buffer on CPU: 2 MB in fp32."""
@@ -26,11 +27,6 @@ _BLOCK = 1 << 19
 silu_backward = torch.ops.aten.silu_backward
 sigmoid_backward = torch.ops.aten.sigmoid_backward
 layer_norm_backward = torch.ops.aten.native_layer_norm_backward
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x in fp32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @Op
@@ -73,7 +69,7 @@ class _ComformerMessages(torch.autograd.Function):
     def forward(ctx, query, keys, values, wk, bk, wv, bv, gamma, beta, norm, edges):
         blocks = edges.blocks(_BLOCK // query.shape[1])
         with torch.autocast(query.device.type, enabled=False):
-            query = _wide(query)
+            query = full_precision(query)
             weight = edges.weight.to(query.dtype)
             key, value = (t.new_empty(len(edges), t.shape[1]) for t in (keys, values))
             score, parts = query.new_empty(key.shape), []
@@ -140,7 +136,7 @@ class _HiddenGrad:
     def __init__(self, table, weight, edges: Edges) -> None:
         self.table, self.weight, self.edges = table, weight.to(table.dtype), edges
         self.hidden = table.new_empty(len(edges), table.shape[1])
-        self.dweight = torch.zeros_like(_wide(weight))
+        self.dweight = torch.zeros_like(full_precision(weight))
         self.dbias = self.dweight.new_zeros(len(weight))
 
     def add(self, block: Block, grad: Tensor) -> None:
@@ -203,7 +199,7 @@ class _MatformerMessages(torch.autograd.Function):
         _, heads, width = query.shape
         ctx.heads, ctx.eps, ctx.edges = heads, eps, edges
         with torch.autocast(query.device.type, enabled=False):
-            query, key, feature = (_wide(x.flatten(1)) for x in (query, key, feature))
+            query, key, feature = (full_precision(x.flatten(1)) for x in (query, key, feature))
             wg, bg, wn, bn = (p.to(query) for p in (wg, bg, wn, bn))
             product = values.new_empty(len(edges) * heads, width)
             summed = torch.empty_like(query)
@@ -230,7 +226,7 @@ class _MatformerMessages(torch.autograd.Function):
         dquery, down = torch.empty_like(query), torch.empty_like(query)
         dkey, dfeature = (query.new_empty(len(edges), query.shape[1]) for _ in range(2))
         dvalues = values.new_empty(len(edges), values.shape[1])
-        dparameters = [torch.zeros_like(_wide(p)) for p in (wg, bg, wm, wn, wn, bn)]
+        dparameters = [torch.zeros_like(full_precision(p)) for p in (wg, bg, wm, wn, wn, bn)]
         dwg, dbg, dwm, dbm, dwn, dbn = dparameters
         with torch.autocast(query.device.type, enabled=False):
             for b in edges.blocks(_BLOCK // values.shape[1]):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from crysforge.models.ops.dispatch import Op
+from crysforge.models.ops.precision import full_precision
 
 
 class Moments(NamedTuple):
@@ -114,7 +115,7 @@ class BatchNorm(nn.Module):
             ValueError: in training, if all ranks together hold a single row of count one.
         """
         with torch.autocast(x.device.type, enabled=False):  # products of moments in full precision
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            wide = full_precision(x)
             weight = wide.new_ones(len(x)) if count is None else count.to(wide.dtype)
             parts = [moments(wide.detach(), weight)] if self.training else []
             standard = self.standard(parts, weight)

@@ -15,6 +15,7 @@ from torch import Tensor
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.ops.dispatch import Op
 from crysforge.models.ops.edges import Edges, Incidence, RowSum
+from crysforge.models.ops.precision import full_precision
 
 
 @Op
@@ -50,7 +51,7 @@ def segment_sum(messages: Tensor, edges: Edges) -> Tensor:
 def segment_softmax(scores: Tensor, edges: Edges) -> Tensor:
     """Softmax over the edges into each node, [E, D] → [E, D], in fp32 or wider. An edge that
     stands for c equal ones has the weight of one of them: Σ c · softmax = 1."""
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = full_precision(scores)
     top = scores.new_full((edges.num_nodes, scores.shape[1]), -torch.inf)
     index = edges.target[:, None].expand_as(scores)
     top = top.scatter_reduce(0, index, scores.detach(), "amax")
@@ -61,7 +62,7 @@ def segment_softmax(scores: Tensor, edges: Edges) -> Tensor:
 @Op
 def mean_readout(x: Tensor, batch: CrystalBatch) -> Tensor:
     """Mean over the atoms of each crystal from node rows x [N, D], [B, D], in fp32 or wider."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = full_precision(x)
     atoms = batch.ptr.diff().to(x.dtype)
     share = batch.node_multiplicity.to(x.dtype) / atoms[batch.node_batch]
     each = torch.arange(len(x) + 1, device=x.device)

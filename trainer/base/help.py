@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import inspect
 import itertools
 import os
@@ -48,13 +47,12 @@ def _settings(config: Any, prefix: str) -> list[str]:
             continue
         shown = "required" if value == "???" else _shown(value)
         lines.append(f"  {prefix}{f.name} = {shown}   ({_type(hints[f.name])})")
-        if about := docs.get(f.name):
-            lines += textwrap.wrap(_one_line(about), WIDTH, initial_indent=" " * 6,
+        if text := docs.get(f.name):
+            lines += textwrap.wrap(_one_line(text), WIDTH, initial_indent=" " * 6,
                                    subsequent_indent=" " * 6)  # fmt: skip
     return [*lines, "", *sections]
 
 
-@functools.cache
 def docstrings(cls: type) -> dict[str, str]:
     """The text below each field of a dataclass, those of its bases too."""
     found: dict[str, str] = {}
