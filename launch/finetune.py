@@ -29,7 +29,8 @@ from crysforge.trainer.base.tensors import copied_state, write_json
 from crysforge.trainer.jobs import finetuning as reports
 from crysforge.trainer.jobs import setup as jobs
 from crysforge.trainer.jobs.schemas import FinetuneJob
-from crysforge.trainer.loop.fit import Result, fit
+from crysforge.trainer.loop.fit import fit
+from crysforge.trainer.loop.session import Result, Session
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.model_directory import (
     describe_data,
@@ -98,17 +99,19 @@ def main() -> None:
         train, validation = streams
         monitor = f"mae/{config.targets[0]}" if len(config.targets) == 1 else "mse"
         _, result = fit(
-            stage,
-            config.finetune,
-            config.trainer,
-            train,
-            validation,
-            directory,
-            world,
-            monitor=monitor,
-            lr_scales=stage.lr_scales,
-            patience=config.finetune.patience,
-            stop=stop,
+            Session(
+                stage=stage,
+                config=config.finetune,
+                trainer=config.trainer,
+                train=train,
+                validation=validation,
+                run=directory,
+                world=world,
+                monitor=monitor,
+                lr_scales=stage.lr_scales,
+                patience=config.finetune.patience,
+                stop=stop,
+            )
         )
     export_stage(directory.path / "finetune", stage, copied_state(stage), data, scaler, start)
     metrics = reports.finetuned(stage, world, dataset, config, items, directory.path)

@@ -24,6 +24,7 @@ from crysforge.trainer.jobs import setup as jobs
 from crysforge.trainer.jobs.schemas import pretrain_schema
 from crysforge.trainer.loop.fit import fit
 from crysforge.trainer.loop.memory import memory_text
+from crysforge.trainer.loop.session import Session
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.model_directory import (
     describe_data,
@@ -87,7 +88,16 @@ def main() -> None:
         if world.main:
             describe_stage(directory.path / name, stage, data, start=start)
         engine, result = fit(
-            stage, section, config.trainer, train, validation, directory, world, stop=stop
+            Session(
+                stage=stage,
+                config=section,
+                trainer=config.trainer,
+                train=train,
+                validation=validation,
+                run=directory,
+                world=world,
+                stop=stop,
+            )
         )
         weights = engine.weights()
         if world.main:

@@ -115,7 +115,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(run):
 
 
 def test_a_hanging_rank_ends_and_takes_the_other_with_it(run):
-    hang = {"at": "crysforge.trainer.loop.fit:weighted_loss", "call": 2, "do": "hang"}
+    hang = {"at": "crysforge.trainer.loop.training:weighted_loss", "call": 2, "do": "hang"}
     codes, output = run("trainer.step_timeout_s=2", rank1=hang)
     assert Watchdog.EXIT in codes and set(codes) <= {Watchdog.EXIT, 2}, (codes, output)
     # Rank 0 has written its own as well, unless rank 1 was gone before its time was up.

@@ -100,9 +100,9 @@ class Moment:
 
 
 STEP = [
-    Moment("forward is done", "crysforge.trainer.loop.fit:total_over_ranks", 15),
+    Moment("forward is done", "crysforge.trainer.loop.training:total_over_ranks", 15),
     Moment("at the update", "crysforge.trainer.engines.base:Engine.step", 15),
-    Moment("the step is judged", "crysforge.trainer.loop.fit:StepGuard.after", 15),
+    Moment("the step is judged", "crysforge.trainer.loop.training:StepGuard.after", 15),
     Moment("metrics are written", f"{RUNS}.logger:Logger.scalars", 15),
 ]
 SHARDS = [Moment("a shard is opened", "crysforge.datapipe.storage.dataset:Dataset._scan", 120)]
@@ -111,7 +111,7 @@ VALIDATION = [
         "in validation",
         "crysforge.trainer.loop.averages:Meter.add",
         9,
-        "crysforge.trainer.loop.fit:evaluate",
+        "crysforge.trainer.loop.training:evaluate",
     )
 ]
 SAVE = [
@@ -136,7 +136,7 @@ FORWARD = Moment(
     "forward",
     "crysforge.trainer.stages.vae:VAEStage.forward",
     12,
-    "crysforge.trainer.loop.fit:_Session.train_step",
+    "crysforge.trainer.loop.training:Training.train_step",
 )
 START = [Moment("the run is claimed", f"{RUNS}.checkpoint:write_text", 1, main=True)]
 

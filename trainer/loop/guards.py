@@ -117,7 +117,7 @@ class StepGuard:
             _Step(number, batches, own_losses, losses, self._before, verdict, arrived)
         )
 
-    def judge(self, wait: bool = False) -> bool:
+    def resolve(self, wait: bool = False) -> bool:
         """Reads the verdicts that are due, or all with `wait`; whether a rank wants to stop.
 
         Raises:
@@ -168,11 +168,11 @@ class StepGuard:
                     dump_batch(self.directory / f"{stem}.safetensors", batch)
                     kept.append(f"{stem}.safetensors")
                 except OSError as error:
-                    self.logger.say(f"warning: the batch is not kept: {error}", every_rank=True)
+                    self.logger.print(f"warning: the batch is not kept: {error}", every_rank=True)
         self.logger.event("skip", step=number, cause=what, crystals=ids, batches=kept)
         if ids or rank == 0:
             shown = ", ".join(ids[:8]) + (" …" if len(ids) > 8 else "")
-            self.logger.say(
+            self.logger.print(
                 f"step {number}: the {what} is not finite, update left out on all ranks; "
                 f"crystals of rank {rank}: {shown or 'none of them'}"
                 + (f"; kept in {self.directory / kept[0]}" if kept else ""),

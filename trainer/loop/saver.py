@@ -93,7 +93,7 @@ class Saver:
         except OSError as error:
             tags = self.run.tags(self.engine.stage.name)
             newest = tags[-1].name if tags else "none"
-            self.logger.warn(f"checkpoint not written: {error}; the newest one is {newest}")
+            self.logger.warning(f"checkpoint not written: {error}; the newest one is {newest}")
 
 
 def newest(run: RunDirectory, stage: str, world: World) -> Checkpoint | None:

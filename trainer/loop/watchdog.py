@@ -18,7 +18,7 @@ class Watchdog:
     the stacks go to the standard error a little later.
 
     Args:
-        seconds: time between two calls of `feed`; 0 switches it off. The first time is ten times
+        seconds: time between two calls of `reset`; 0 switches it off. The first time is ten times
             as long: kernels are compiled, caches filled.
         path: where the stacks go.
     """
@@ -34,11 +34,11 @@ class Watchdog:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if seconds:
-            self.feed(10)
+            self.reset(10)
             self._arm()
             self._thread.start()
 
-    def feed(self, times: float = 1) -> None:
+    def reset(self, times: float = 1) -> None:
         """Tells that work goes on; the next call is due within `times` times the seconds."""
         if self.seconds:
             self._deadline = time.monotonic() + times * self.seconds

@@ -102,7 +102,7 @@ class Logger:
         except OSError as error:
             if not self._troubled:
                 self._troubled = True
-                self.say(f"warning: logs are not complete: {error}", every_rank=True)
+                self.print(f"warning: logs are not complete: {error}", every_rank=True)
 
     def event(self, kind: str, **values: Any) -> None:
         """Appends a line to this rank's RUN/events/rank-<rank>.jsonl: `time` in seconds since
@@ -113,7 +113,7 @@ class Logger:
             self._events.write(json.dumps(line) + "\n")
             self._events.flush()
 
-    def beat(self, step: int, status: str = "running") -> None:
+    def heartbeat(self, step: int, status: str = "running") -> None:
         """Shows that rank 0 is alive, in RUN/heartbeat.json; every few seconds at most, unless the
         status changes from `running`."""
         now = time.monotonic()
@@ -133,16 +133,16 @@ class Logger:
             if shown:
                 self.bar.set_postfix(shown, refresh=False)
 
-    def say(self, text: str, every_rank: bool = False) -> None:
+    def print(self, text: str, every_rank: bool = False) -> None:
         """A line for people, above the progress bar; from rank 0 unless asked of every rank."""
         if self.enabled or every_rank:
             with suppress(OSError):
                 tqdm.write(text)
 
-    def warn(self, text: str, **values: Any) -> None:
+    def warning(self, text: str, **values: Any) -> None:
         """A warning that all ranks have: a line for people and an event."""
         self.event("warning", message=text, **values)
-        self.say(f"warning: {text}")
+        self.print(f"warning: {text}")
 
     def close(self) -> None:
         """Flushes everything."""

@@ -16,6 +16,7 @@ from crysforge.trainer.loop.averages import total_over_ranks, weighted_loss
 from crysforge.trainer.loop.config import TrainerConfig
 from crysforge.trainer.loop.fit import fit
 from crysforge.trainer.loop.optim import param_groups
+from crysforge.trainer.loop.session import Session
 from crysforge.trainer.stages.base import STAGES
 
 
@@ -96,7 +97,17 @@ def test_deterministic_matrix_products_have_the_workspace_that_torch_asks_for(mo
     stage, settings = STAGES["joint"], TrainerConfig(deterministic=True)
     try:
         with pytest.raises(ZeroDivisionError):
-            fit(stage, stage.Config(), settings, None, None, None, World())
+            fit(
+                Session(
+                    stage=stage,
+                    config=stage.Config(),
+                    trainer=settings,
+                    train=None,
+                    validation=None,
+                    run=None,
+                    world=World(),
+                )
+            )
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:

@@ -118,8 +118,8 @@ def test_a_head_that_learned_another_unit_is_refused(runs, data):
 def test_the_best_weights_are_those_of_the_least_validation_mae(
     data, call, tmp_path, monkeypatch, targets, monitor
 ):
-    def fit(*args, **settings):
-        raise ValueError(settings["monitor"])
+    def fit(session):
+        raise ValueError(session.monitor)
 
     monkeypatch.setattr(finetune, "fit", fit)
     args = [f"data={data}", f"run_dir={tmp_path / 'run'}", "init_from=none", targets]

@@ -29,6 +29,7 @@ from crysforge.trainer.loop.dry_step import try_batch
 from crysforge.trainer.loop.ema import WeightAverage
 from crysforge.trainer.loop.fit import fit
 from crysforge.trainer.loop.guards import SpikeMonitor, dump_batch, load_batch
+from crysforge.trainer.loop.session import Session
 from crysforge.trainer.loop.watchdog import Watchdog
 from crysforge.trainer.runs.checkpoint import BackgroundWriter, RunDirectory
 from crysforge.trainer.runs.logger import read_metrics
@@ -75,7 +76,7 @@ def train(data, tmp_path):
         section = VAEConfig(max_steps=STEPS, batch_size=4, epochs=9)
         stage = Probe(section, build_encoder({"name": "pddformer", "tiny": True}))
         stage.before, stage.spoil = before or stage.before, spoil or stage.spoil
-        streams = [
+        train, val = [
             Stream(
                 data, split, stage.encoder.graph, LoaderConfig(workers=0), batch_size=4,
                 transform=stage.transform(), epochs=9, train=split == "train",
@@ -86,7 +87,10 @@ def train(data, tmp_path):
         run.start("a: 1\n", {}, "auto")
         config = TrainerConfig(engine="torch", **{"log_every": 1, "keep": 99, **settings})
         return run, fit(
-            stage, section, config, *streams, run, World(), monitor=monitor, stop=stop
+            Session(
+                stage=stage, config=section, trainer=config, train=train, validation=val, run=run,
+                world=World(), monitor=monitor, stop=stop,
+            )
         )  # fmt: skip
 
     return train
@@ -220,7 +224,7 @@ def test_a_hang_ends_with_all_stacks(tmp_path, lock):
         "import ctypes, sys, threading; from pathlib import Path\n"
         "from crysforge.trainer.loop.watchdog import Watchdog\n"
         f"Watchdog.GRACE_S = {0 if lock else 60}\n"
-        f"def stuck_here(): dog = Watchdog(0.1, Path(sys.argv[1])); dog.feed(); {hang}\n"
+        f"def stuck_here(): dog = Watchdog(0.1, Path(sys.argv[1])); dog.reset(); {hang}\n"
         "stuck_here()"
     )
     path = tmp_path / "stacks" / "rank.txt"
