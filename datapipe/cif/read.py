@@ -1,0 +1,265 @@
+"""CIF text to crystals: never another crystal than the file means, else an error that says why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice, product
+
+import numpy as np
+
+from crysforge.datapipe.cif.blocks import Block, structure_blocks
+from crysforge.datapipe.cif.cell import Parameters, lattice_for, read_parameters
+from crysforge.datapipe.cif.checks import (
+    CHECKS,
+    Facts,
+    facts_of,
+    judge,
+    judge_multiplicity,
+    refuse_modulated,
+)
+from crysforge.datapipe.cif.formula import in_words
+from crysforge.datapipe.cif.geometry import (
+    has_symmetry,
+    is_plausible,
+    merge_copies,
+    same_crystal,
+)
+from crysforge.datapipe.cif.order import ELECTRONEGATIVITY_RANK
+from crysforge.datapipe.cif.sites import Sites, expand, read_sites
+from crysforge.datapipe.cif.species import Species, species_of
+from crysforge.datapipe.cif.symmetry import Candidate, Symmetry, symmetry_of
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+
+_MOST_READINGS = 64
+"""Ways to read ambiguous labels that are tried."""
+_FULL = 1e-3
+"""How far an occupancy may be from 1."""
+
+
+@dataclass
+class _Attempt:
+    """The crystal by one reading of the symmetry and of the labels."""
+
+    name: str
+    crystal: Crystal
+    problems: list[str] = field(default_factory=list)
+
+
+def read_cif(text: str, checks: str = "strict", name: str | None = None) -> Crystal:
+    """The one crystal in a CIF, or that in the data block `name`.
+
+    As pymatgen does, coordinates within 1e-4 (relative) of 1/3 and 2/3 become exactly that, and
+    atoms are sorted by electronegativity.
+
+    Args:
+        checks: "strict" refuses what contradicts itself; "warn" reads it by its most trusted
+            statement and says so in `Crystal.notes`. What is ambiguous is refused either way.
+
+    Raises:
+        BadCrystal: no structure or several, disorder, unknown elements or symmetry, contradictions,
+            nonsense; says what was found.
+    """
+    blocks = structure_blocks(text)
+    if name is not None:
+        blocks = [block for block in blocks if block.name == name]
+    if len(blocks) != 1:
+        names = ", ".join(block.name for block in blocks[:5])
+        raise BadCrystal(
+            f"the CIF holds {len(blocks)} structures ({names}): read it as a file of its own, "
+            "which gives all of them, or make a file of each",
+            "several structures",
+        )
+    return _read(blocks[0], checks)
+
+
+def read_cifs(text: str, checks: str = "strict") -> list[tuple[str, Crystal | BadCrystal]]:
+    """All structures in a CIF: names of their data blocks, and crystals or why there is none."""
+    found: list[tuple[str, Crystal | BadCrystal]] = []
+    for block in structure_blocks(text):
+        try:
+            found.append((block.name, _read(block, checks)))
+        except BadCrystal as error:
+            found.append((block.name, error))
+    return found
+
+
+def structure_names(text: str) -> list[str]:
+    """Names of the data blocks of a CIF that list atoms."""
+    return [block.name for block in structure_blocks(text)]
+
+
+def _read(block: Block, checks: str) -> Crystal:
+    if checks not in CHECKS:
+        raise ValueError(f"checks must be strict or warn, got {checks!r}")
+    refuse_modulated(block)
+    sites = read_sites(block)
+    facts = facts_of(block)
+    symmetry = symmetry_of(block)
+    parameters = read_parameters(block)
+    species = _species(block, sites, facts)
+    attempts = list(_attempts(sites, species, facts, symmetry, parameters))
+    if not attempts:
+        names = ", ".join(c.name for c in symmetry.candidates[:4])
+        missing = " or leaves its missing angles open" if None in parameters[1] else ""
+        raise BadCrystal(f"the space group {names} does not fit the cell{missing}", "symmetry")
+    return _choose(attempts, checks)
+
+
+def _species(block: Block, sites: Sites, facts: Facts) -> list[Species]:
+    allowed = facts.formula.elements if facts.formula else None
+    if allowed is None and (listed := block.column("_atom_type_symbol")):
+        kinds = [species_of("", symbol.strip("'\""), None) for symbol in listed]
+        if all(kind.sure for kind in kinds):
+            allowed = frozenset(kind.numbers[0] for kind in kinds)
+    species = [
+        species_of(label, type_symbol, allowed)
+        for label, type_symbol in zip(sites.labels, sites.types, strict=True)
+    ]
+    for one in species:
+        if not one.numbers:
+            known = f" that the formula {facts.formula.text!r} has" if facts.formula else ""
+            raise BadCrystal(f"{one.words} is no element{known}", "unknown element")
+    return species
+
+
+def _attempts(
+    sites: Sites, species: list[Species], facts: Facts, symmetry: Symmetry, parameters: Parameters
+) -> Iterator[_Attempt]:
+    """One for each group that fits the cell and each way to read the labels."""
+    doubtful = dict.fromkeys(s for s in species if not s.sure)
+    doubts = list(sites.doubts)
+    doubts += [f"{s.words} may stand for more than an element" for s in doubtful]
+    ways = product(*(s.numbers for s in doubtful))
+    readings = list(islice(ways, _MOST_READINGS))
+    for candidate in _fitting(symmetry, parameters):
+        cell = lattice_for(parameters, candidate.group)
+        if cell is None:
+            continue
+        for reading in readings:
+            said = dict(zip(doubtful, reading, strict=True))
+            numbers = np.array([said.get(s, s.numbers[0]) for s in species])
+            merged, numbers = _full_sites(sites, numbers)
+            attempt = _attempt(merged, numbers, facts, symmetry, candidate, cell, doubts)
+            if doubtful:
+                words = dict.fromkeys(f"{s.words} as {in_words({z: 1})}" for s, z in said.items())
+                attempt.name = ", ".join([attempt.name, *words])
+            yield attempt
+
+
+def _fitting(symmetry: Symmetry, parameters: Parameters) -> list[Candidate]:
+    """The candidates without those that are far-fetched: a short monoclinic symbol means unique
+    axis a only where the cell says so."""
+    usual = [c for c in symmetry.candidates if c.setting is None or "a" not in c.setting.qualifier]
+    if symmetry.named and len(symmetry.candidates) > len(usual) > 0:
+        if any(lattice_for(parameters, c.group) is not None for c in usual):
+            return usual
+    return list(symmetry.candidates)
+
+
+def _attempt(
+    sites: Sites,
+    numbers: np.ndarray,
+    facts: Facts,
+    symmetry: Symmetry,
+    candidate: Candidate,
+    cell: np.ndarray,
+    doubts: list[str],
+) -> _Attempt:
+    index, frac = expand(sites, candidate.group, cell)
+    numbers = numbers[index]
+    index, numbers, frac, copies = merge_copies(index, numbers, frac, cell)
+    order = np.argsort(ELECTRONEGATIVITY_RANK[numbers], kind="stable")
+    crystal = Crystal.create("", numbers[order], frac[order], cell)
+    atoms = Counter(numbers.tolist())
+    verdict = judge(facts, atoms, crystal.volume)
+    problems = [*symmetry.problems, *verdict.problems]
+    if not verdict.formula:
+        problems += [f"{doubt}, and no formula settles it" for doubt in doubts]
+    if sites.multiplicity and not copies:
+        found = np.bincount(index, minlength=len(sites)).tolist()
+        wrong = judge_multiplicity(sites.multiplicity, found, len(candidate.group))
+        problems += [wrong] if wrong else []
+    if symmetry.from_operations and symmetry.number not in (None, candidate.group.number):
+        if not has_symmetry(crystal, symmetry.number, symmetry.named):
+            problems.append(
+                f"the operations are those of {candidate.name}, but the file says {symmetry.words}, "
+                f"a symmetry that the atoms {in_words(atoms)} do not have"
+            )
+    return _Attempt(candidate.name, crystal, problems)
+
+
+def _full_sites(sites: Sites, numbers: np.ndarray) -> tuple[Sites, np.ndarray]:
+    """Sites of one element in one place as one.
+
+    Raises:
+        BadCrystal: a place that is not fully occupied by one element.
+    """
+    partial = np.abs(sites.occupancy - 1) > _FULL
+    if not partial.any():
+        return sites, numbers
+    keep, drop = np.ones(len(sites), dtype=bool), np.zeros(len(sites), dtype=bool)
+    for i in np.flatnonzero(partial):
+        if drop[i]:
+            continue
+        gap = sites.frac - sites.frac[i]
+        here = np.flatnonzero((np.abs(gap - np.rint(gap)) < 1e-3).all(1))
+        total = sites.occupancy[here].sum()
+        if len(set(numbers[here].tolist())) > 1 or abs(total - 1) > 5 * _FULL:
+            shown = ", ".join(f"{sites.labels[j]} {sites.occupancy[j]:g}" for j in here)
+            raise BadCrystal(
+                f"partial occupancy at site {i} ({shown}): give an ordered structure (for example "
+                "by pymatgen's OrderDisorderedStructureTransformation)",
+                "partial occupancy",
+            )
+        drop[here[1:]] = True
+    keep &= ~drop
+    kept = np.flatnonzero(keep)
+    merged = replace(
+        sites,
+        labels=[sites.labels[i] for i in kept],
+        types=[sites.types[i] for i in kept],
+        frac=sites.frac[kept],
+        raw=tuple([column[i] for i in kept] for column in sites.raw),
+        occupancy=np.ones(len(kept)),
+        multiplicity=[sites.multiplicity[i] for i in kept] if sites.multiplicity else [],
+    )
+    return merged, numbers[kept]
+
+
+def _choose(attempts: list[_Attempt], checks: str) -> Crystal:
+    """The one crystal that the file means.
+
+    Raises:
+        BadCrystal: none that agrees with the file, or several.
+    """
+    sound = [a for a in attempts if not a.problems]
+    if not sound and len(attempts) == 1:
+        (only,) = attempts
+        if checks == "warn":
+            return replace(only.crystal, notes=tuple(only.problems))
+        raise BadCrystal(f"the CIF contradicts itself: {'; '.join(only.problems)}", "contradiction")
+    if not sound:
+        each = "; ".join(f"as {a.name}: {a.problems[0]}" for a in attempts[:4])
+        raise BadCrystal(f"no reading of the CIF agrees with it: {each}", "contradiction")
+    if len(sound) > 1:
+        distinct = _distinct(sound)
+        sound = [a for a in distinct if is_plausible(a.crystal)] if len(distinct) > 1 else distinct
+        if len(sound) != 1:
+            each = "; ".join(
+                f"{a.name} gives {in_words(Counter(a.crystal.numbers.tolist()))}"
+                for a in (sound or distinct)[:4]
+            )
+            raise BadCrystal(
+                f"the symmetry of the CIF is ambiguous: {each}; give its operations", "ambiguous"
+            )
+    return sound[0].crystal
+
+
+def _distinct(attempts: list[_Attempt]) -> list[_Attempt]:
+    found: list[_Attempt] = []
+    for attempt in attempts:
+        if not any(same_crystal(attempt.crystal, other.crystal) for other in found):
+            found.append(attempt)
+    return found
