@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+import sys
 
 from gemmi import cif
 
@@ -13,35 +13,41 @@ _SITE = "_atom_site_fract_x"
 _OTHER_SITES = ("_atom_site_cartn_x", "_atom_site_label_atom_id")
 
 
-@dataclass
 class Block:
     """One data block. Tags are asked for in lower case with `_` for every `.` and `-`, so that
-    `_space_group.name_H-M_alt` is `_space_group_name_h_m_alt`, as are its other spellings."""
+    `_space_group.name_H-M_alt` is `_space_group_name_h_m_alt`, as are its other spellings.
 
-    name: str
-    pairs: dict[str, str] = field(default_factory=dict)
-    """Raw values outside loops."""
-    loops: dict[str, tuple[cif.Loop, int]] = field(default_factory=dict)
-    """Loop and column of a tag."""
-    repeated: set[str] = field(default_factory=set)
-    """Tags with two values that differ."""
+    Attributes:
+        name: what follows `data_`.
+        pairs: raw values outside loops, by tag.
+        places: (number of a loop, column) by tag.
+        repeated: tags that occur again, with another value or in another loop.
+    """
 
-    @classmethod
-    def of(cls, source: cif.Block) -> Block:
-        """Lists the tags of a parsed block."""
-        block = cls(source.name.strip())
+    def __init__(self, source: cif.Block) -> None:
+        self.name = source.name.strip()
+        self.pairs: dict[str, str] = {}
+        self.places: dict[str, tuple[int, int]] = {}
+        self.repeated: set[str] = set()
+        self._loops: list[cif.Loop] = []
+        self._values: dict[int, list[str]] = {}
         for item in source:
             if (pair := item.pair) is not None:
                 tag = _tag(pair[0])
-                if block.pairs.setdefault(tag, pair[1]) != pair[1] or tag in block.loops:
-                    block.repeated.add(tag)
+                if self.pairs.setdefault(tag, pair[1]) != pair[1] or tag in self.places:
+                    self.repeated.add(tag)
             elif (loop := item.loop) is not None:
-                for column, name in enumerate(loop.tags):
-                    tag = _tag(name)
-                    if tag in block.loops or tag in block.pairs:
-                        block.repeated.add(tag)
-                    block.loops[tag] = loop, column
-        return block
+                number = len(self._loops)
+                self._loops.append(loop)
+                for column, tag in enumerate(map(_tag, loop.tags)):
+                    if tag in self.places or tag in self.pairs:
+                        self.repeated.add(tag)
+                    self.places[tag] = number, column
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """All tags."""
+        return (*self.pairs, *self.places)
 
     def values(self, *tags: str) -> list[str]:
         """The values that the file gives for any of the tags, without `.` and `?`.
@@ -51,12 +57,15 @@ class Block:
         """
         found = []
         for tag in tags:
-            if tag in self.repeated:
-                raise BadCrystal(f"the CIF gives {tag} twice, with other values")
             raw = self.pairs.get(tag)
-            if raw is None and tag in self.loops and self.loops[tag][0].length() == 1:
-                raw = self.column(tag)[0]
-            if raw is not None and not cif.is_null(raw) and (text := cif.as_string(raw).strip()):
+            if raw is None:
+                if tag not in self.places or len(column := self.column(tag)) != 1:
+                    continue
+                raw = column[0]
+            self._check(tag)
+            if raw[0] in "'\";":
+                raw = cif.as_string(raw)
+            if raw not in NULLS and (text := raw.strip()):
                 found.append(text)
         return found
 
@@ -73,30 +82,48 @@ class Block:
             BadCrystal: the tag occurs twice.
         """
         for tag in tags:
-            if tag in self.repeated:
-                raise BadCrystal(f"the CIF gives {tag} twice, with other values")
-            if tag in self.loops:
-                loop, column = self.loops[tag]
-                return loop.values[column :: loop.width()]
+            if (place := self.places.get(tag)) is not None:
+                self._check(tag)
+                number, column = place
+                loop = self._loops[number]
+                if number not in self._values:
+                    self._values[number] = loop.values
+                return self._values[number][column :: loop.width()]
             if tag in self.pairs:
+                self._check(tag)
                 return [self.pairs[tag]]
         return []
 
-    def has(self, *starts: str) -> str | None:
-        """A tag that starts with one of these and has a value."""
-        for tag in (*self.pairs, *self.loops):
-            if tag.startswith(starts) and not all(cif.is_null(v) for v in self.column(tag)):
-                return tag
-        return None
+    def _check(self, tag: str) -> None:
+        if tag in self.repeated:
+            raise BadCrystal(f"the CIF gives {tag} twice, with other values")
 
     @property
     def is_structure(self) -> bool:
         """Whether it lists atoms."""
-        return _SITE in self.loops or _SITE in self.pairs or self.has(*_OTHER_SITES) is not None
+        if _SITE in self.places or _SITE in self.pairs:
+            return True
+        return any(tag in self.places or tag in self.pairs for tag in _OTHER_SITES)
+
+
+NULLS = (".", "?")
+"""Raw values that stand for the default and the unknown."""
+
+_tags: dict[str, str] = {}
 
 
 def _tag(name: str) -> str:
-    return name.lower().replace(".", "_").replace("-", "_").rstrip("_")
+    """A tag in its one spelling; those seen before from a table."""
+    tag = _tags.get(name)
+    if tag is None:
+        if len(_tags) > _MOST_TAGS:
+            _tags.clear()
+        tag = name.lower().replace(".", "_").replace("-", "_").rstrip("_")
+        _tags[name] = tag = sys.intern(tag)
+    return tag
+
+
+_MOST_TAGS = 20_000
 
 
 def parse_blocks(text: str) -> list[Block]:
@@ -105,7 +132,7 @@ def parse_blocks(text: str) -> list[Block]:
     Raises:
         BadCrystal: its syntax is broken; says where.
     """
-    return [Block.of(block) for block in _document(text)]
+    return [Block(block) for block in _document(text)]
 
 
 def structure_blocks(text: str) -> list[Block]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from ase.data import atomic_masses
 from gemmi import cif
 
-from crysforge.datapipe.cif.blocks import Block
+from crysforge.datapipe.cif.blocks import NULLS, Block
 from crysforge.datapipe.cif.formula import Formula, in_words, parse_formula
 from crysforge.datapipe.crystals.crystal import BadCrystal
 
@@ -45,17 +46,20 @@ _KIND = "_exptl_crystal_type_of_structure"
 
 def refuse_modulated(block: Block) -> None:
     """Raises BadCrystal for a structure that needs a superspace: modulated or composite."""
-    dimension = block.value(*_DIMENSION)
-    kind = (block.value(_KIND) or "").lower()
-    tag = None
-    if dimension not in (None, "0"):
-        tag = f"{_DIMENSION[0]} {dimension}"
-    elif kind.startswith(("mod", "comp")):
-        tag = f"{_KIND} {kind}"
-    elif any(name.startswith(_MODULATED) for name in (*block.pairs, *block.loops)):
-        tag = block.has(*_MODULATED)
-    if tag is not None:
-        raise BadCrystal(f"the structure is modulated ({tag}): it has no cell", "modulated")
+    for tag in _modulated_tags(block.tags):
+        given = next((v for v in block.column(tag) if v not in NULLS), None)
+        if given is None or (tag in _DIMENSION and given == "0"):
+            continue
+        if tag == _KIND and not given.strip("'\"").lower().startswith(("mod", "comp")):
+            continue
+        raise BadCrystal(
+            f"the structure is modulated ({tag} {given[:40]}): no cell repeats it", "modulated"
+        )
+
+
+@lru_cache(maxsize=1024)
+def _modulated_tags(tags: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(t for t in tags if t.startswith(_MODULATED) or t in _DIMENSION or t == _KIND)
 
 
 @dataclass

@@ -34,9 +34,9 @@ def merge_copies(
         BadCrystal: two elements in one place.
     """
     key = np.rint(frac * _GRID).astype(np.int64) % _GRID @ np.array([_GRID**2, _GRID, 1])
-    _, first, where = np.unique(key, return_index=True, return_inverse=True)
-    if len(first) == len(key):
+    if len(set(key.tolist())) == len(key):
         return index, numbers, frac, False
+    _, first, where = np.unique(key, return_index=True, return_inverse=True)
     gap = frac - frac[first[where]]
     gap -= np.rint(gap)
     close = np.square(gap @ cell).sum(-1) < _SAME**2

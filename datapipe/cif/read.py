@@ -108,16 +108,24 @@ def _read(block: Block, checks: str) -> Crystal:
 
 
 def _species(block: Block, sites: Sites, facts: Facts) -> list[Species]:
+    """[n] what each site may be.
+
+    Raises:
+        BadCrystal: a site is no element, or none that the formula has.
+    """
     allowed = facts.formula.elements if facts.formula else None
     if allowed is None and (listed := block.column("_atom_type_symbol")):
         kinds = [species_of("", symbol.strip("'\""), None) for symbol in listed]
         if all(kind.sure for kind in kinds):
             allowed = frozenset(kind.numbers[0] for kind in kinds)
-    species = [
-        species_of(label, type_symbol, allowed)
-        for label, type_symbol in zip(sites.labels, sites.types, strict=True)
-    ]
-    for one in species:
+    if sites.types and all(sites.types):
+        by_type = {t: species_of("", t, allowed) for t in set(sites.types)}
+        species = [by_type[t] for t in sites.types]
+    else:
+        types = sites.types or [""] * len(sites)
+        labels = sites.labels or [""] * len(sites)
+        species = [species_of(a, b, allowed) for a, b in zip(labels, types, strict=True)]
+    for one in set(species):
         if not one.numbers:
             known = f" that the formula {facts.formula.text!r} has" if facts.formula else ""
             raise BadCrystal(f"{one.words} is no element{known}", "unknown element")
@@ -128,23 +136,23 @@ def _attempts(
     sites: Sites, species: list[Species], facts: Facts, symmetry: Symmetry, parameters: Parameters
 ) -> Iterator[_Attempt]:
     """One for each group that fits the cell and each way to read the labels."""
-    doubtful = dict.fromkeys(s for s in species if not s.sure)
-    doubts = list(sites.doubts)
-    doubts += [f"{s.words} may stand for more than an element" for s in doubtful]
-    ways = product(*(s.numbers for s in doubtful))
-    readings = list(islice(ways, _MOST_READINGS))
+    doubtful = list(dict.fromkeys(s for s in species if not s.sure))
+    doubts = [*sites.doubts, *(f"{s.words} may stand for more than an element" for s in doubtful)]
+    readings = list(islice(product(*(s.numbers for s in doubtful)), _MOST_READINGS))
     for candidate in _fitting(symmetry, parameters):
         cell = lattice_for(parameters, candidate.group)
         if cell is None:
             continue
         for reading in readings:
-            said = dict(zip(doubtful, reading, strict=True))
-            numbers = np.array([said.get(s, s.numbers[0]) for s in species])
-            merged, numbers = _full_sites(sites, numbers)
-            attempt = _attempt(merged, numbers, facts, symmetry, candidate, cell, doubts)
+            numbers, name = [s.numbers[0] for s in species], candidate.name
             if doubtful:
+                said = dict(zip(doubtful, reading, strict=True))
+                numbers = [said.get(s, z) for s, z in zip(species, numbers, strict=True)]
                 words = dict.fromkeys(f"{s.words} as {in_words({z: 1})}" for s, z in said.items())
-                attempt.name = ", ".join([attempt.name, *words])
+                name = ", ".join([name, *words])
+            merged = _full_sites(sites, np.array(numbers))
+            attempt = _attempt(*merged, facts, symmetry, candidate, cell, doubts)
+            attempt.name = name
             yield attempt
 
 
@@ -152,9 +160,9 @@ def _fitting(symmetry: Symmetry, parameters: Parameters) -> list[Candidate]:
     """The candidates without those that are far-fetched: a short monoclinic symbol means unique
     axis a only where the cell says so."""
     usual = [c for c in symmetry.candidates if c.setting is None or "a" not in c.setting.qualifier]
-    if symmetry.named and len(symmetry.candidates) > len(usual) > 0:
-        if any(lattice_for(parameters, c.group) is not None for c in usual):
-            return usual
+    far_fetched = symmetry.named and len(usual) < len(symmetry.candidates)
+    if far_fetched and any(lattice_for(parameters, c.group) is not None for c in usual):
+        return usual
     return list(symmetry.candidates)
 
 
@@ -173,7 +181,7 @@ def _attempt(
     order = np.argsort(ELECTRONEGATIVITY_RANK[numbers], kind="stable")
     crystal = Crystal.create("", numbers[order], frac[order], cell)
     atoms = Counter(numbers.tolist())
-    verdict = judge(facts, atoms, crystal.volume)
+    verdict = judge(facts, atoms, float(cell[0, 0] * cell[1, 1] * cell[2, 2]))
     problems = [*symmetry.problems, *verdict.problems]
     if not verdict.formula:
         problems += [f"{doubt}, and no formula settles it" for doubt in doubts]
@@ -181,12 +189,15 @@ def _attempt(
         found = np.bincount(index, minlength=len(sites)).tolist()
         wrong = judge_multiplicity(sites.multiplicity, found, len(candidate.group))
         problems += [wrong] if wrong else []
-    if symmetry.from_operations and symmetry.number not in (None, candidate.group.number):
-        if not has_symmetry(crystal, symmetry.number, symmetry.named):
-            problems.append(
-                f"the operations are those of {candidate.name}, but the file says {symmetry.words}, "
-                f"a symmetry that the atoms {in_words(atoms)} do not have"
-            )
+    if (
+        symmetry.from_operations
+        and symmetry.number not in (None, candidate.group.number)
+        and not has_symmetry(crystal, symmetry.number, symmetry.named)
+    ):
+        problems.append(
+            f"the operations are those of {candidate.name}, but the file says {symmetry.words}, a "
+            f"symmetry that the atoms {in_words(atoms)} do not have"
+        )
     return _Attempt(candidate.name, crystal, problems)
 
 
@@ -196,36 +207,25 @@ def _full_sites(sites: Sites, numbers: np.ndarray) -> tuple[Sites, np.ndarray]:
     Raises:
         BadCrystal: a place that is not fully occupied by one element.
     """
-    partial = np.abs(sites.occupancy - 1) > _FULL
-    if not partial.any():
+    if sites.occupancy is None:
         return sites, numbers
-    keep, drop = np.ones(len(sites), dtype=bool), np.zeros(len(sites), dtype=bool)
-    for i in np.flatnonzero(partial):
-        if drop[i]:
+    keep = np.ones(len(sites), dtype=bool)
+    for i in np.flatnonzero(np.abs(sites.occupancy - 1) > _FULL):
+        if not keep[i]:
             continue
         gap = sites.frac - sites.frac[i]
         here = np.flatnonzero((np.abs(gap - np.rint(gap)) < 1e-3).all(1))
         total = sites.occupancy[here].sum()
         if len(set(numbers[here].tolist())) > 1 or abs(total - 1) > 5 * _FULL:
-            shown = ", ".join(f"{sites.labels[j]} {sites.occupancy[j]:g}" for j in here)
+            shown = ", ".join(f"{sites.name(j)}: {sites.occupancy[j]:g}" for j in here)
             raise BadCrystal(
                 f"partial occupancy at site {i} ({shown}): give an ordered structure (for example "
                 "by pymatgen's OrderDisorderedStructureTransformation)",
                 "partial occupancy",
             )
-        drop[here[1:]] = True
-    keep &= ~drop
+        keep[here[1:]] = False
     kept = np.flatnonzero(keep)
-    merged = replace(
-        sites,
-        labels=[sites.labels[i] for i in kept],
-        types=[sites.types[i] for i in kept],
-        frac=sites.frac[kept],
-        raw=tuple([column[i] for i in kept] for column in sites.raw),
-        occupancy=np.ones(len(kept)),
-        multiplicity=[sites.multiplicity[i] for i in kept] if sites.multiplicity else [],
-    )
-    return merged, numbers[kept]
+    return replace(sites.take(kept), occupancy=None), numbers[kept]
 
 
 def _choose(attempts: list[_Attempt], checks: str) -> Crystal:

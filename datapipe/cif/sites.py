@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from gemmi import cif
 
-from crysforge.datapipe.cif.blocks import Block
+from crysforge.datapipe.cif.blocks import NULLS, Block
 from crysforge.datapipe.cif.operations import Group
 from crysforge.datapipe.crystals.crystal import BadCrystal
 
@@ -16,7 +16,7 @@ MAX_ATOMS = 20_000
 _MAX_IMAGES = 400_000
 
 _FRACT = ("_atom_site_fract_x", "_atom_site_fract_y", "_atom_site_fract_z")
-_NULLS = ("?", ".", "")
+_ONES = {"1", "1.0", "1.", "1.00", "1.000", "1.0000", *NULLS}
 _IDEAL = (1 / 3, 2 / 3)
 _IDEAL_TOLERANCE = 1e-4
 
@@ -31,10 +31,11 @@ class Sites:
     """The asymmetric unit.
 
     Attributes:
-        labels, types: [n] text; types are empty where the file has none.
+        labels, types: [n] text; empty lists where the file has none, empty text where a value is
+            missing.
         frac: [n, 3].
         raw: three columns of coordinates as they stand in the file.
-        occupancy: [n].
+        occupancy: [n], or None where all are 1.
         multiplicity: [n] as the file says, or empty.
         doubts: remarks of the file that only a formula which agrees can settle.
     """
@@ -43,12 +44,28 @@ class Sites:
     types: list[str]
     frac: np.ndarray
     raw: tuple[list[str], ...]
-    occupancy: np.ndarray
+    occupancy: np.ndarray | None
     multiplicity: list[str]
     doubts: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.frac)
+
+    def name(self, site: int) -> str:
+        """The label of a site, for messages."""
+        return repr(self.labels[site]) if self.labels else f"number {site + 1}"
+
+    def take(self, kept: np.ndarray | list[int]) -> Sites:
+        """These sites alone."""
+        return replace(
+            self,
+            labels=[self.labels[i] for i in kept] if self.labels else [],
+            types=[self.types[i] for i in kept] if self.types else [],
+            frac=self.frac[kept],
+            raw=tuple([column[i] for i in kept] for column in self.raw),
+            occupancy=None if self.occupancy is None else self.occupancy[kept],
+            multiplicity=[self.multiplicity[i] for i in kept] if self.multiplicity else [],
+        )
 
 
 def read_sites(block: Block) -> Sites:
@@ -57,116 +74,109 @@ def read_sites(block: Block) -> Sites:
     Raises:
         BadCrystal: no fractional coordinates, or one that is no number; disorder.
     """
-    raw = tuple(block.column(tag) for tag in _FRACT)
-    if not all(raw):
+    raw = tuple([block.column(tag) for tag in _FRACT])
+    n = len(raw[0])
+    if not n or len(raw[1]) != n or len(raw[2]) != n:
         raise BadCrystal(
             "the CIF has no fractional coordinates (_atom_site_fract_x, _y, _z)", "no structure"
         )
-    n = len(raw[0])
-    if len({len(column) for column in raw}) > 1:
-        raise BadCrystal("the CIF gives x, y and z in loops of unequal length")
-    labels = _text(block, n, "_atom_site_label")
-    types = _text(block, n, "_atom_site_type_symbol")
-    occupancy = _occupancy(block, n, labels)
-    keep, doubts = _kept(block, n, labels, occupancy, raw)
-    frac = _coordinates(raw, labels, keep)
-    if len(keep) < n:
-        labels, types = [labels[i] for i in keep], [types[i] for i in keep]
-        raw = tuple([column[i] for i in keep] for column in raw)
-        occupancy = occupancy[keep]
-    for ideal in _IDEAL:
-        frac[np.abs(frac / ideal - 1) <= _IDEAL_TOLERANCE] = ideal
-    multiplicity = block.column(
-        "_atom_site_site_symmetry_multiplicity", "_atom_site_symmetry_multiplicity"
+    sites = Sites(
+        _text(block, n, "_atom_site_label"),
+        _text(block, n, "_atom_site_type_symbol"),
+        _numbers(raw),
+        raw,
+        _occupancy(block, n),
+        _column(block, n, "_atom_site_site_symmetry_multiplicity")
+        or _column(block, n, "_atom_site_symmetry_multiplicity"),
     )
-    if multiplicity and (len(multiplicity) != n or len(keep) < n):
-        multiplicity = []
-    return Sites(labels, types, frac, raw, occupancy, multiplicity, doubts)
+    _check_disorder(block, sites)
+    sites = _atoms(block, sites)
+    bad = np.argwhere(~np.isfinite(sites.frac))
+    if len(bad):
+        i, axis = bad[0]
+        raise BadCrystal(
+            f"atom {sites.name(i)} has no {'xyz'[axis]} coordinate: found {sites.raw[axis][i]!r}",
+            "no coordinates",
+        )
+    for ideal in _IDEAL:
+        sites.frac[np.abs(sites.frac / ideal - 1) <= _IDEAL_TOLERANCE] = ideal
+    return sites
+
+
+def _column(block: Block, n: int, tag: str) -> list[str]:
+    """[n] raw values; empty where the sites have none."""
+    column = block.column(tag)
+    return column if len(column) == n else []
 
 
 def _text(block: Block, n: int, tag: str) -> list[str]:
-    column = block.column(tag)
-    if len(column) != n:
-        return [""] * n
-    return ["" if v in _NULLS else v if v[0] not in "'\";" else cif.as_string(v) for v in column]
+    column = _column(block, n, tag)
+    words = {v: "" if v in NULLS else v if v[0] not in "'\";" else cif.as_string(v) for v in column}
+    return [words[v] for v in column]
 
 
-def _occupancy(block: Block, n: int, labels: list[str]) -> np.ndarray:
-    """[n]; 1 where the file has none."""
-    column = block.column("_atom_site_occupancy")
-    if len(column) != n:
-        return np.ones(n)
-    if all(value in ("1", "1.0", "1.") for value in column):
-        return np.ones(n)
-    values = np.array([1.0 if v in _NULLS else cif.as_number(v) for v in column])
+def _occupancy(block: Block, n: int) -> np.ndarray | None:
+    """[n], or None where all are 1."""
+    column = _column(block, n, "_atom_site_occupancy")
+    if not set(column) - _ONES:
+        return None
+    values = np.array([1.0 if v in NULLS else cif.as_number(v) for v in column])
     bad = np.flatnonzero(~np.isfinite(values) | (values < 0))
     if len(bad):
-        raise BadCrystal(f"the occupancy of {labels[bad[0]]!r} is {column[bad[0]]!r}")
+        raise BadCrystal(f"the occupancy of site {bad[0] + 1} is {column[bad[0]]!r}")
     return values
 
 
-def _kept(
-    block: Block, n: int, labels: list[str], occupancy: np.ndarray, raw: tuple[list[str], ...]
-) -> tuple[list[int], list[str]]:
-    """Indices of the sites that are atoms, and doubts.
-
-    Raises:
-        BadCrystal: alternative positions of one atom, with no word of their occupancy.
-    """
-    doubts = []
-    flags = block.column("_atom_site_calc_flag")
-    dummy = {i for i, flag in enumerate(flags) if flag.lower() == "dum"} if len(flags) == n else ()
-    if dummy:
-        doubts.append(f"the file marks {', '.join(labels[i] for i in dummy)} as dummy atoms")
-    absent = set(np.flatnonzero(occupancy == 0).tolist()) if not occupancy.all() else ()
-    if absent:
-        doubts.append(f"the file gives {', '.join(labels[i] for i in absent)} the occupancy 0")
-    blank = {i for i in range(n) if not labels[i] and all(c[i] in _NULLS for c in raw)}
-    keep = [i for i in range(n) if i not in dummy and i not in absent and i not in blank]
-    if not keep:
+def _atoms(block: Block, sites: Sites) -> Sites:
+    """The sites that are atoms, without dummies, empty sites and rows that hold nothing."""
+    n, doubts = len(sites), sites.doubts
+    flags = _column(block, n, "_atom_site_calc_flag")
+    gone = {i for i, flag in enumerate(flags) if flag.lower() == "dum"}
+    if gone:
+        doubts.append(f"the file marks {', '.join(map(sites.name, sorted(gone)))} as dummy atoms")
+    if sites.occupancy is not None and not sites.occupancy.all():
+        absent = np.flatnonzero(sites.occupancy == 0).tolist()
+        doubts.append(f"the occupancy of {', '.join(map(sites.name, absent))} is 0")
+        gone |= set(absent)
+    if not np.isfinite(sites.frac).all():
+        named = [sites.labels[i] if sites.labels else "" for i in range(n)]
+        gone |= {i for i in range(n) if not named[i] and all(c[i] in NULLS for c in sites.raw)}
+    hydrogens = _column(block, n, "_atom_site_attached_hydrogens")
+    for i, count in enumerate(hydrogens):
+        if i not in gone and count not in (*NULLS, "0"):
+            doubts.append(f"the file attaches {count} hydrogen atoms to {sites.name(i)}")
+    if not gone:
+        return sites
+    if len(gone) == n:
         raise BadCrystal("the CIF lists no atoms", "no structure")
-    hydrogens = block.column("_atom_site_attached_hydrogens")
-    for i in keep if len(hydrogens) == n else ():
-        if hydrogens[i] not in (*_NULLS, "0"):
-            doubts.append(f"the file attaches {hydrogens[i]} hydrogen atoms to {labels[i]}")
-    _check_disorder(block, n, labels, occupancy)
-    return keep, doubts
+    return replace(sites.take([i for i in range(n) if i not in gone]), multiplicity=[])
 
 
-def _check_disorder(block: Block, n: int, labels: list[str], occupancy: np.ndarray) -> None:
-    groups = block.column("_atom_site_disorder_group")
-    assemblies = block.column("_atom_site_disorder_assembly")
-    if len(groups) != n:
-        return
+def _check_disorder(block: Block, sites: Sites) -> None:
+    """Raises BadCrystal for alternative positions of one atom, with no word of their occupancy."""
+    groups = _column(block, len(sites), "_atom_site_disorder_group")
+    assemblies = _column(block, len(sites), "_atom_site_disorder_assembly")
     found: dict[str, set[str]] = {}
     for i, group in enumerate(groups):
-        if group in (*_NULLS, "0") or occupancy[i] < 0.999:
+        partial = sites.occupancy is not None and sites.occupancy[i] < 0.999
+        if group in (*NULLS, "0") or partial:
             continue
-        assembly = assemblies[i] if len(assemblies) == n else "."
-        found.setdefault(assembly, set()).add(group)
-        if group.startswith("-") or len(found[assembly]) > 1:
+        same = found.setdefault(assemblies[i] if assemblies else ".", set())
+        same.add(group)
+        if group.startswith("-") or len(same) > 1:
             raise BadCrystal(
-                f"{labels[i]!r} is one of several alternatives (disorder group {group}), but no "
+                f"{sites.name(i)} is one of several alternatives (disorder group {group}), but no "
                 "occupancy says so: keep one of them",
                 "disorder",
             )
 
 
-def _coordinates(raw: tuple[list[str], ...], labels: list[str], keep: list[int]) -> np.ndarray:
-    columns = raw if len(keep) == len(raw[0]) else tuple([c[i] for i in keep] for c in raw)
+def _numbers(raw: tuple[list[str], ...]) -> np.ndarray:
+    """[n, 3] coordinates; NaN for what is no number."""
     try:
-        frac = np.array(columns, dtype=np.float64).T
+        return np.array(raw, dtype=np.float64).T
     except ValueError:
-        frac = np.array([[_coordinate(v) for v in column] for column in columns]).T
-    bad = ~np.isfinite(frac)
-    if bad.any():
-        i, axis = np.argwhere(bad)[0]
-        given = columns[axis][i]
-        raise BadCrystal(
-            f"atom {labels[keep[i]]!r} has no {'xyz'[axis]} coordinate: found {given!r}",
-            "no coordinates",
-        )
-    return frac
+        return np.array([[_coordinate(v) for v in column] for column in raw]).T
 
 
 def _coordinate(text: str) -> float:
@@ -213,7 +223,7 @@ def expand(sites: Sites, group: Group, cell: np.ndarray) -> tuple[np.ndarray, np
         cosets = group.cosets(same[i])
         if cosets is None:
             raise BadCrystal(
-                f"images of {sites.labels[i]!r} are {apart[i][apart[i] > _EXACT].min():.2f} Å "
+                f"images of {sites.name(i)} are {apart[i][apart[i] > _EXACT].min():.2f} Å "
                 "apart: it is neither on a special position nor off it"
             )
         chosen.append(i * m + cosets)

@@ -16,7 +16,7 @@ _CHARGE = re.compile(r"[^A-Za-z]*|[({].*[)}]|[\d+-]*_.*", re.S)
 _WATER = re.compile(r"H[23]O\W*\d*", re.I)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Species:
     """What a site may be.
 

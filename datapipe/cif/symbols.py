@@ -103,12 +103,8 @@ def choose(settings: tuple[Setting, ...], extension: str | None) -> tuple[Settin
     if not extension:
         return settings
     wanted = extension.lower()
-    return (
-        tuple(
-            s for s in settings if wanted in (s.extension, s.qualifier, s.extension + s.qualifier)
-        )
-        or settings
-    )
+    found = [s for s in settings if wanted in (s.extension, s.qualifier, s.extension + s.qualifier)]
+    return tuple(found) or settings
 
 
 def number_of_schoenflies(symbol: str) -> int | None:
