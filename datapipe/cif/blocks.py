@@ -33,9 +33,11 @@ class Block:
         self._values: dict[int, list[str]] = {}
         for item in source:
             if (pair := item.pair) is not None:
-                tag = _tag(pair[0])
-                if self.pairs.setdefault(tag, pair[1]) != pair[1] or tag in self.places:
+                tag, value = _tag(pair[0]), pair[1]
+                if tag in self.places:
                     self.repeated.add(tag)
+                elif self.pairs.setdefault(tag, value) != value:
+                    self._repeat(tag, value)
             elif (loop := item.loop) is not None:
                 number = len(self._loops)
                 self._loops.append(loop)
@@ -43,6 +45,14 @@ class Block:
                     if tag in self.places or tag in self.pairs:
                         self.repeated.add(tag)
                     self.places[tag] = number, column
+
+    def _repeat(self, tag: str, value: str) -> None:
+        """A tag that comes again: what is no value does not count."""
+        if cif.as_string(value).strip() and not cif.is_null(value):
+            old = self.pairs[tag]
+            if cif.as_string(old).strip() and not cif.is_null(old):
+                self.repeated.add(tag)
+            self.pairs[tag] = value
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -155,14 +165,40 @@ def _document(text: str) -> cif.Document:
         return cif.read_string(text, 0)
     except (ValueError, RuntimeError) as error:
         reason = str(error)
-    for mended in (
-        f"data_unnamed\n{text}" if "expected block header" in reason else None,
-        re.sub(r"[^\x00-\x7f]", "?", text) if not text.isascii() else None,
-    ):
+    mended = text
+    for mend in (_with_header, _with_quotes, _in_ascii):
+        mended = mend(mended)
         try:
-            if mended is not None:
-                return cif.read_string(mended, 0)
+            return cif.read_string(mended, 0)
         except (ValueError, RuntimeError):
             continue
     where = re.sub(r"^string:(\d+):(\d+)\(\d+\)", r"line \1", reason)
     raise BadCrystal(f"the CIF is broken: {' '.join(where.split())[:200]}", "unreadable")
+
+
+def _with_header(text: str) -> str:
+    """With a block header, where the first tag has none above it."""
+    first = re.search(r"^\s*(?:data_|global_|loop_|_)", text, re.M | re.I)
+    bare = first is not None and first[0].strip().lower() in ("loop_", "_")
+    return f"data_\n{text}" if bare else text
+
+
+def _with_quotes(text: str) -> str:
+    """With quotes around values of several words: `_x F m -3 m`."""
+    lines, inside = text.split("\n"), False
+    for number, line in enumerate(lines):
+        if line.startswith(";"):
+            inside = not inside
+        elif not inside and (match := _UNQUOTED.match(line)) and "'" not in match[2]:
+            lines[number] = f"{match[1]} '{match[2].strip()}'"
+    return "\n".join(lines)
+
+
+_UNQUOTED = re.compile(
+    r"^(\s*_\S+)\s+((?!['\"#;$_\[\]])[^\s#]+(?:[ \t]+(?![#_]|loop_|data_)[^\s#]+)+)\s*(?:#.*)?$",
+    re.I,
+)
+
+
+def _in_ascii(text: str) -> str:
+    return re.sub(r"[^\x00-\x7f]", "?", text)

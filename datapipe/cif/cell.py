@@ -86,11 +86,10 @@ def fits(cell: np.ndarray, group: Group) -> bool:
     """Whether the rotations of a group map the cell onto itself."""
     if len(group) == 1:
         return True
-    rotations = group.point_group
     metric = cell @ cell.T
-    turned = np.einsum("rji,jk,rkl->ril", rotations, metric, rotations, optimize=True)
-    size = np.sqrt(np.diag(metric))
-    return bool((np.abs(turned - metric) <= _MISFIT * np.outer(size, size)).all())
+    size = np.sqrt(metric.diagonal())
+    change = (group.turned_metric @ metric.ravel()).reshape(-1, 3, 3) - metric
+    return bool((np.abs(change) <= _MISFIT * size[:, None] * size).all())
 
 
 @lru_cache(maxsize=512)
@@ -100,10 +99,7 @@ def forced_angles(group: Group) -> tuple[float | None, float | None, float | Non
     found = []
     for _ in range(2):
         shape = rng.random((3, 3)) + np.eye(3)
-        metric = np.mean(
-            np.einsum("rji,jk,rkl->ril", group.point_group, shape @ shape.T, group.point_group),
-            axis=0,
-        )
+        metric = (group.turned_metric @ (shape @ shape.T).ravel()).reshape(-1, 3, 3).mean(0)
         size = np.sqrt(np.diag(metric))
         cosines = metric / np.outer(size, size)
         found.append(np.degrees(np.arccos([cosines[1, 2], cosines[0, 2], cosines[0, 1]])))

@@ -12,6 +12,8 @@ from gemmi import cif
 
 from crysforge.datapipe.cif.blocks import NULLS, Block
 from crysforge.datapipe.cif.formula import Formula, in_words, parse_formula
+from crysforge.datapipe.cif.operations import Group
+from crysforge.datapipe.cif.symbols import settings_of_number
 from crysforge.datapipe.crystals.crystal import BadCrystal
 
 CHECKS = ("strict", "warn")
@@ -25,7 +27,7 @@ _FORMULAE = (
 )
 _DENSITIES = {"_exptl_crystal_density_diffrn": 0.02, "_exptl_crystal_density_meas": 0.15}
 """Density tags and the share by which each may be off."""
-_VOLUME = 0.01
+_VOLUME = 0.015
 _PER_CM3 = 1.66053907
 """g/cm³ of one atomic mass unit in one Å³."""
 
@@ -176,15 +178,26 @@ def _judge_formula(
         )
 
 
-def judge_multiplicity(given: list[str], found: list[int], order: int) -> str | None:
-    """What the multiplicities of the sites contradict; None if they agree, as numbers of images or
-    as orders of the sites' own symmetry (which older programs wrote)."""
+def judge_multiplicity(given: list[str], found: list[int], group: Group) -> str | None:
+    """What the multiplicities of the sites contradict; None if they agree: as numbers of images in
+    the cell or in that of the conventional lattice, or as orders of the sites' own symmetry (which
+    older programs wrote)."""
     values = [cif.as_number(v) for v in given]
-    if len(values) != len(found) or not np.isfinite(values).all():
+    if values == found or len(values) != len(found) or not np.isfinite(values).all():
         return None
-    if all(v == n for v, n in zip(values, found, strict=True)):
+    times = lattice_points(group)
+    if times > 1 and values == [n * times for n in found]:
         return None
-    if all(v * n == order for v, n in zip(values, found, strict=True)):
+    if all(v * n == len(group) for v, n in zip(values, found, strict=True)):
         return None
     place = next(i for i, n in enumerate(found) if values[i] != n)
     return f"the multiplicity of site {place + 1} is {given[place]}, it has {found[place]} images"
+
+
+def lattice_points(group: Group) -> float:
+    """How many times the conventional cell of a group's type is as large as the cell it is in."""
+    settings = settings_of_number(group.number)
+    if len(group) == 1 or not settings:
+        return 1
+    own = (group.rotations == np.eye(3)).all((1, 2)).sum()
+    return {"P": 1, "R": 3, "F": 4}.get(settings[0].hm[0], 2) / float(own)

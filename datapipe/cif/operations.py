@@ -58,6 +58,17 @@ class Group:
         return np.unique(self.rotations, axis=0)
 
     @cached_property
+    def turned_metric(self) -> np.ndarray:
+        """[9 p, 9] takes the elements of a metric tensor to those that the rotations make of it."""
+        turned = np.einsum("rji,rkl->riljk", self.point_group, self.point_group)
+        return turned.reshape(-1, 9)
+
+    @cached_property
+    def stacked(self) -> np.ndarray:
+        """[3, 3 m] rotations side by side, to apply all at once."""
+        return np.ascontiguousarray(self.rotations.reshape(-1, 3).T)
+
+    @cached_property
     def name(self) -> str:
         """Symbol of the setting, or of the type where the setting is not tabulated."""
         table = gemmi.spacegroup_table_itb()

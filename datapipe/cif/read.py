@@ -185,9 +185,9 @@ def _attempt(
     problems = [*symmetry.problems, *verdict.problems]
     if not verdict.formula:
         problems += [f"{doubt}, and no formula settles it" for doubt in doubts]
-    if sites.multiplicity and not copies:
+    if sites.multiplicity and not copies and not symmetry.magnetic:
         found = np.bincount(index, minlength=len(sites)).tolist()
-        wrong = judge_multiplicity(sites.multiplicity, found, len(candidate.group))
+        wrong = judge_multiplicity(sites.multiplicity, found, candidate.group)
         problems += [wrong] if wrong else []
     if (
         symmetry.from_operations

@@ -206,36 +206,37 @@ def expand(sites: Sites, group: Group, cell: np.ndarray) -> tuple[np.ndarray, np
         return np.arange(n), sites.frac
     if n * m > _MAX_IMAGES:
         _check_count(n * m)
-    frac = sites.frac
-    delta = _images(frac, group) - frac[:, None]
+    images = _images(sites.frac, group)
+    delta = images - sites.frac[:, None]
     delta -= np.rint(delta)
-    apart = np.sqrt(np.square(delta @ cell).sum(-1))
-    same = apart < _EXACT
-    if ((apart < _APART) & ~same).any():
-        same = apart < _tolerance(sites, cell)[:, None]
-    count = same.sum(1)
-    if (count == 1).all():
+    square = np.square(delta @ cell).sum(-1)
+    same = square < _EXACT**2
+    if np.count_nonzero(square < _APART**2) > np.count_nonzero(same):
+        same = square < np.square(_tolerance(sites, cell))[:, None]
+    if np.count_nonzero(same) == n:  # each is its own image alone
         _check_count(n * m)
-        return np.repeat(np.arange(n), m), _images(frac, group).reshape(-1, 3)
-    frac = frac + (delta * same[..., None]).sum(1) / count[:, None]
+        return np.repeat(np.arange(n), m), images.reshape(-1, 3)
+    mean = np.einsum("nm,nmx->nx", same, delta) / same.sum(1)[:, None]
+    if np.abs(mean).max() > 1e-12:
+        images = _images(sites.frac + mean, group)
     chosen = []
     for i in range(n):
         cosets = group.cosets(same[i])
         if cosets is None:
+            nearest = np.sqrt(square[i][square[i] > _EXACT**2].min())
             raise BadCrystal(
-                f"images of {sites.name(i)} are {apart[i][apart[i] > _EXACT].min():.2f} Å "
-                "apart: it is neither on a special position nor off it"
+                f"images of {sites.name(i)} are {nearest:.2f} Å apart: it is neither on a special "
+                "position nor off it"
             )
-        chosen.append(i * m + cosets)
+        chosen.append(cosets + i * m)
     index = np.concatenate(chosen)
     _check_count(len(index))
-    return index // m, _images(frac, group).reshape(-1, 3)[index]
+    return index // m, images.reshape(-1, 3)[index]
 
 
 def _images(frac: np.ndarray, group: Group) -> np.ndarray:
     """[n, m, 3]."""
-    turned = frac @ group.rotations.reshape(-1, 3).T
-    return turned.reshape(len(frac), -1, 3) + group.translations
+    return (frac @ group.stacked).reshape(len(frac), -1, 3) + group.translations
 
 
 def _check_count(count: int) -> None:

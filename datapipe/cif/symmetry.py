@@ -82,6 +82,7 @@ class Symmetry:
         named: the settings that the symbol may mean.
         words: symbol or number, for messages.
         from_operations: whether the group was given by its operations.
+        magnetic: whether they are those of a magnetic group.
     """
 
     candidates: tuple[Candidate, ...]
@@ -90,6 +91,7 @@ class Symmetry:
     named: tuple[Setting, ...]
     words: str
     from_operations: bool
+    magnetic: bool = False
 
 
 def symmetry_of(block: Block) -> Symmetry:
@@ -100,13 +102,15 @@ def symmetry_of(block: Block) -> Symmetry:
     """
     centring: tuple[str, ...] = ()
     operations = tuple(block.column(*_MAGNETIC))
-    if operations:
+    magnetic = bool(operations)
+    if magnetic:
         centring = tuple(block.column(*_MAGNETIC_CENTRING))
     else:
         operations = tuple(block.column(*_OPERATIONS))
     return _resolve(
         operations,
         centring,
+        magnetic,
         tuple(block.values(*_HALL)),
         tuple(block.values(*_SYMBOL)),
         tuple(block.values(*_REFERENCE)),
@@ -120,6 +124,7 @@ def symmetry_of(block: Block) -> Symmetry:
 def _resolve(
     operations: tuple[str, ...],
     centring: tuple[str, ...],
+    magnetic: bool,
     halls: tuple[str, ...],
     symbols: tuple[str, ...],
     references: tuple[str, ...],
@@ -136,7 +141,7 @@ def _resolve(
     if operations:
         group = product_of(operations, centring) if centring else group_of_triplets(operations)
         candidates = (Candidate(group, group.name),)
-        return Symmetry(candidates, tuple(problems), number, named, words, True)
+        return Symmetry(candidates, tuple(problems), number, named, words, True, magnetic)
     hall = next((g for h in halls if (g := group_of_hall(h)) is not None), None)
     if hall is not None:
         problems += _against(hall, halls[0], number, named, words)
