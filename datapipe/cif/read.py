@@ -47,8 +47,8 @@ class _Attempt:
     problems: list[str] = field(default_factory=list)
 
 
-def read_cif(text: str, checks: str = "strict", name: str | None = None) -> Crystal:
-    """The one crystal in a CIF, or that in the data block `name`.
+def read_cif(text: str, checks: str = "strict", number: int | None = None) -> Crystal:
+    """The one crystal in a CIF, or the one with this number (from 0) among its structures.
 
     As pymatgen does, coordinates within 1e-4 (relative) of 1/3 and 2/3 become exactly that, and
     atoms are sorted by electronegativity.
@@ -62,14 +62,13 @@ def read_cif(text: str, checks: str = "strict", name: str | None = None) -> Crys
             nonsense; says what was found.
     """
     blocks = structure_blocks(text)
-    if name is not None:
-        blocks = [block for block in blocks if block.name == name]
+    if number is not None:
+        blocks = blocks[number : number + 1]
     if len(blocks) != 1:
         names = ", ".join(block.name for block in blocks[:5])
         raise BadCrystal(
             f"the CIF holds {len(blocks)} structures ({names}): read it as a file of its own, "
-            "which gives all of them, or make a file of each",
-            "several structures",
+            "which gives all of them, or make a file of each"
         )
     return _read(blocks[0], checks)
 
@@ -96,9 +95,12 @@ def _read(block: Block, checks: str) -> Crystal:
     refuse_modulated(block)
     sites = read_sites(block)
     facts = facts_of(block)
+    species = _species(block, sites, facts)
+    _full_sites(
+        sites, np.array([s.numbers[0] for s in species])
+    )  # disorder is the first thing to say
     symmetry = symmetry_of(block)
     parameters = read_parameters(block)
-    species = _species(block, sites, facts)
     attempts = list(_attempts(sites, species, facts, symmetry, parameters))
     if not attempts:
         names = ", ".join(c.name for c in symmetry.candidates[:4])

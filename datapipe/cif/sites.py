@@ -78,7 +78,7 @@ def read_sites(block: Block) -> Sites:
     n = len(raw[0])
     if not n or len(raw[1]) != n or len(raw[2]) != n:
         raise BadCrystal(
-            "the CIF has no fractional coordinates (_atom_site_fract_x, _y, _z)", "no structure"
+            "the CIF has no fractional coordinates (_atom_site_fract_x, _y, _z)", "unreadable"
         )
     sites = Sites(
         _text(block, n, "_atom_site_label"),

@@ -47,7 +47,8 @@ def species_of(label: str, type_symbol: str, allowed: frozenset[int] | None) -> 
         if number is not None:
             return Species((number,), True, f"type symbol {type_symbol!r}", True)
         numbers, _ = _readings(type_symbol, allowed)
-        return Species(numbers, False, f"type symbol {type_symbol!r}", True)
+        kept = tuple(z for z in numbers if allowed is None or z in allowed)
+        return Species(kept, False, f"type symbol {type_symbol!r}", True)
     numbers, sure = _readings(label, allowed)
     if allowed is not None:
         kept = tuple(z for z in numbers if z in allowed)
