@@ -166,7 +166,7 @@ def _document(text: str) -> cif.Document:
     except (ValueError, RuntimeError) as error:
         reason = str(error)
     mended = text
-    for mend in (_with_header, _with_quotes, _in_ascii):
+    for mend in (_with_header, _without_lists, _with_quotes, _in_ascii):
         mended = mend(mended)
         try:
             return cif.read_string(mended, 0)
@@ -181,6 +181,16 @@ def _with_header(text: str) -> str:
     first = re.search(r"^\s*(?:data_|global_|loop_|_)", text, re.M | re.I)
     bare = first is not None and first[0].strip().lower() in ("loop_", "_")
     return f"data_\n{text}" if bare else text
+
+
+def _without_lists(text: str) -> str:
+    """Without the lists, tables and triple quotes of CIF 2, in none of which structures are."""
+    if not text.lstrip().lower().startswith("#\\#cif_2"):
+        return text
+    text = re.sub(r"(?<=\s)(\"\"\"|\'\'\').*?\1(?=\s)", "?", text, flags=re.S)
+    for _ in range(9):  # the innermost first
+        text = re.sub(r"(?<=[\s\[{:,])(?:\[[^\[\]{}]*\]|\{[^\[\]{}]*\})(?=[\s\]},])", "?", text)
+    return text
 
 
 def _with_quotes(text: str) -> str:

@@ -14,9 +14,9 @@ from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 _GRID = 10_000
 _SAME = 0.01
 """Å between two atoms that are one."""
-_CLOSEST = 0.65
-"""Share of the sum of covalent radii below which no two atoms come: 0.83 in H2, 0.74 in F2's and
-above in all else."""
+_IMPOSSIBLE, _USUAL = 0.5, 0.75
+"""Shares of the sum of covalent radii: no two atoms come closer than the first, and none in a
+crystal at rest closer than the second."""
 _MOST_ATOMS = 1000
 _TOLERANCES = (0.01, 0.05, 0.1, 0.3)
 """Å, for the search of a symmetry that a file names."""
@@ -57,12 +57,14 @@ def same_crystal(a: Crystal, b: Crystal) -> bool:
     return bool(np.allclose(first, second, atol=2e-3))
 
 
-def is_plausible(crystal: Crystal) -> bool:
-    """Whether no two atoms are closer than any chemistry brings them."""
+def shortest_distances(crystal: Crystal) -> str:
+    """Whether the atoms of a crystal are "usual" distances apart, some are "impossible" ones, or it
+    is "open"."""
     if len(crystal) > _MOST_ATOMS:
-        return True
+        return "open"
     radii = covalent_radii[crystal.numbers]
-    return bool((_distances(crystal) >= _CLOSEST * (radii[:, None] + radii)).all())
+    least = float((_distances(crystal) / (radii[:, None] + radii)).min())
+    return "usual" if least > _USUAL else "impossible" if least < _IMPOSSIBLE else "open"
 
 
 def has_symmetry(crystal: Crystal, number: int, settings: tuple[Setting, ...]) -> bool:

@@ -22,13 +22,14 @@ from crysforge.datapipe.cif.checks import (
 from crysforge.datapipe.cif.formula import in_words
 from crysforge.datapipe.cif.geometry import (
     has_symmetry,
-    is_plausible,
     merge_copies,
     same_crystal,
+    shortest_distances,
 )
 from crysforge.datapipe.cif.order import ELECTRONEGATIVITY_RANK
-from crysforge.datapipe.cif.sites import Sites, expand, read_sites
+from crysforge.datapipe.cif.sites import Sites, check_count, expand, read_sites
 from crysforge.datapipe.cif.species import Species, species_of
+from crysforge.datapipe.cif.symbols import settings_of_number
 from crysforge.datapipe.cif.symmetry import Candidate, Symmetry, symmetry_of
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 
@@ -180,6 +181,7 @@ def _attempt(
     index, frac = expand(sites, candidate.group, cell)
     numbers = numbers[index]
     index, numbers, frac, copies = merge_copies(index, numbers, frac, cell)
+    check_count(len(index))
     order = np.argsort(ELECTRONEGATIVITY_RANK[numbers], kind="stable")
     crystal = Crystal.create("", numbers[order], frac[order], cell)
     atoms = Counter(numbers.tolist())
@@ -191,16 +193,33 @@ def _attempt(
         found = np.bincount(index, minlength=len(sites)).tolist()
         wrong = judge_multiplicity(sites.multiplicity, found, candidate.group)
         problems += [wrong] if wrong else []
-    if (
-        symmetry.from_operations
-        and symmetry.number not in (None, candidate.group.number)
-        and not has_symmetry(crystal, symmetry.number, symmetry.named)
-    ):
-        problems.append(
-            f"the operations are those of {candidate.name}, but the file says {symmetry.words}, a "
-            f"symmetry that the atoms {in_words(atoms)} do not have"
-        )
+    problems += _against_name(symmetry, candidate, crystal, verdict.content)
     return _Attempt(candidate.name, crystal, problems)
+
+
+def _against_name(
+    symmetry: Symmetry, candidate: Candidate, crystal: Crystal, confirmed: bool
+) -> list[str]:
+    """What a symbol or number contradicts that stands beside operations of another group.
+
+    The atoms may have the symmetry that is named all the same, as where all are listed with `x,y,z`
+    alone. And it may be less than that of the operations, if the cell's content confirms these.
+    """
+    number, group = symmetry.number, candidate.group
+    if not symmetry.from_operations or number in (None, group.number) or not group.number:
+        return []
+    order = len(settings_of_number(number)[0].group.point_group)
+    if order < len(group.point_group):
+        agree = confirmed
+    else:
+        agree = has_symmetry(crystal, number, symmetry.named)
+    if agree:
+        return []
+    atoms = in_words(Counter(crystal.numbers.tolist()))
+    return [
+        f"the operations are those of {candidate.name}, but the file says {symmetry.words}, a "
+        f"symmetry that the atoms {atoms} do not have"
+    ]
 
 
 def _full_sites(sites: Sites, numbers: np.ndarray) -> tuple[Sites, np.ndarray]:
@@ -247,16 +266,24 @@ def _choose(attempts: list[_Attempt], checks: str) -> Crystal:
         raise BadCrystal(f"no reading of the CIF agrees with it: {each}", "contradiction")
     if len(sound) > 1:
         distinct = _distinct(sound)
-        sound = [a for a in distinct if is_plausible(a.crystal)] if len(distinct) > 1 else distinct
-        if len(sound) != 1:
+        sound = _by_distances(distinct) if len(distinct) > 1 else distinct
+        if len(sound) > 1:
             each = "; ".join(
-                f"{a.name} gives {in_words(Counter(a.crystal.numbers.tolist()))}"
-                for a in (sound or distinct)[:4]
+                f"{a.name} gives {in_words(Counter(a.crystal.numbers.tolist()))}" for a in sound[:4]
             )
             raise BadCrystal(
                 f"the symmetry of the CIF is ambiguous: {each}; give its operations", "ambiguous"
             )
     return sound[0].crystal
+
+
+def _by_distances(attempts: list[_Attempt]) -> list[_Attempt]:
+    """The one attempt whose atoms are at usual distances, if they are impossible in all others;
+    else all."""
+    found = [shortest_distances(attempt.crystal) for attempt in attempts]
+    if found.count("usual") == 1 and found.count("impossible") == len(found) - 1:
+        return [attempts[found.index("usual")]]
+    return attempts
 
 
 def _distinct(attempts: list[_Attempt]) -> list[_Attempt]:

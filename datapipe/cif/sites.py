@@ -13,7 +13,7 @@ from crysforge.datapipe.crystals.crystal import BadCrystal
 
 MAX_ATOMS = 20_000
 """Atoms of the largest cell that is read."""
-_MAX_IMAGES = 400_000
+_MAX_IMAGES = 200_000
 
 _FRACT = ("_atom_site_fract_x", "_atom_site_fract_y", "_atom_site_fract_z")
 _ONES = {"1", "1.0", "1.", "1.00", "1.000", "1.0000", *NULLS}
@@ -202,10 +202,9 @@ def expand(sites: Sites, group: Group, cell: np.ndarray) -> tuple[np.ndarray, np
     """
     n, m = len(sites), len(group)
     if m == 1:
-        _check_count(n)
         return np.arange(n), sites.frac
     if n * m > _MAX_IMAGES:
-        _check_count(n * m)
+        check_count(n * m)
     images = _images(sites.frac, group)
     delta = images - sites.frac[:, None]
     delta -= np.rint(delta)
@@ -214,7 +213,6 @@ def expand(sites: Sites, group: Group, cell: np.ndarray) -> tuple[np.ndarray, np
     if np.count_nonzero(square < _APART**2) > np.count_nonzero(same):
         same = square < np.square(_tolerance(sites, cell))[:, None]
     if np.count_nonzero(same) == n:  # each is its own image alone
-        _check_count(n * m)
         return np.repeat(np.arange(n), m), images.reshape(-1, 3)
     mean = np.einsum("nm,nmx->nx", same, delta) / same.sum(1)[:, None]
     if np.abs(mean).max() > 1e-12:
@@ -230,7 +228,6 @@ def expand(sites: Sites, group: Group, cell: np.ndarray) -> tuple[np.ndarray, np
             )
         chosen.append(cosets + i * m)
     index = np.concatenate(chosen)
-    _check_count(len(index))
     return index // m, images.reshape(-1, 3)[index]
 
 
@@ -239,7 +236,8 @@ def _images(frac: np.ndarray, group: Group) -> np.ndarray:
     return (frac @ group.stacked).reshape(len(frac), -1, 3) + group.translations
 
 
-def _check_count(count: int) -> None:
+def check_count(count: int) -> None:
+    """Raises BadCrystal for more than `MAX_ATOMS` atoms."""
     if count > MAX_ATOMS:
         raise BadCrystal(f"the cell would hold {count} atoms, more than {MAX_ATOMS}", "too large")
 

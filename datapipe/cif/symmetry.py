@@ -101,12 +101,12 @@ def symmetry_of(block: Block) -> Symmetry:
         BadCrystal: it says nothing, or what it says cannot be read.
     """
     centring: tuple[str, ...] = ()
-    operations = tuple(block.column(*_MAGNETIC))
+    operations = _triplets(block, _MAGNETIC)
     magnetic = bool(operations)
     if magnetic:
-        centring = tuple(block.column(*_MAGNETIC_CENTRING))
+        centring = _triplets(block, _MAGNETIC_CENTRING)
     else:
-        operations = tuple(block.column(*_OPERATIONS))
+        operations = _triplets(block, _OPERATIONS)
     return _resolve(
         operations,
         centring,
@@ -118,6 +118,14 @@ def symmetry_of(block: Block) -> Symmetry:
         tuple(block.values(*_SCHOENFLIES)),
         block.value(*_CODE) or "",
     )
+
+
+def _triplets(block: Block, tags: tuple[str, ...]) -> tuple[str, ...]:
+    """Raw operations; those in one text field line by line."""
+    column = block.column(*tags)
+    if len(column) == 1 and column[0].startswith(";"):
+        column = [line for line in column[0].strip("; \n").split("\n") if line.strip()]
+    return tuple(column)
 
 
 @lru_cache(maxsize=1024)

@@ -137,7 +137,7 @@ SMALL = cif(Structure(Lattice.cubic(0.3), ["Na"], [[0, 0, 0]]))
         (GOOD.replace("  Na  Na0", "  Zz  Zz0"), "unknown element", "'Zz'"),
         (GOOD.replace("  Na  Na0", "  Bx  Bx0"), "unknown element", "'Bx'"),
         (GOOD.replace("0.50000000", "0.05000000"), "atoms too close", "0 (Na) and 1 (Cl) are 0.43"),
-        (GOOD.replace("5.00000000", "0.30000000"), "contradiction", "_cell_volume is 125 Å³"),
+        (GOOD.replace("5.00000000", "0.30000000"), "contradiction", "_cell_volume is"),
         (SMALL, "atoms too close", "Å apart"),
         (GOOD.replace("90.00000000", "0.00000000"), "unusable structure", "cell"),
         (GOOD + GOOD.replace("data_NaCl", "data_again"), "unusable structure", "2 structures"),
