@@ -11,7 +11,7 @@ from ase.data import chemical_symbols
 
 from crysforge.datapipe.crystals.crystal import Crystal
 
-SETTINGS = [e for e in gemmi.spacegroup_table_itb()]
+SETTINGS = list(gemmi.spacegroup_table_itb())
 
 
 @dataclass
@@ -91,9 +91,7 @@ def _special(x, rotations, shifts, rng) -> np.ndarray:
         mean = np.mean(points, axis=0)
         image = rotations[k] @ mean + shifts[k]
         gap = image - mean
-        if np.abs(gap - np.rint(gap)).max() < 1e-9 and np.abs(gap).max() > 1e-9 or k == 0:
-            continue
-        if np.abs(gap - np.rint(gap)).max() < 1e-9:
+        if np.abs(gap - np.rint(gap)).max() < 1e-9 and k > 0:
             return mean
     return x
 
@@ -101,12 +99,8 @@ def _special(x, rotations, shifts, rng) -> np.ndarray:
 def _orbit(x, rotations, shifts) -> np.ndarray:
     images = np.einsum("kij,j->ki", rotations, x) + shifts
     images -= np.floor(images)
-    kept: list[np.ndarray] = []
-    for image in images:
-        gaps = [image - other for other in kept]
-        if all(np.abs(g - np.rint(g)).max() > 1e-6 for g in gaps):
-            kept.append(image)
-    return np.array(kept)
+    keys = np.rint(images * 1e6).astype(np.int64) % 1_000_000
+    return images[np.sort(np.unique(keys, axis=0, return_index=True)[1])]
 
 
 def _apart(atoms: np.ndarray, lattice: np.ndarray, least: float = 1.7) -> bool:

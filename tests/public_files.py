@@ -3,10 +3,10 @@
     python tests/public_files.py FOLDER [FOLDER …] [--show right|refused|other] [--markdown]
 
 Each FOLDER is searched for CIF and POSCAR files: unpacked source distributions
-(`pip download --no-deps --no-binary :all: NAME`), or site-packages. A crystal is *right* if a second
-reader gives the same one: same atoms in the cell, and same distances between them. What we refuse is
-counted by reason; what no second reader confirms is listed as *other*, with what each of them says,
-for a person to judge.
+(`pip download --no-deps --no-binary :all: NAME`), or site-packages. A crystal is *right* if a
+second reader gives the same one: same atoms in the cell, and same distances between them. What we
+refuse is counted by reason; what no second reader confirms is listed as *other*, with what each of
+them says, for a person to judge.
 """
 
 from __future__ import annotations

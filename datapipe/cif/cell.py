@@ -50,15 +50,27 @@ def _number(block: Block, tag: str) -> float | None:
 
 def lattice_for(parameters: Parameters, group: Group) -> np.ndarray | None:
     """[3, 3] cell vectors in Å; angles that the file lacks are those that the group forces. None if
-    the group does not fit the cell, or leaves a missing angle open."""
+    the group does not fit the cell.
+
+    Raises:
+        BadCrystal: the group leaves a missing angle open.
+    """
     lengths, angles = parameters
+    forced: tuple[float | None, ...] = ()
     if None in angles:
         forced = forced_angles(group)
         angles = [f if a is None else a for a, f in zip(angles, forced, strict=True)]
-        if None in angles:
-            return None
-    cell = lattice(lengths, [float(a or 0) for a in angles])
-    return cell if fits(cell, group) else None
+    cell = lattice(lengths, [_ANY if a is None else a for a in angles])
+    if not fits(cell, group):
+        return None
+    if None in angles:
+        missing = [t for t, a in zip(_ANGLES, angles, strict=True) if a is None]
+        raise BadCrystal(f"the CIF has no {', '.join(missing)}, nor does its symmetry force them")
+    return cell
+
+
+_ANY = 80.0
+"""An angle in degrees that no group forces, in place of a missing one."""
 
 
 def lattice(lengths: list[float], angles: list[float]) -> np.ndarray:

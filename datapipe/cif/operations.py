@@ -166,7 +166,7 @@ def _shift(translation: list[int], denominator: int) -> list[Fraction]:
 
 def _parse(triplet: str) -> Operation:
     """Rotation and translation of `-x,y+1/2,-z`; a fourth part (time reversal) is left out."""
-    text = re.sub(r"\s+", "", triplet.strip("'\"").lower())
+    text = re.sub(r"\s+", "", triplet.strip("'\"").lower()).replace("+-", "-")
     parts = text.split(",")
     if len(parts) == 4 and parts[3] in ("1", "+1", "-1", "m", "-m", "+m"):
         parts.pop()

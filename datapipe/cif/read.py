@@ -105,8 +105,9 @@ def _read(block: Block, checks: str) -> Crystal:
     attempts = list(_attempts(sites, species, facts, symmetry, parameters))
     if not attempts:
         names = ", ".join(c.name for c in symmetry.candidates[:4])
-        missing = " or leaves its missing angles open" if None in parameters[1] else ""
-        raise BadCrystal(f"the space group {names} does not fit the cell{missing}", "symmetry")
+        lengths, angles = parameters
+        cell = f"a, b, c = {lengths}, angles {angles}"
+        raise BadCrystal(f"the space group {names} does not fit the cell ({cell})", "symmetry")
     return _choose(attempts, checks)
 
 
@@ -140,7 +141,8 @@ def _attempts(
 ) -> Iterator[_Attempt]:
     """One for each group that fits the cell and each way to read the labels."""
     doubtful = list(dict.fromkeys(s for s in species if not s.sure))
-    doubts = [*sites.doubts, *(f"{s.words} may stand for more than an element" for s in doubtful)]
+    doubts = [(d, False) for d in sites.doubts]
+    doubts += [(f"{s.words} may be more than an element", len(s.numbers) > 1) for s in doubtful]
     readings = list(islice(product(*(s.numbers for s in doubtful)), _MOST_READINGS))
     for candidate in _fitting(symmetry, parameters):
         cell = lattice_for(parameters, candidate.group)
@@ -176,8 +178,13 @@ def _attempt(
     symmetry: Symmetry,
     candidate: Candidate,
     cell: np.ndarray,
-    doubts: list[str],
+    doubts: list[tuple[str, bool]],
 ) -> _Attempt:
+    """The crystal by one group and one reading, and what contradicts it.
+
+    Args:
+        doubts: what only a formula can settle, and whether Z or a density can as well.
+    """
     index, frac = expand(sites, candidate.group, cell)
     numbers = numbers[index]
     index, numbers, frac, copies = merge_copies(index, numbers, frac, cell)
@@ -187,8 +194,11 @@ def _attempt(
     atoms = Counter(numbers.tolist())
     verdict = judge(facts, atoms, float(cell[0, 0] * cell[1, 1] * cell[2, 2]))
     problems = [*symmetry.problems, *verdict.problems]
-    if not verdict.formula:
-        problems += [f"{doubt}, and no formula settles it" for doubt in doubts]
+    problems += [
+        f"{doubt}, and no formula settles it"
+        for doubt, by_content in doubts
+        if not (verdict.formula or (by_content and verdict.content))
+    ]
     if sites.multiplicity and not copies and not symmetry.magnetic:
         found = np.bincount(index, minlength=len(sites)).tolist()
         wrong = judge_multiplicity(sites.multiplicity, found, candidate.group)

@@ -31,6 +31,7 @@ _REMARK = re.compile(
     re.I,
 )
 _NUMBER = re.compile(r"(?:#|\bno\.?) ?(\d{1,3})\b", re.I)
+_SCREW = re.compile(r"21|3[12]|4[123]|6[1-5]")
 _ORIGIN = re.compile(r"(?:origin|choice|setting)\D{0,12}([12])\b", re.I)
 _CENTRE = re.compile(r"origin.{0,6}(?:centre|center|-1\b)|cent(?:er|re) of symmetry", re.I)
 _SUFFIXES = (
@@ -82,13 +83,21 @@ def settings_of_symbol(symbol: str) -> tuple[Setting, ...]:
     A short monoclinic symbol names no axis; `P 21/c` may be `P 1 21/c 1` or `P 21/c 1 1`.
     """
     remarks = " ".join(_REMARK.findall(symbol))
-    plain = _plain(_REMARK.sub(" ", symbol))
-    found, extension = _look_up(plain)
+    said = _REMARK.sub(" ", symbol)
+    found, extension = _look_up(_plain(said))
+    screws = [word for word in said.replace("_", " ").split()[1:] if _SCREW.fullmatch(word)]
+    found = tuple(s for s in found if all(_has_word(s, word) for word in screws))
     if not extension and (match := _ORIGIN.search(remarks)):
         extension = match[1]
     elif not extension and _CENTRE.search(remarks):
         extension = "2"
     return choose(found, extension)
+
+
+def _has_word(setting: Setting, word: str) -> bool:
+    """Whether a screw axis that the file writes apart is one of the setting's: `P 31 2` is not
+    `P 3 1 2`."""
+    return any(part.split("/")[0] == word for part in _full_symbol(setting).split())
 
 
 def number_in_symbol(symbol: str) -> int | None:
@@ -154,6 +163,11 @@ def _table() -> tuple[tuple[Setting, str], ...]:
         qualifier = entry.qualifier.lower()
         found.append((Setting(entry.number, entry.hall, entry.hm, extension, qualifier), full))
     return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def _full_symbol(setting: Setting) -> str:
+    return f"{setting.hm} {next(full for one, full in _table() if one == setting)}"
 
 
 _ITB = 530

@@ -14,7 +14,7 @@ from crysforge.datapipe.preparing.write import write
 from crysforge.datapipe.storage.manifest import Manifest
 
 WARNINGS = "warnings.csv"
-"""What readers had to guess or found odd in crystals that are kept; absent where there is nothing."""
+"""What readers had to guess or found odd in crystals that are kept; absent if nothing."""
 
 
 def prepare(config: PrepareConfig) -> Manifest:

@@ -112,7 +112,8 @@ def _counts(line: str, at: int, symbols: list[str] | None) -> list[int]:
     words = _words(line)
     if not words or not all(w.isdigit() for w in words):
         raise BadCrystal(
-            f"line {at + 1} of the POSCAR must be the numbers of atoms, found {line.strip()[:40]!r}",
+            f"line {at + 1} of the POSCAR must be the numbers of atoms, found "
+            f"{line.strip()[:40]!r}",
             "unreadable",
         )
     counts = [int(w) for w in words]
@@ -138,7 +139,7 @@ def _check_trailing(rows: list[str], listed: list[str]) -> None:
         beside = [w for w in _words(row)[3:] if w in NUMBERS and w not in ("F", "T")]
         if beside and beside[-1] != symbol and NUMBERS[beside[-1]] != NUMBERS[symbol]:
             raise BadCrystal(
-                f"the POSCAR calls an atom {symbol} by its counts and {beside[-1]} beside its position"
+                f"the POSCAR calls an atom {symbol} by its counts, {beside[-1]} beside its position"
             )
 
 
