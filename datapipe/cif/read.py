@@ -27,7 +27,7 @@ from crysforge.datapipe.cif.geometry import (
     shortest_distances,
 )
 from crysforge.datapipe.cif.order import ELECTRONEGATIVITY_RANK
-from crysforge.datapipe.cif.sites import Sites, check_count, expand, read_sites
+from crysforge.datapipe.cif.sites import Sites, check_count, expand, plain, read_sites
 from crysforge.datapipe.cif.species import Species, species_of
 from crysforge.datapipe.cif.symbols import settings_of_number
 from crysforge.datapipe.cif.symmetry import Candidate, Symmetry, symmetry_of
@@ -127,7 +127,7 @@ def _species(block: Block, sites: Sites, facts: Facts) -> list[Species]:
         species = [by_type[t] for t in sites.types]
     else:
         types = sites.types or [""] * len(sites)
-        labels = sites.labels or [""] * len(sites)
+        labels = [plain(label) for label in sites.labels] or [""] * len(sites)
         species = [species_of(a, b, allowed) for a, b in zip(labels, types, strict=True)]
     for one in set(species):
         if not one.numbers:

@@ -31,8 +31,8 @@ class Sites:
     """The asymmetric unit.
 
     Attributes:
-        labels, types: [n] text; empty lists where the file has none, empty text where a value is
-            missing.
+        labels: [n] as they stand in the file; an empty list where it has none.
+        types: [n] text, empty where a value is missing; an empty list where the file has none.
         frac: [n, 3].
         raw: three columns of coordinates as they stand in the file.
         occupancy: [n], or None where all are 1.
@@ -53,7 +53,7 @@ class Sites:
 
     def name(self, site: int) -> str:
         """The label of a site, for messages."""
-        return repr(self.labels[site]) if self.labels else f"number {site + 1}"
+        return repr(plain(self.labels[site])) if self.labels else f"number {site + 1}"
 
     def take(self, kept: np.ndarray | list[int]) -> Sites:
         """These sites alone."""
@@ -81,8 +81,8 @@ def read_sites(block: Block) -> Sites:
             "the CIF has no fractional coordinates (_atom_site_fract_x, _y, _z)", "unreadable"
         )
     sites = Sites(
-        _text(block, n, "_atom_site_label"),
-        _text(block, n, "_atom_site_type_symbol"),
+        _column(block, n, "_atom_site_label"),
+        _text(_column(block, n, "_atom_site_type_symbol")),
         _numbers(raw),
         raw,
         _occupancy(block, n),
@@ -90,10 +90,10 @@ def read_sites(block: Block) -> Sites:
         or _column(block, n, "_atom_site_symmetry_multiplicity"),
     )
     _check_disorder(block, sites)
-    sites = _atoms(block, sites)
-    bad = np.argwhere(~np.isfinite(sites.frac))
-    if len(bad):
-        i, axis = bad[0]
+    known = np.isfinite(sites.frac).all()
+    sites = _atoms(block, sites, bool(known))
+    if not known and not np.isfinite(sites.frac).all():
+        i, axis = np.argwhere(~np.isfinite(sites.frac))[0]
         raise BadCrystal(
             f"atom {sites.name(i)} has no {'xyz'[axis]} coordinate: found {sites.raw[axis][i]!r}",
             "no coordinates",
@@ -109,10 +109,16 @@ def _column(block: Block, n: int, tag: str) -> list[str]:
     return column if len(column) == n else []
 
 
-def _text(block: Block, n: int, tag: str) -> list[str]:
-    column = _column(block, n, tag)
-    words = {v: "" if v in NULLS else v if v[0] not in "'\";" else cif.as_string(v) for v in column}
-    return [words[v] for v in column]
+def _text(column: list[str]) -> list[str]:
+    words = {raw: plain(raw) for raw in set(column)}
+    return [words[raw] for raw in column]
+
+
+def plain(raw: str) -> str:
+    """A raw value without quotes; empty for `.` and `?`."""
+    if raw in NULLS:
+        return ""
+    return raw if raw[0] not in "'\";" else cif.as_string(raw).strip()
 
 
 def _occupancy(block: Block, n: int) -> np.ndarray | None:
@@ -127,8 +133,12 @@ def _occupancy(block: Block, n: int) -> np.ndarray | None:
     return values
 
 
-def _atoms(block: Block, sites: Sites) -> Sites:
-    """The sites that are atoms, without dummies, empty sites and rows that hold nothing."""
+def _atoms(block: Block, sites: Sites, known: bool) -> Sites:
+    """The sites that are atoms, without dummies, empty sites and rows that hold nothing.
+
+    Args:
+        known: whether all coordinates are numbers.
+    """
     n, doubts = len(sites), sites.doubts
     flags = _column(block, n, "_atom_site_calc_flag")
     gone = {i for i, flag in enumerate(flags) if flag.lower() == "dum"}
@@ -138,8 +148,8 @@ def _atoms(block: Block, sites: Sites) -> Sites:
         absent = np.flatnonzero(sites.occupancy == 0).tolist()
         doubts.append(f"the occupancy of {', '.join(map(sites.name, absent))} is 0")
         gone |= set(absent)
-    if not np.isfinite(sites.frac).all():
-        named = [sites.labels[i] if sites.labels else "" for i in range(n)]
+    if not known:
+        named = [plain(label) for label in sites.labels] or [""] * n
         gone |= {i for i in range(n) if not named[i] and all(c[i] in NULLS for c in sites.raw)}
     hydrogens = _column(block, n, "_atom_site_attached_hydrogens")
     for i, count in enumerate(hydrogens):
