@@ -33,6 +33,7 @@ class Crystal:
         lattice: [3, 3] float64, rows a, b, c in Å, in standard orientation (a along x, b in the
             xy plane, right-handed).
         targets: label values in physical units; a missing label is absent or NaN.
+        notes: what its reader had to guess or found to be odd, a line each; not stored.
 
     Build one with `Crystal.create`, which checks and normalises.
     """
@@ -42,6 +43,7 @@ class Crystal:
     frac_coords: np.ndarray
     lattice: np.ndarray
     targets: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from crysforge.datapipe.cif import CHECKS
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.crystals.filters import Filters
 from crysforge.datapipe.preparing import splits
@@ -41,6 +42,9 @@ class PrepareConfig:
     """Column or field of the id; None guesses."""
     structure_column: str | None = None
     """Column or field of the structure; None guesses."""
+    checks: str = "strict"
+    """What to do with a CIF whose atoms contradict its formula, Z, density, volume or symbol:
+    strict refuses it; warn reads it by its operations and lists it in warnings.csv."""
     size: int = 2000
     """Number of crystals with input=prototypes."""
     split: str | None = None
@@ -82,6 +86,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if self.on_bad not in ("drop", "error"):
             raise ValueError(f"on_bad must be drop or error, got {self.on_bad!r}")
+        if self.checks not in CHECKS:
+            raise ValueError(f"checks must be {' or '.join(CHECKS)}, got {self.checks!r}")
         if self.split is not None and self.split not in splits.RULES:
             raise ValueError(f"unknown split {self.split!r}: {nearest(self.split, splits.RULES)}")
         for name in ("shard_size", "size"):
@@ -140,6 +146,7 @@ class Work:
                 id_column=config.id_column,
                 structure_column=config.structure_column,
                 targets=tuple(config.targets),
+                checks=config.checks,
                 prefix=split,
                 size=config.size,
                 seed=config.seed,

@@ -23,6 +23,7 @@ from crysforge.datapipe.common.journal import WorkDirectory
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.preparing.config import PrepareConfig, Work
 from crysforge.datapipe.preparing.dedup import WITHIN, Duplicates, Found, Reference, search
+from crysforge.datapipe.preparing.prepare import WARNINGS
 from crysforge.datapipe.preparing.write import DROPPED, write
 from crysforge.datapipe.sources import resolve
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
@@ -91,7 +92,11 @@ def _reference(path: str, name: str, config: PrepareConfig, root: Path) -> Refer
         return Reference(name, Dataset.open(path), splits, {**_origin(path), "splits": splits})
     shares = [1.0, 0.0, 0.0]
     asked = PrepareConfig(
-        input=path, ratio=shares, workers=config.workers, progress=config.progress
+        input=path,
+        ratio=shares,
+        checks=config.checks,
+        workers=config.workers,
+        progress=config.progress,
     )
     dataset = _dataset(asked, root)
     unusable = sum(dataset.manifest.provenance["dropped"].values())
@@ -154,6 +159,8 @@ def _write(
         )
         dropped = (Path(data.root) / DROPPED).read_bytes().decode() + _table(listed)
         _save(writer.directory / DROPPED, dropped)
+        if (warnings := Path(data.root) / WARNINGS).is_file():
+            _save(writer.directory / WARNINGS, warnings.read_text("utf-8"))
         counts = Counter(before["dropped"]) + Counter(reasons.values())
         return writer.finish(
             {

@@ -6,9 +6,15 @@ decides the splits; the second parses in parallel and writes shards as results c
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TextIO
+
 from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.write import write
 from crysforge.datapipe.storage.manifest import Manifest
+
+WARNINGS = "warnings.csv"
+"""What readers had to guess or found odd in crystals that are kept; absent if nothing."""
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -28,3 +34,7 @@ def prepare(config: PrepareConfig) -> Manifest:
 
         return prepare_unique(config)
     return write(config)
+
+
+def _csv(path: Path) -> TextIO:
+    return open(path, "w", newline="", encoding="utf-8")

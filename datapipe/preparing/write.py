@@ -7,6 +7,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import describe
 from crysforge.datapipe.preparing import splits
 from crysforge.datapipe.preparing.config import PrepareConfig, Work, sha256
+from crysforge.datapipe.preparing.prepare import WARNINGS, _csv
 from crysforge.datapipe.sources import Failure, Raw, Reading
 from crysforge.datapipe.sources.parse import is_labelled
 from crysforge.datapipe.storage.dataset import DatasetWriter
@@ -41,7 +43,7 @@ def write(config: PrepareConfig) -> Manifest:
     """`prepare` without a search for duplicates."""
     work = Work.of(config)
     config = work.config
-    reading = Reading(work.labels, config.filters)
+    reading = Reading(work.labels, config.filters, config.checks)
     with (  # processes first: they must not hold the writer's lock
         Workers(reading, config.workers) as workers,
         DatasetWriter(config.output, config.targets, work.units(), config.shard_size) as writer,
@@ -51,8 +53,8 @@ def write(config: PrepareConfig) -> Manifest:
         raws = _in_splits(work, scan, codes)
         results = zip(codes.tolist(), workers.map(raws), strict=True)
         bar = tqdm(results, "preparing", len(codes), unit=" crystals", disable=not config.progress)
-        dropped = _write(writer, bar, config)
-        return writer.finish(_provenance(work, scan, writer, dropped))
+        dropped, warned = _write(writer, bar, config)
+        return writer.finish(_provenance(work, scan, writer, dropped) | {"warned": warned})
 
 
 def plan(config: PrepareConfig) -> str:
@@ -173,17 +175,25 @@ def _in_splits(work: Work, scan: _Scan, codes: np.ndarray) -> Iterator[Raw | Fai
 
 def _write(
     writer: DatasetWriter, results: Iterable[tuple[int, Crystal | Failure]], config: PrepareConfig
-) -> Counter[str]:
-    """Writes crystals to shards and failures to `dropped.csv`; returns how many were dropped, by
-    reason."""
+) -> tuple[Counter[str], int]:
+    """Writes crystals to shards, failures to `dropped.csv` and notes to `warnings.csv`; returns how
+    many were dropped, by reason, and how many have notes."""
     dropped: Counter[str] = Counter()
     examples: list[str] = []
-    with open(writer.directory / DROPPED, "w", newline="", encoding="utf-8") as file:
+    warned = 0
+    with ExitStack() as files:
+        file = files.enter_context(_csv(writer.directory / DROPPED))
         table = csv.writer(file)
         table.writerow(["id", "source", "reason", "message"])
         for code, result in results:
             if isinstance(result, Crystal):
                 writer.add(SPLITS[code], result)
+                if result.notes:
+                    if not warned:
+                        notes = csv.writer(files.enter_context(_csv(writer.directory / WARNINGS)))
+                        notes.writerow(["id", "message"])
+                    warned += 1
+                    notes.writerows([result.id, note] for note in result.notes)
                 continue
             if result.bad and config.on_bad == "error":
                 raise ValueError(f"{result}; mend it, or give on_bad=drop to leave it out")
@@ -198,7 +208,7 @@ def _write(
             f"all {sum(dropped.values())} crystals were dropped ({reasons(dropped)}), for example "
             + "; ".join(examples)
         )
-    return dropped
+    return dropped, warned
 
 
 def _provenance(
@@ -258,5 +268,7 @@ def summary(manifest: Manifest, output: str) -> str:
         if dropped
         else "dropped 0"
     )
+    if warned := manifest.provenance.get("warned"):
+        lines.append(f"{warned} read with a warning (see {WARNINGS})")
     lines.append(f"written to {output}")
     return "\n".join(lines)

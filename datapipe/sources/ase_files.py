@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ def read_extxyz(path: Path, options: Options) -> Iterator[Raw]:
                 ) from None
             except RuntimeError:  # next() within the generator expression
                 raise ValueError(f"{where} ends before its {size} atoms") from None
+            frame[1] = _flat(frame[1])
             info: dict[str, Any] = key_val_str_to_dict(frame[1])
             labels = {k: v for k, v in info.items() if k not in _NO_LABELS}
             id_name = pick_id(labels, options, where)
@@ -52,6 +54,23 @@ def read_extxyz(path: Path, options: Options) -> Iterator[Raw]:
                 yield Raw(id, where, ("bad", ("it has no Lattice: no crystal", "no cell")), labels)
             else:
                 yield Raw(id, where, ("extxyz", "".join(frame)), labels)
+
+
+def _flat(comment: str) -> str:
+    """A comment line with its matrices as quoted rows, which ASE reads: `Lattice=[[a], [b], [c]]`,
+    whose rows are the cell vectors, as `Lattice="a b c"`."""
+    return _MATRIX.sub(lambda m: f'{m[1]}="{" ".join(_NUMBER.findall(_fortran(m[2])))}"', comment)
+
+
+def _fortran(text: str) -> str:
+    return re.sub(r"(?<=[\d.])[dD](?=[+-]?\d)", "e", text)
+
+
+_MATRIX = re.compile(
+    r"""(\w+)\s*=\s*(?:(?=\[\s*\[|["'{\[][^"'}\]]*\d[dD][+-]?\d))"""
+    r"""(\[\s*\[[-+\d.eEdD,\s\[\]]+\]\s*\]|["'{\[][-+\d.eEdD,\s]+["'}\]])"""
+)
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.IGNORECASE)
 
 
 def _likes_db(look: Look) -> int:

@@ -64,6 +64,8 @@ class Options:
     """Column or field of the structure; None: guessed."""
     targets: tuple[str, ...] = ()
     """Names of the label columns of a headerless `id_prop.csv`."""
+    checks: str = "strict"
+    """What to do with a file that contradicts itself: "strict" refuses it, "warn" says so."""
     prefix: str | None = None
     """Start of the ids of records without one (`<prefix>-<number>`); None: the file's name."""
     size: int = 1000

@@ -6,9 +6,11 @@ import ast
 import io
 import json
 import math
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from typing import Any
 import numpy as np
 from ase.data import atomic_numbers
 
+from crysforge.datapipe.cif import read_cif
+from crysforge.datapipe.common.text import decode
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.sources.base import Payload, check_size
-from crysforge.datapipe.sources.cif import read_cif
+from crysforge.datapipe.sources.poscar import read_poscar
 
 _NUMBERS = {**atomic_numbers, "D": 1, "T": 1}
 del _NUMBERS["X"]
@@ -27,8 +31,11 @@ MISSING = ("", "na")
 """Texts (in lower case) that stand for a label nobody measured."""
 
 
-def parse(payload: Payload) -> Crystal:
+def parse(payload: Payload, checks: str = "strict") -> Crystal:
     """The crystal of a payload, without id and labels.
+
+    Args:
+        checks: what to do with a CIF that contradicts itself, see `datapipe.cif.read_cif`.
 
     Raises:
         BadCrystal: for whatever reason it cannot be made; says which.
@@ -37,7 +44,7 @@ def parse(payload: Payload) -> Crystal:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _PARSERS[kind](data)
+            return _TEXTS[kind](data, checks) if kind in _TEXTS else _PARSERS[kind](data)
         except (BadCrystal, MemoryError):
             raise
         except Exception as error:  # foreign parsers raise anything on malformed text
@@ -80,35 +87,41 @@ def _atomic_number(symbol: Any) -> int:
     return number
 
 
-def _text(text: str) -> Crystal:
+def _text(text: str, checks: str) -> Crystal:
     """CIF or POSCAR."""
-    if "_cell_length_a" in text or text.lstrip().startswith("data_"):
-        return read_cif(text)
+    if _CIF.search(text):
+        return read_cif(text, checks)
     if len(text.split()) < 12:
         raise BadCrystal("the text is neither a CIF nor a POSCAR", "unreadable")
-    return _poscar(text)
+    return read_poscar(text)
 
 
-def _poscar(text: str) -> Crystal:
-    from pymatgen.io.vasp import Poscar
-
-    # pymatgen would call the elements of a VASP 4 file H, He, Li, ...
-    warnings.filterwarnings("error", message="Elements in POSCAR cannot be determined")
-    return Crystal.from_pymatgen(Poscar.from_str(text).structure)
+_CIF = re.compile(r"^\s*_cell[._]length_a\b|\A(?:\s*#.*)*\s*data_\S", re.MULTILINE | re.IGNORECASE)
 
 
-def _file(path: str) -> Crystal:
+def _file(path: str, checks: str) -> Crystal:
+    return _content(Path(path).name, _bytes(path), checks)
+
+
+def _block(place: tuple[str, int], checks: str) -> Crystal:
+    """One of the structures in a CIF, by its number."""
+    notes: list[str] = []
+    crystal = read_cif(decode(_bytes(place[0]), notes), checks, place[1])
+    return replace(crystal, notes=(*notes, *crystal.notes))
+
+
+def _bytes(path: str) -> bytes:
     file = Path(path)
     if not file.is_file():  # nor does a pipe hold one
         raise BadCrystal("the file does not exist", "missing file")
     check_size(file.name, file.stat().st_size)
-    return _named(path, file.read_text(encoding="utf-8", errors="replace"))
+    return file.read_bytes()
 
 
-def _member(place: tuple[str, str]) -> Crystal:
+def _member(place: tuple[str, str], checks: str) -> Crystal:
     archive, name = _open_zip(place[0]), place[1]
     check_size(name, archive.getinfo(name).file_size)
-    return _named(name, archive.read(name).decode("utf-8", errors="replace"))
+    return _content(name, archive.read(name), checks)
 
 
 @lru_cache(maxsize=2)
@@ -116,8 +129,15 @@ def _open_zip(path: str) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _named(name: str, text: str) -> Crystal:
-    return read_cif(text) if name.lower().endswith(".cif") else _text(text)
+def _content(name: str, data: bytes, checks: str) -> Crystal:
+    """A structure file by its name and bytes."""
+    notes: list[str] = []
+    text = decode(data, notes)
+    crystal = read_cif(text, checks) if _IS_CIF.search(name) else _text(text, checks)
+    return replace(crystal, notes=(*notes, *crystal.notes)) if notes else crystal
+
+
+_IS_CIF = re.compile(r"\.m?cif(\.(gz|bz2|xz))?$", re.IGNORECASE)
 
 
 def _atoms(atoms: Mapping[str, Any]) -> Crystal:
@@ -214,12 +234,15 @@ _PARSERS: Mapping[str, Callable[[Any], Crystal]] = {
     "bad": _bad,
     "crystal": lambda crystal: crystal,
     "extxyz": _extxyz,
-    "file": _file,
     "json": _json,
-    "member": _member,
     "oqmd": _oqmd,
     "prototype": _prototype,
     "structure": _structure,
+}
+_TEXTS: Mapping[str, Callable[[Any, str], Crystal]] = {
+    "block": _block,
+    "file": _file,
+    "member": _member,
     "text": _text,
 }
-"""Payload kinds: what `Raw.payload` may be."""
+"""Payload kinds: what `Raw.payload` may be; these are held against themselves."""

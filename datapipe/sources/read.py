@@ -43,6 +43,8 @@ class Reading:
     labels: tuple[str, ...]
     """Labels to keep; those that filters look at are among them."""
     filters: Filters
+    checks: str = "strict"
+    """What to do with a file that contradicts itself."""
 
     def __call__(self, raw: Raw | Failure) -> Crystal | Failure:
         if isinstance(raw, Failure):
@@ -51,7 +53,7 @@ class Reading:
             message, reason = raw.payload[1]
             return Failure(raw.id, raw.where, reason, message, bad=False)
         try:
-            crystal = parse(raw.payload)
+            crystal = parse(raw.payload, self.checks)
             labels = {
                 name: crystal.targets[name]
                 if name in crystal.targets
@@ -159,7 +161,7 @@ def read_crystals(
         ValueError: the input as a whole cannot be read.
     """
     options = options or Options(targets=tuple(targets))
-    reading = Reading(tuple(targets), filters or Filters())
+    reading = Reading(tuple(targets), filters or Filters(), options.checks)
     raws = read_raw(input, format, options)
     first = list(islice(raws, 2 * CHUNK))
     seen: set[str] = set()

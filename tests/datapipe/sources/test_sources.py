@@ -124,6 +124,7 @@ def one_row(tmp_path: Path, text: str) -> Failure:
 
 
 GOOD = cif(Structure(Lattice.cubic(5), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]))
+SMALL = cif(Structure(Lattice.cubic(0.3), ["Na"], [[0, 0, 0]]))
 
 
 @pytest.mark.parametrize(
@@ -136,12 +137,13 @@ GOOD = cif(Structure(Lattice.cubic(5), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]
         (GOOD.replace("  Na  Na0", "  Zz  Zz0"), "unknown element", "'Zz'"),
         (GOOD.replace("  Na  Na0", "  Bx  Bx0"), "unknown element", "'Bx'"),
         (GOOD.replace("0.50000000", "0.05000000"), "atoms too close", "0 (Na) and 1 (Cl) are 0.43"),
-        (GOOD.replace("5.00000000", "0.30000000"), "atoms too close", "Å apart"),
+        (GOOD.replace("5.00000000", "0.30000000"), "contradiction", "_cell_volume is"),
+        (SMALL, "atoms too close", "Å apart"),
         (GOOD.replace("90.00000000", "0.00000000"), "unusable structure", "cell"),
         (GOOD + GOOD.replace("data_NaCl", "data_again"), "unusable structure", "2 structures"),
     ],
-    ids=["text", "empty", "cut", "occupancy", "element", "near-element", "close", "image", "flat",
-         "two"],
+    ids=["text", "empty", "cut", "occupancy", "element", "near-element", "close", "volume", "image",
+         "flat", "two"],
 )  # fmt: skip
 def test_bad_structures_say_why(tmp_path, text, reason, words):
     failure = one_row(tmp_path, text)
@@ -153,7 +155,7 @@ def test_bad_structures_say_why(tmp_path, text, reason, words):
 def test_vasp4_poscar_is_not_read_as_hydrogen(tmp_path):
     lines = str(Poscar(Structure(Lattice.cubic(4), ["Cu"], [[0, 0, 0]]))).splitlines()
     text = "\n".join(["no names", *lines[1:5], *lines[6:8], "0 0 0"])
-    assert "Elements in POSCAR cannot be determined" in one_row(tmp_path, text).message
+    assert "does not name its 1 elements" in one_row(tmp_path, text).message
 
 
 def test_partial_occupancy_and_unknown_element_in_json(tmp_path):
@@ -227,7 +229,7 @@ def guess_by_name(path: Path) -> str:
         ("x.extxyz", "two\n", "frame 1 should start with a number of atoms, found 'two'"),
         ("x.extxyz", "2\nLattice\nH 0 0 0\n", "frame 1 ends before its 2 atoms"),
         ("x.db", "not sqlite" * 100, "x.db: not an ASE database"),
-        ("x.dat", "?", "cannot tell what .*x.dat is.*give format=…, one of ase-db, csv"),
+        ("x.dat", "?", "cannot tell what .*x.dat is.*give format=…, one of ase-db, cif, csv"),
     ],
 )
 def test_unusable_files_are_named(tmp_path, name, content, words):

@@ -1,0 +1,304 @@
+"""CIF text to crystals: never another crystal than the file means, else an error that says why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice, product
+
+import numpy as np
+
+from crysforge.datapipe.cif.blocks import Block, structure_blocks
+from crysforge.datapipe.cif.cell import Parameters, lattice_for, read_parameters
+from crysforge.datapipe.cif.checks import (
+    CHECKS,
+    Facts,
+    facts_of,
+    judge,
+    judge_multiplicity,
+    refuse_modulated,
+)
+from crysforge.datapipe.cif.formula import in_words
+from crysforge.datapipe.cif.geometry import (
+    has_symmetry,
+    merge_copies,
+    same_crystal,
+    shortest_distances,
+)
+from crysforge.datapipe.cif.order import ELECTRONEGATIVITY_RANK
+from crysforge.datapipe.cif.sites import Sites, check_count, expand, plain, read_sites
+from crysforge.datapipe.cif.species import Species, species_of
+from crysforge.datapipe.cif.symbols import settings_of_number
+from crysforge.datapipe.cif.symmetry import Candidate, Symmetry, symmetry_of
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+
+_MOST_READINGS = 64
+"""Ways to read ambiguous labels that are tried."""
+_FULL = 1e-3
+"""How far an occupancy may be from 1."""
+
+
+@dataclass
+class _Attempt:
+    """The crystal by one reading of the symmetry and of the labels."""
+
+    name: str
+    crystal: Crystal
+    problems: list[str] = field(default_factory=list)
+
+
+def read_cif(text: str, checks: str = "strict", number: int | None = None) -> Crystal:
+    """The one crystal in a CIF, or the one with this number (from 0) among its structures.
+
+    As pymatgen does, coordinates within 1e-4 (relative) of 1/3 and 2/3 become exactly that, and
+    atoms are sorted by electronegativity.
+
+    Args:
+        checks: "strict" refuses what contradicts itself; "warn" reads it by its most trusted
+            statement and says so in `Crystal.notes`. What is ambiguous is refused either way.
+
+    Raises:
+        BadCrystal: no structure or several, disorder, unknown elements or symmetry, contradictions,
+            nonsense; says what was found.
+    """
+    blocks = structure_blocks(text)
+    if number is not None:
+        blocks = blocks[number : number + 1]
+    if len(blocks) != 1:
+        names = ", ".join(block.name for block in blocks[:5])
+        raise BadCrystal(
+            f"the CIF holds {len(blocks)} structures ({names}): read it as a file of its own, "
+            "which gives all of them, or make a file of each"
+        )
+    return _read(blocks[0], checks)
+
+
+def read_cifs(text: str, checks: str = "strict") -> list[tuple[str, Crystal | BadCrystal]]:
+    """All structures in a CIF: names of their data blocks, and crystals or why there is none."""
+    found: list[tuple[str, Crystal | BadCrystal]] = []
+    for block in structure_blocks(text):
+        try:
+            found.append((block.name, _read(block, checks)))
+        except BadCrystal as error:
+            found.append((block.name, error))
+    return found
+
+
+def structure_names(text: str) -> list[str]:
+    """Names of the data blocks of a CIF that list atoms."""
+    return [block.name for block in structure_blocks(text)]
+
+
+def _read(block: Block, checks: str) -> Crystal:
+    if checks not in CHECKS:
+        raise ValueError(f"checks must be strict or warn, got {checks!r}")
+    refuse_modulated(block)
+    sites = read_sites(block)
+    facts = facts_of(block)
+    species = _species(block, sites, facts)
+    _full_sites(
+        sites, np.array([s.numbers[0] for s in species])
+    )  # disorder is the first thing to say
+    symmetry = symmetry_of(block)
+    parameters = read_parameters(block)
+    attempts = list(_attempts(sites, species, facts, symmetry, parameters))
+    if not attempts:
+        names = ", ".join(c.name for c in symmetry.candidates[:4])
+        lengths, angles = parameters
+        cell = f"a, b, c = {lengths}, angles {angles}"
+        raise BadCrystal(f"the space group {names} does not fit the cell ({cell})", "symmetry")
+    return _choose(attempts, checks)
+
+
+def _species(block: Block, sites: Sites, facts: Facts) -> list[Species]:
+    """[n] what each site may be.
+
+    Raises:
+        BadCrystal: a site is no element, or none that the formula has.
+    """
+    allowed = facts.formula.elements if facts.formula else None
+    if allowed is None and (listed := block.column("_atom_type_symbol")):
+        kinds = [species_of("", symbol.strip("'\""), None) for symbol in listed]
+        if all(kind.sure for kind in kinds):
+            allowed = frozenset(kind.numbers[0] for kind in kinds)
+    if sites.types and all(sites.types):
+        by_type = {t: species_of("", t, allowed) for t in set(sites.types)}
+        species = [by_type[t] for t in sites.types]
+    else:
+        types = sites.types or [""] * len(sites)
+        labels = [plain(label) for label in sites.labels] or [""] * len(sites)
+        species = [species_of(a, b, allowed) for a, b in zip(labels, types, strict=True)]
+    for one in set(species):
+        if not one.numbers:
+            known = f" that the formula {facts.formula.text!r} has" if facts.formula else ""
+            raise BadCrystal(f"{one.words} is no element{known}", "unknown element")
+    return species
+
+
+def _attempts(
+    sites: Sites, species: list[Species], facts: Facts, symmetry: Symmetry, parameters: Parameters
+) -> Iterator[_Attempt]:
+    """One for each group that fits the cell and each way to read the labels."""
+    doubtful = list(dict.fromkeys(s for s in species if not s.sure))
+    doubts = [(d, False) for d in sites.doubts]
+    doubts += [(f"{s.words} may be more than an element", len(s.numbers) > 1) for s in doubtful]
+    readings = list(islice(product(*(s.numbers for s in doubtful)), _MOST_READINGS))
+    for candidate in _fitting(symmetry, parameters):
+        cell = lattice_for(parameters, candidate.group)
+        if cell is None:
+            continue
+        for reading in readings:
+            numbers, name = [s.numbers[0] for s in species], candidate.name
+            if doubtful:
+                said = dict(zip(doubtful, reading, strict=True))
+                numbers = [said.get(s, z) for s, z in zip(species, numbers, strict=True)]
+                words = dict.fromkeys(f"{s.words} as {in_words({z: 1})}" for s, z in said.items())
+                name = ", ".join([name, *words])
+            merged = _full_sites(sites, np.array(numbers))
+            attempt = _attempt(*merged, facts, symmetry, candidate, cell, doubts)
+            attempt.name = name
+            yield attempt
+
+
+def _fitting(symmetry: Symmetry, parameters: Parameters) -> list[Candidate]:
+    """The candidates without those that are far-fetched: a short monoclinic symbol means unique
+    axis a only where the cell says so."""
+    usual = [c for c in symmetry.candidates if c.setting is None or "a" not in c.setting.qualifier]
+    far_fetched = symmetry.named and len(usual) < len(symmetry.candidates)
+    if far_fetched and any(lattice_for(parameters, c.group) is not None for c in usual):
+        return usual
+    return list(symmetry.candidates)
+
+
+def _attempt(
+    sites: Sites,
+    numbers: np.ndarray,
+    facts: Facts,
+    symmetry: Symmetry,
+    candidate: Candidate,
+    cell: np.ndarray,
+    doubts: list[tuple[str, bool]],
+) -> _Attempt:
+    """The crystal by one group and one reading, and what contradicts it.
+
+    Args:
+        doubts: what only a formula can settle, and whether Z or a density can as well.
+    """
+    index, frac = expand(sites, candidate.group, cell)
+    numbers = numbers[index]
+    index, numbers, frac, copies = merge_copies(index, numbers, frac, cell)
+    check_count(len(index))
+    order = np.argsort(ELECTRONEGATIVITY_RANK[numbers], kind="stable")
+    crystal = Crystal.create("", numbers[order], frac[order], cell)
+    atoms = Counter(numbers.tolist())
+    verdict = judge(facts, atoms, float(cell[0, 0] * cell[1, 1] * cell[2, 2]))
+    problems = [*symmetry.problems, *verdict.problems]
+    problems += [
+        f"{doubt}, and no formula settles it"
+        for doubt, by_content in doubts
+        if not (verdict.formula or (by_content and verdict.content))
+    ]
+    if sites.multiplicity and not copies and not symmetry.magnetic:
+        found = np.bincount(index, minlength=len(sites)).tolist()
+        wrong = judge_multiplicity(sites.multiplicity, found, candidate.group)
+        problems += [wrong] if wrong else []
+    problems += _against_name(symmetry, candidate, crystal, verdict.content)
+    return _Attempt(candidate.name, crystal, problems)
+
+
+def _against_name(
+    symmetry: Symmetry, candidate: Candidate, crystal: Crystal, confirmed: bool
+) -> list[str]:
+    """What a symbol or number contradicts that stands beside operations of another group.
+
+    The atoms may have the symmetry that is named all the same, as where all are listed with `x,y,z`
+    alone. And it may be less than that of the operations, if the cell's content confirms these.
+    """
+    number, group = symmetry.number, candidate.group
+    if not symmetry.from_operations or number in (None, group.number) or not group.number:
+        return []
+    order = len(settings_of_number(number)[0].group.point_group)
+    if order < len(group.point_group):
+        agree = confirmed
+    else:
+        agree = has_symmetry(crystal, number, symmetry.named)
+    if agree:
+        return []
+    atoms = in_words(Counter(crystal.numbers.tolist()))
+    return [
+        f"the operations are those of {candidate.name}, but the file says {symmetry.words}, a "
+        f"symmetry that the atoms {atoms} do not have"
+    ]
+
+
+def _full_sites(sites: Sites, numbers: np.ndarray) -> tuple[Sites, np.ndarray]:
+    """Sites of one element in one place as one.
+
+    Raises:
+        BadCrystal: a place that is not fully occupied by one element.
+    """
+    if sites.occupancy is None:
+        return sites, numbers
+    keep = np.ones(len(sites), dtype=bool)
+    for i in np.flatnonzero(np.abs(sites.occupancy - 1) > _FULL):
+        if not keep[i]:
+            continue
+        gap = sites.frac - sites.frac[i]
+        here = np.flatnonzero((np.abs(gap - np.rint(gap)) < 1e-3).all(1))
+        total = sites.occupancy[here].sum()
+        if len(set(numbers[here].tolist())) > 1 or abs(total - 1) > 5 * _FULL:
+            shown = ", ".join(f"{sites.name(j)}: {sites.occupancy[j]:g}" for j in here)
+            raise BadCrystal(
+                f"partial occupancy at site {i} ({shown}): give an ordered structure (for example "
+                "by pymatgen's OrderDisorderedStructureTransformation)",
+                "partial occupancy",
+            )
+        keep[here[1:]] = False
+    kept = np.flatnonzero(keep)
+    return replace(sites.take(kept), occupancy=None), numbers[kept]
+
+
+def _choose(attempts: list[_Attempt], checks: str) -> Crystal:
+    """The one crystal that the file means.
+
+    Raises:
+        BadCrystal: none that agrees with the file, or several.
+    """
+    sound = [a for a in attempts if not a.problems]
+    if not sound and len(attempts) == 1:
+        (only,) = attempts
+        if checks == "warn":
+            return replace(only.crystal, notes=tuple(only.problems))
+        raise BadCrystal(f"the CIF contradicts itself: {'; '.join(only.problems)}", "contradiction")
+    if not sound:
+        each = "; ".join(f"as {a.name}: {a.problems[0]}" for a in attempts[:4])
+        raise BadCrystal(f"no reading of the CIF agrees with it: {each}", "contradiction")
+    if len(sound) > 1:
+        distinct = _distinct(sound)
+        sound = _by_distances(distinct) if len(distinct) > 1 else distinct
+        if len(sound) > 1:
+            each = "; ".join(
+                f"{a.name} gives {in_words(Counter(a.crystal.numbers.tolist()))}" for a in sound[:4]
+            )
+            raise BadCrystal(
+                f"the symmetry of the CIF is ambiguous: {each}; give its operations", "ambiguous"
+            )
+    return sound[0].crystal
+
+
+def _by_distances(attempts: list[_Attempt]) -> list[_Attempt]:
+    """The one attempt whose atoms are at usual distances, if they are impossible in all others;
+    else all."""
+    found = [shortest_distances(attempt.crystal) for attempt in attempts]
+    if found.count("usual") == 1 and found.count("impossible") == len(found) - 1:
+        return [attempts[found.index("usual")]]
+    return attempts
+
+
+def _distinct(attempts: list[_Attempt]) -> list[_Attempt]:
+    found: list[_Attempt] = []
+    for attempt in attempts:
+        if not any(same_crystal(attempt.crystal, other.crystal) for other in found):
+            found.append(attempt)
+    return found

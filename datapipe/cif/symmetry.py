@@ -1,0 +1,227 @@
+"""The space group of a CIF, from whatever it has: operations, Hall symbol, Hermann-Mauguin symbol,
+number."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from crysforge.datapipe.cif.blocks import Block
+from crysforge.datapipe.cif.operations import (
+    Group,
+    group_of_hall,
+    group_of_triplets,
+    product_of,
+)
+from crysforge.datapipe.cif.symbols import (
+    Setting,
+    choose,
+    number_in_symbol,
+    number_of_schoenflies,
+    settings_of_number,
+    settings_of_symbol,
+)
+from crysforge.datapipe.crystals.crystal import BadCrystal
+
+_MAGNETIC = ("_space_group_symop_magn_operation_xyz",)
+_MAGNETIC_CENTRING = (
+    "_space_group_symop_magn_centering_xyz",
+    "_space_group_symop_magn_centring_xyz",
+)
+_OPERATIONS = (
+    "_space_group_symop_operation_xyz",
+    "_symmetry_equiv_pos_as_xyz",
+    "_symmetry_equiv_as_xyz",
+    "_symmetry_pos_as_xyz",
+)
+_HALL = (
+    "_space_group_name_hall",
+    "_symmetry_space_group_name_hall",
+    "_symmetry_space_group_hall",
+)
+_SYMBOL = (
+    "_space_group_name_h_m_alt",
+    "_symmetry_space_group_name_h_m",
+    "_space_group_name_h_m",
+    "_space_group_name_h_m_full",
+    "_space_group_name_h_m_alternative",
+    "_symmetry_space_group_name_h_m_alt",
+    "_symmetry_space_group_name",
+)
+_REFERENCE = ("_space_group_name_h_m_ref",)
+_NUMBER = (
+    "_space_group_it_number",
+    "_symmetry_int_tables_number",
+    "_symmetry_space_group_it_number",
+    "_space_group_number",
+)
+_SCHOENFLIES = ("_space_group_name_schoenflies", "_symmetry_space_group_name_schoenflies")
+_DIGITS = re.compile(r"^\D{0,5}(\d{1,3})(?:\s*:?\s*([12HRhr]))?$")
+_CODE = ("_space_group_it_coordinate_system_code", "_symmetry_it_coordinate_system_code")
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One reading of the symmetry."""
+
+    group: Group
+    name: str
+    setting: Setting | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Symmetry:
+    """What a file says of its space group.
+
+    Attributes:
+        candidates: the groups that it may mean; several where a symbol or number leaves the origin
+            or the axes open.
+        problems: contradictions between what it says in several places.
+        number: the space-group number that symbols and numbers name; None if they name none.
+        named: the settings that the symbol may mean.
+        words: symbol or number, for messages.
+        from_operations: whether the group was given by its operations.
+        magnetic: whether they are those of a magnetic group.
+    """
+
+    candidates: tuple[Candidate, ...]
+    problems: tuple[str, ...]
+    number: int | None
+    named: tuple[Setting, ...]
+    words: str
+    from_operations: bool
+    magnetic: bool = False
+
+
+def symmetry_of(block: Block) -> Symmetry:
+    """What a data block says of its space group.
+
+    Raises:
+        BadCrystal: it says nothing, or what it says cannot be read.
+    """
+    centring: tuple[str, ...] = ()
+    operations = _triplets(block, _MAGNETIC)
+    magnetic = bool(operations)
+    if magnetic:
+        centring = _triplets(block, _MAGNETIC_CENTRING)
+    else:
+        operations = _triplets(block, _OPERATIONS)
+    return _resolve(
+        operations,
+        centring,
+        magnetic,
+        tuple(block.values(*_HALL)),
+        tuple(block.values(*_SYMBOL)),
+        tuple(block.values(*_REFERENCE)),
+        tuple(block.values(*_NUMBER)),
+        tuple(block.values(*_SCHOENFLIES)),
+        block.value(*_CODE) or "",
+    )
+
+
+def _triplets(block: Block, tags: tuple[str, ...]) -> tuple[str, ...]:
+    """Raw operations; those in one text field line by line."""
+    column = block.column(*tags)
+    if len(column) == 1 and column[0].startswith(";"):
+        column = [line for line in column[0].strip("; \n").split("\n") if line.strip()]
+    return tuple(column)
+
+
+@lru_cache(maxsize=1024)
+def _resolve(
+    operations: tuple[str, ...],
+    centring: tuple[str, ...],
+    magnetic: bool,
+    halls: tuple[str, ...],
+    symbols: tuple[str, ...],
+    references: tuple[str, ...],
+    numbers: tuple[str, ...],
+    schoenflies: tuple[str, ...],
+    code: str,
+) -> Symmetry:
+    for text in numbers:  # 166:R
+        code = code or ((match := _DIGITS.match(text)) and match[2]) or ""
+    named, unknown = _settings(symbols, code)
+    number, problems = _number(symbols, references, numbers, schoenflies, named)
+    words = " ".join([*dict.fromkeys(symbols), *(f"(number {n})" for n in dict.fromkeys(numbers))])
+    operations = tuple(o for o in operations if o.strip("'\" ") not in ("?", ".", ""))
+    if operations:
+        group = product_of(operations, centring) if centring else group_of_triplets(operations)
+        candidates = (Candidate(group, group.name),)
+        return Symmetry(candidates, tuple(problems), number, named, words, True, magnetic)
+    hall = next((g for h in halls if (g := group_of_hall(h)) is not None), None)
+    if hall is not None:
+        problems += _against(hall, halls[0], number, named, words)
+        candidates = (Candidate(hall, f"Hall symbol {halls[0]}"),)
+        return Symmetry(candidates, tuple(problems), number, named, words, False)
+    settings = named or (settings_of_number(number or 0) if not unknown else ())
+    if number is not None and named:
+        settings = tuple(s for s in named if s.number == number)
+    settings = choose(settings, code)
+    if settings:
+        candidates = tuple(Candidate(s.group, s.name, s) for s in settings)
+        return Symmetry(candidates, tuple(problems), number, named, words, False)
+    found = " ".join([*halls, *symbols, *numbers, *schoenflies])
+    if found:
+        raise BadCrystal(
+            f"the space group {found[:80]!r} is unknown: give its symmetry operations", "symmetry"
+        )
+    raise BadCrystal(
+        "the CIF names no symmetry: give its operations or space group ('P 1' if all atoms are "
+        "listed)",
+        "symmetry",
+    )
+
+
+def _settings(symbols: tuple[str, ...], code: str) -> tuple[tuple[Setting, ...], list[str]]:
+    """The settings that all symbols that are known allow, and the symbols that are not."""
+    named: tuple[Setting, ...] = ()
+    unknown = []
+    for symbol in symbols:
+        found = settings_of_symbol(symbol)
+        if not found:
+            unknown.append(symbol)
+        both = tuple(s for s in named if s in found)
+        named = both or named or found
+    return choose(named, code), unknown
+
+
+def _number(
+    symbols: tuple[str, ...],
+    references: tuple[str, ...],
+    numbers: tuple[str, ...],
+    schoenflies: tuple[str, ...],
+    named: tuple[Setting, ...],
+) -> tuple[int | None, list[str]]:
+    """The space-group number that all names agree on, and contradictions among them."""
+    said: dict[int, str] = {}
+    for text in numbers:
+        match = _DIGITS.match(text)
+        if match is None or int(match[1]) > 230:
+            raise BadCrystal(f"space-group number {text!r}: there are 1 to 230", "symmetry")
+        if int(match[1]):
+            said.setdefault(int(match[1]), f"number {text}")
+    for symbol in (*symbols, *references):
+        found = {s.number for s in settings_of_symbol(symbol)}
+        if found and not found & set(said):
+            said.setdefault(min(found), repr(symbol))
+        if (number := number_in_symbol(symbol)) is not None:
+            said.setdefault(number, repr(symbol))
+    for symbol in schoenflies:
+        if (number := number_of_schoenflies(symbol)) is not None:
+            said.setdefault(number, repr(symbol))
+    if len(said) > 1:
+        return next(iter(said)), [f"the space group is {' but also '.join(said.values())}"]
+    return (next(iter(said)) if said else None), []
+
+
+def _against(
+    hall: Group, symbol: str, number: int | None, named: tuple[Setting, ...], words: str
+) -> list[str]:
+    """What a Hall symbol contradicts."""
+    wrong_type = number is not None and hall.number != number
+    wrong_setting = bool(named) and all(s.group.key != hall.key for s in named)
+    if wrong_type or wrong_setting:
+        return [f"the Hall symbol {symbol!r} is that of {hall.name}, the file also says {words}"]
+    return []

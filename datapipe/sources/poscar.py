@@ -1,0 +1,176 @@
+"""POSCAR and CONTCAR files, as VASP itself reads them."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from crysforge.datapipe.cif.formula import NUMBERS
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+
+_COMMENT = re.compile(r"[!#].*")
+_SYMBOL = re.compile(r"([A-Z][a-z]?)(?:_[A-Za-z0-9_.]+)?(?:/[0-9a-fA-F]*)?")
+_TITLE = re.compile(r"([A-Z][a-z]?)(\d*)")
+_LEAST = 8
+"""Lines of the shortest POSCAR."""
+
+
+def read_poscar(text: str) -> Crystal:
+    """The crystal of a POSCAR: VASP 5 or VASP 4 with the elements in its title; one scale factor,
+    a negative one (the volume in Å³), or three; Fortran numbers; comments after values; selective
+    dynamics; direct or Cartesian positions.
+
+    Raises:
+        BadCrystal: no elements, or a line that is not what VASP would want there; says which.
+    """
+    lines = text.split("\n")
+    if len(lines) < _LEAST:
+        raise BadCrystal("the text is neither a CIF nor a POSCAR", "unreadable")
+    scale = _scale(lines[1])
+    vectors = np.array([_numbers(lines[i], i, 3) for i in (2, 3, 4)])
+    symbols, counts, at = _species(lines)
+    cell, factor = _scaled(vectors, scale)
+    at += _COMMENT.sub("", lines[at]).strip()[:1].lower() == "s"
+    if at >= len(lines):
+        raise BadCrystal("the POSCAR ends before its positions", "unreadable")
+    cartesian = lines[at].strip()[:1].lower() in ("c", "k")
+    if not cartesian and lines[at].strip()[:1].lower() != "d":
+        raise BadCrystal(
+            f"line {at + 1} of the POSCAR should say Direct or Cartesian, found "
+            f"{lines[at].strip()[:40]!r}",
+            "unreadable",
+        )
+    total = sum(counts)
+    rows = lines[at + 1 : at + 1 + total]
+    if len(rows) < total:
+        raise BadCrystal(f"the POSCAR lists {len(rows)} of its {total} positions", "unreadable")
+    frac = np.array([_numbers(row, at + 1 + i, 3) for i, row in enumerate(rows)])
+    if at + 1 + total < len(lines) and _is_position(lines[at + 1 + total]):
+        raise BadCrystal(
+            f"the counts of the POSCAR add up to {total}, but there are more positions",
+            "unreadable",
+        )
+    if cartesian:
+        frac = np.linalg.solve(cell.T, (frac * factor).T).T
+    listed = [s for s, n in zip(symbols, counts, strict=True) for _ in range(n)]
+    _check_trailing(rows, listed)
+    return Crystal.create("", [NUMBERS[s] for s in listed], frac, cell)
+
+
+def _scale(line: str) -> np.ndarray:
+    """[1] or [3] factors."""
+    words = _words(line)
+    values = []
+    for word in words[:3]:
+        try:
+            values.append(_float(word))
+        except ValueError:
+            break
+    scale = np.array(values[:3] if len(values) == 3 else values[:1])
+    if not len(scale) or not scale.all() or (len(scale) == 3 and (scale < 0).any()):
+        raise BadCrystal(
+            f"line 2 of the POSCAR must be one scale factor, or three positive ones, found "
+            f"{line.strip()[:40]!r}",
+            "unreadable",
+        )
+    return scale
+
+
+def _scaled(vectors: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cell vectors in Å, and what Cartesian positions are multiplied by."""
+    if len(scale) == 1 and scale[0] < 0:
+        volume = abs(np.linalg.det(vectors))
+        if volume < 1e-9:
+            raise BadCrystal("the cell is flat")
+        scale = (-scale / volume) ** (1 / 3)
+    return vectors * scale, scale
+
+
+def _species(lines: list[str]) -> tuple[list[str], list[int], int]:
+    """Symbol and count of each species, and the number of the line after."""
+    words = _words(lines[5])
+    if words and not words[0].isdigit():
+        symbols = [_symbol(word) for word in words]
+        return symbols, _counts(lines[6], 6, symbols), 7
+    counts = _counts(lines[5], 5, None)
+    title = _words(_COMMENT.sub("", lines[0]))
+    found = [_TITLE.fullmatch(word) for word in title]
+    fits = len(title) == len(counts) and all(
+        m and m[1] in NUMBERS and m[2] in ("", str(n)) for m, n in zip(found, counts, strict=False)
+    )
+    if not fits:
+        raise BadCrystal(
+            f"the POSCAR (VASP 4) does not name its {len(counts)} elements: put their symbols into "
+            f"the line before the counts; its title is {lines[0].strip()[:40]!r}",
+            "unknown element",
+        )
+    return [m[1] for m in found if m], counts, 6
+
+
+def _counts(line: str, at: int, symbols: list[str] | None) -> list[int]:
+    words = _words(line)
+    if not words or not all(w.isdigit() for w in words):
+        raise BadCrystal(
+            f"line {at + 1} of the POSCAR must be the numbers of atoms, found "
+            f"{line.strip()[:40]!r}",
+            "unreadable",
+        )
+    counts = [int(w) for w in words]
+    if symbols is not None and len(symbols) != len(counts):
+        raise BadCrystal(
+            f"the POSCAR names {len(symbols)} elements and {len(counts)} numbers of atoms",
+            "unreadable",
+        )
+    return counts
+
+
+def _symbol(word: str) -> str:
+    """The element of `Na`, `Na_pv`, `Ti_sv_GW` or `Na/8a1b2c`."""
+    match = _SYMBOL.fullmatch(word)
+    if match is None or match[1] not in NUMBERS:
+        raise BadCrystal(f"unknown element {word!r}", "unknown element")
+    return match[1]
+
+
+def _check_trailing(rows: list[str], listed: list[str]) -> None:
+    """Raises BadCrystal where a symbol beside a position is another than the one above it says."""
+    for row, symbol in zip(rows, listed, strict=True):
+        beside = [w for w in _words(row)[3:] if w in NUMBERS and w not in ("F", "T")]
+        if beside and beside[-1] != symbol and NUMBERS[beside[-1]] != NUMBERS[symbol]:
+            raise BadCrystal(
+                f"the POSCAR calls an atom {symbol} by its counts, {beside[-1]} beside its position"
+            )
+
+
+def _words(line: str) -> list[str]:
+    return _COMMENT.sub("", line).replace(",", " ").split()
+
+
+def _is_position(line: str) -> bool:
+    try:
+        return len([_float(w) for w in _words(line)[:3]]) == 3
+    except ValueError:
+        return False
+
+
+def _numbers(line: str, at: int, count: int) -> list[float]:
+    words = _words(line)[:count]
+    try:
+        values = [_float(word) for word in words]
+    except ValueError:
+        values = []
+    if len(values) < count:
+        raise BadCrystal(
+            f"line {at + 1} of the POSCAR must start with {count} numbers, found "
+            f"{line.strip()[:40]!r}",
+            "unreadable",
+        )
+    return values
+
+
+def _float(word: str) -> float:
+    """A number as Fortran reads it: `1.0D0`, `1.d+0`, `.5`."""
+    if "_" in word or word.lower().lstrip("+-")[:1] in ("n", "i"):  # of float()'s own
+        raise ValueError(word)
+    return float(word.lower().replace("d", "e"))
