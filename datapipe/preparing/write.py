@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,12 +14,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from crysforge.datapipe.common.files import replacing, sha256
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import describe
 from crysforge.datapipe.preparing import splits
-from crysforge.datapipe.preparing.config import PrepareConfig, Work, sha256
+from crysforge.datapipe.preparing.config import PrepareConfig, Work
 from crysforge.datapipe.sources import Failure, Raw, Reading
 from crysforge.datapipe.sources.parse import is_labelled
 from crysforge.datapipe.storage.dataset import DatasetWriter
@@ -178,7 +178,7 @@ def _write(
     reason."""
     dropped: Counter[str] = Counter()
     examples: list[str] = []
-    with open(writer.directory / DROPPED, "w", newline="", encoding="utf-8") as file:
+    with replacing(writer.directory / DROPPED) as file:
         table = csv.writer(file)
         table.writerow(["id", "source", "reason", "message"])
         for code, result in results:
@@ -191,8 +191,6 @@ def _write(
             dropped[result.reason] += 1
             if len(examples) < 3:
                 examples.append(str(result))
-        file.flush()
-        os.fsync(file.fileno())
     if not len(writer):
         raise ValueError(
             f"all {sum(dropped.values())} crystals were dropped ({reasons(dropped)}), for example "

@@ -24,6 +24,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from crysforge.datapipe.common.files import remove_tree, write_json, write_text
+
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = 1
 SUFFIX = ".submit"
@@ -76,7 +78,7 @@ class Submission:
             "cells": self.cells,
             "attempts": self.attempts,
         }
-        replace_text(self.folder / "submission.json", json.dumps(record, indent=1) + "\n")
+        write_json(self.folder / "submission.json", record)
 
     def output(self, cell: str) -> Path:
         """What a cell writes."""
@@ -93,7 +95,7 @@ class Submission:
         }
         path = self.folder / "cells" / f"{cell}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+        write_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
         return path
 
     def job_id(self, cell: str) -> tuple[str, str]:
@@ -113,7 +115,7 @@ class Submission:
     def snapshot(self) -> Path:
         """Copies the code for the next submission; what is edited afterwards does not reach it."""
         path = self.folder / f"code-{len(self.attempts) + 1}"
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path)
         for name in code_files(ROOT):
             target = path / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -146,13 +148,6 @@ def run_finished(path: Path) -> bool:
         return set(stages) <= set(run["finished"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replaces a file's content in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def new_attempt(cluster: str, code: Path, ids: Mapping[str, str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from crysforge.datapipe.common.files import new_directory, write_json, write_text
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder
 from crysforge.models.registry import nearest
@@ -19,7 +20,6 @@ from crysforge.trainer.analysis.information import mutual_information
 from crysforge.trainer.analysis.latents import Latents, latents, sample
 from crysforge.trainer.analysis.maps import latent_map, projector
 from crysforge.trainer.analysis.probes import reconstruction
-from crysforge.trainer.base.tensors import new_directory, write_json, write_text
 from crysforge.trainer.figures.style import STYLE, TRAIN, VAL, new_figure, save_png
 
 ANALYSES = ("probes", "information", "smoothness", "variance", "invariance", "collapse", "map")

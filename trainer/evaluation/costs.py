@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 import crysforge.trainer.stages  # noqa: F401  (registers them)
+from crysforge.datapipe.common.files import read_json
 from crysforge.models.registry import configure
-from crysforge.trainer.base.tensors import read_json
 from crysforge.trainer.evaluation.formats import NOTHING, Entry, Number, Table
 from crysforge.trainer.evaluation.suite import Cell, Suite, shown
 from crysforge.trainer.runs.logger import read_metrics

@@ -12,6 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from crysforge.datapipe.common.files import replacing
 from crysforge.trainer.evaluation.compare import Arm
 from crysforge.trainer.evaluation.formats import places
 from crysforge.trainer.evaluation.statistics import improvement
@@ -88,7 +89,8 @@ def save(figure: Figure, path: Path) -> None:
     """Writes PATH.png and PATH.svg; the same figure gives the same bytes."""
     png, svg = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg"))
     save_png(figure, png)
-    figure.savefig(svg, format="svg", facecolor="white", metadata={"Date": None})
+    with replacing(svg, "wb", durable=False) as file:
+        figure.savefig(file, format="svg", facecolor="white", metadata={"Date": None})
 
 
 def headline(figure: Figure, title: str, note: str = "") -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from crysforge.datapipe.common.files import replacing
 from crysforge.datapipe.schema import MAX_Z
 
 DPI = 150
@@ -40,8 +41,9 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def save_png(figure: Figure, path: str | Path) -> None:
-    """Writes the figure; the same figure gives the same bytes."""
-    figure.savefig(path, format="png", facecolor="white")
+    """Replaces a file by the figure; the same figure gives the same bytes."""
+    with replacing(path, "wb", durable=False) as file:
+        figure.savefig(file, format="png", facecolor="white")
 
 
 def with_unit(name: str, unit: str) -> str:

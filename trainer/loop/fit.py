@@ -98,6 +98,7 @@ def fit(
     if total < 1:
         raise ValueError(f"stage {stage.name!r} has nothing to do: 0 optimiser steps")
     step = 0 if checkpoint is None else checkpoint.step
+    run.check_owner()  # before the logs of a later process are touched
     logger = Logger(run.path, stage.name, step, total, world)
     try:
         if trainer.try_largest or (trainer.try_largest is None and world.device.type == "cuda"):

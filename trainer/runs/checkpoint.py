@@ -33,23 +33,26 @@ from typing import Any
 
 from torch import Tensor
 
-from crysforge.models import __version__
-from crysforge.trainer.base.tensors import (
+from crysforge.datapipe.common.files import (
+    LOCK,
     check_space,
-    code_version,
-    load_tensors,
+    claim_directory,
     new_directory,
     read_json,
     remove_tree,
-    save_tensors,
     sha256,
     write_json,
     write_text,
 )
+from crysforge.datapipe.common.temporary import is_temporary
+from crysforge.models import __version__
+from crysforge.trainer.base.tensors import code_version, load_tensors, save_tensors
 
 SCHEMA = 1
 TAG = re.compile(r"^([a-z][a-z0-9_]*)-(\d{8})$")
 """Name of a checkpoint: stage and step."""
+START_S = 60.0
+"""Seconds to wait for another process that starts the run too."""
 log = logging.getLogger(__name__)
 
 
@@ -117,25 +120,40 @@ class RunDirectory:
                 it and sets aside what came later. Going back happens once: a requeued job with the
                 same command goes on. (Any other `resume` in between makes it possible again.)
 
+        Of processes that start it at the same time one follows the other.
+
         Raises:
             ValueError: the directory holds something else, a run with another identity, or no
                 such checkpoint.
+            OSError: a file of the run is a link, a pipe or a device.
         """
+        self._is_there(resume)  # looked at first, since the lock leaves a file
+        busy = f"another process is starting the run in {self.path}: let it finish"
+        with claim_directory(self.path.resolve(), busy, wait=START_S):
+            if self._is_there(resume):
+                return self._continue(config_yaml, dict(identity), resume)
+            return self._begin(config_yaml, dict(identity))
+
+    def _is_there(self, resume: str) -> bool:
+        """Whether a run is there. Raises ValueError where that does not fit what is asked for, or
+        something else is there."""
         marker = self.path / "run.json"
-        identity = dict(identity)
         if marker.is_file():
             if resume == "never":
                 raise ValueError(
                     f"{self.path} already holds a run: choose another run_dir, or resume=auto"
                 )
-            return self._continue(config_yaml, identity, resume)
+            return True
         if resume not in ("auto", "never"):
             raise ValueError(f"resume={resume}, but {self.path} holds no run")
-        if self.path.exists() and any(p.name != ".run.json.tmp" for p in self.path.iterdir()):
+        other = self.path.exists() and not all(map(_goes, self.path.iterdir()))
+        if other and not marker.is_file():  # which another process may have written since
             raise ValueError(f"{self.path} is not empty and holds no run: choose another run_dir")
-        self.path.mkdir(parents=True, exist_ok=True)
+        return False
+
+    def _begin(self, config_yaml: str, identity: dict[str, Any]) -> dict[str, Any]:
         run = {"schema": SCHEMA, "version": __version__, "identity": identity, "finished": []}
-        write_json(marker, run)  # first: a kill in between leaves a run to be continued
+        write_json(self.path / "run.json", run)  # first: then a kill leaves a run to be continued
         self._own()
         write_text(self.path / "config.yaml", config_yaml)
         return run
@@ -197,7 +215,7 @@ class RunDirectory:
 
     def _sweep(self) -> None:
         """Removes what a killed process left half-written or half-deleted."""
-        if self.checkpoints.is_dir():
+        if self.checkpoints.is_dir() and not self.checkpoints.is_symlink():
             for path in self.checkpoints.iterdir():
                 half = TAG.match(path.name) and not (path / "COMPLETE").is_file()
                 if half or path.name.endswith((".partial", ".tmp")):  # .tmp: earlier versions
@@ -367,6 +385,11 @@ def _set_aside(path: Path, why: str) -> None:
     aside = path.with_name(f"{path.name}.{why}")
     remove_tree(aside)
     path.rename(aside)
+
+
+def _goes(path: Path) -> bool:
+    """Whether a file is none that a start of a run has to respect: its lock, and what it writes."""
+    return path.name in (LOCK, f"{LOCK}.owner", ".run.json.tmp") or is_temporary(path.name)
 
 
 def _brief(old: Any, new: Any) -> str:

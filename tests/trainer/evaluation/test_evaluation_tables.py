@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from crysforge.datapipe.common.files import write_json, write_text
 from crysforge.launch.cluster.submission import ROOT
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.base.command_line import read_yaml
-from crysforge.trainer.base.tensors import write_json, write_text
 from crysforge.trainer.evaluation.compare import arms_of
 from crysforge.trainer.evaluation.costs import costs_table
 from crysforge.trainer.evaluation.formats import (

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 
-from crysforge.trainer.base import tensors as files
+from crysforge.datapipe.common.files import sha256
 from crysforge.trainer.runs.checkpoint import BackgroundWriter, Checkpoint, RunDirectory
 from crysforge.trainer.base.tensors import load_into, load_tensors, save_tensors
 
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_named(run, monkeypatch):
         return torch.UntypedStorage.from_file(str(file), False, 1)
 
     for name, read, words in (
-        ("checkpoint.sha256", files.sha256, "vae-00000001 is not complete, or being deleted"),
+        ("checkpoint.sha256", sha256, "vae-00000001 is not complete, or being deleted"),
         ("files.load_file", opened, r"model\.safetensors was deleted while it was read"),
     ):
         path = run.save(checkpoint(1), keep=1)
