@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from crysforge.datapipe.common.processes import Parent
 from crysforge.trainer.base.command_line import parse, run
 
 TARGET = "ewald_energy"
@@ -40,7 +41,8 @@ def call(script: str, *args: str) -> None:
     """Shows a command and runs it; its failure ends the demo."""
     shown = Path(script).as_posix()
     print(f"$ python {shown} {' '.join(args)}", flush=True)
-    done = subprocess.run([sys.executable, script, *args], check=False)
+    bind = Parent.here().end_program_with_me
+    done = subprocess.run([sys.executable, script, *args], check=False, preexec_fn=bind)
     if done.returncode:
         raise SystemExit(done.returncode)
 

@@ -19,13 +19,14 @@ from typing import IO, Any
 
 from crysforge.datapipe.common.locks import Lock, owner_of
 from crysforge.datapipe.common.streams import is_stream, open_stream
-from crysforge.datapipe.common.temporary import filling, name_beside, new_file
+from crysforge.datapipe.common.temporary import filling, is_temporary, name_beside, new_file
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers."""
 
 LOCK = "lock"
-"""File in a directory that one process has for itself; with it, if need be, `lock.owner`."""
+"""File in a directory that one process has for itself."""
+_LOCKS = (LOCK, owner_of(Path(LOCK)).name)
 
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -171,10 +172,17 @@ def claim_directory(path: Path, busy: str, wait: float = 0.0) -> Lock:
         raise ValueError(busy) from None
 
 
+def is_unused(path: Path) -> bool:
+    """Whether a directory is not there, or has no more than locks and what is being written."""
+    if not path.is_dir():
+        return not path.exists()
+    return all(p.name in _LOCKS or is_temporary(p.name) for p in path.iterdir())
+
+
 def empty_directory(path: Path) -> None:
     """Removes what is in a directory, but its lock."""
     for entry in path.iterdir():
-        if entry.name not in (LOCK, owner_of(Path(LOCK)).name):
+        if entry.name not in _LOCKS:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 

@@ -26,8 +26,9 @@ _END = r"[0-9a-f]{8}\.(tmp|partial|old)"
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file or directory of this name is one that takes its place later."""
-    return re.fullmatch(rf"\..+\.{_END}", name) is not None
+    """Whether a file or directory of this name is one that takes its place later (`.NAME.tmp`: of
+    earlier versions)."""
+    return re.fullmatch(rf"\..+\.({_END}|tmp)", name) is not None
 
 
 def name_beside(path: Path, kind: str) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from crysforge.datapipe.common.files import is_unused
 from crysforge.launch.cluster import status, sweep
 from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.jobs import JOBS, Cell, Job, check, check_names
@@ -127,7 +128,7 @@ class Request:
         """The submission this one continues, or a new one."""
         folder, job = Submission.folder_of(self.output), self.config.job or "suite"
         if not (folder / "submission.json").is_file():
-            if folder.exists() and any(folder.iterdir()):
+            if not is_unused(folder):
                 raise ValueError(f"{folder} is not empty and holds no submission")
             return Submission(folder, job)
         submission = Submission.read(folder)

@@ -8,23 +8,30 @@ and the logs.
     OUTPUT.submit/events/<cell>.jsonl   turns of a cell: started, stopped, requeued, …
     OUTPUT.submit/events/<cell>/        the same of each of its processes
     OUTPUT.submit/cancelled             there if it was cancelled: no job asks for another turn
+    OUTPUT.submit/lock                  there while somebody submits
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from crysforge.datapipe.common.files import remove_tree, write_json, write_text
+from crysforge.datapipe.common.files import (
+    claim_directory,
+    remove_tree,
+    write_json,
+    write_text,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = 1
@@ -111,6 +118,21 @@ class Submission:
         if job in ("pretrain", "finetune"):
             return run_finished(output)
         return (output / "manifest.json").is_file() if job == "prepare" else output.is_file()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from submitting to the folder meanwhile; if nothing is written to a
+        new one, none stays.
+
+        Raises:
+            ValueError: another process does so.
+        """
+        folder = self.folder.resolve()
+        busy = f"another submit is at work in {self.folder}: let it finish, or end it (cancel=…)"
+        with claim_directory(folder, busy):
+            yield
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
     def snapshot(self) -> Path:
         """Copies the code for the next submission; what is edited afterwards does not reach it."""

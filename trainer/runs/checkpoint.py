@@ -34,9 +34,9 @@ from typing import Any
 from torch import Tensor
 
 from crysforge.datapipe.common.files import (
-    LOCK,
     check_space,
     claim_directory,
+    is_unused,
     new_directory,
     read_json,
     remove_tree,
@@ -44,7 +44,6 @@ from crysforge.datapipe.common.files import (
     write_json,
     write_text,
 )
-from crysforge.datapipe.common.temporary import is_temporary
 from crysforge.models import __version__
 from crysforge.trainer.base.tensors import code_version, load_tensors, save_tensors
 
@@ -146,8 +145,7 @@ class RunDirectory:
             return True
         if resume not in ("auto", "never"):
             raise ValueError(f"resume={resume}, but {self.path} holds no run")
-        other = self.path.exists() and not all(map(_goes, self.path.iterdir()))
-        if other and not marker.is_file():  # which another process may have written since
+        if not is_unused(self.path) and not marker.is_file():  # written by another one meanwhile
             raise ValueError(f"{self.path} is not empty and holds no run: choose another run_dir")
         return False
 
@@ -385,11 +383,6 @@ def _set_aside(path: Path, why: str) -> None:
     aside = path.with_name(f"{path.name}.{why}")
     remove_tree(aside)
     path.rename(aside)
-
-
-def _goes(path: Path) -> bool:
-    """Whether a file is none that a start of a run has to respect: its lock, and what it writes."""
-    return path.name in (LOCK, f"{LOCK}.owner", ".run.json.tmp") or is_temporary(path.name)
 
 
 def _brief(old: Any, new: Any) -> str:
