@@ -7,7 +7,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -37,13 +37,14 @@ def living(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [p for p in processes if lives(p)]
 
 
-def left_of(processes: list[psutil.Process]) -> list[psutil.Process]:
+def left_of(processes: list[psutil.Process], bound: float = BOUND_S) -> list[psutil.Process]:
     """Those that still live after a bounded wait; they are killed then."""
-    end = time.monotonic() + BOUND_S
+    end = time.monotonic() + bound
     while (left := living(processes)) and time.monotonic() < end:
         time.sleep(0.01)
     for process in left:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     return left
 
 
@@ -62,9 +63,8 @@ def parent_of(work: Callable[[], Any]) -> Iterator[psutil.Process]:
     try:
         yield process
     finally:
-        family = [process, *process.children(recursive=True)] if process.is_running() else []
-        for member in family:
-            member.kill()
+        if living([process]):
+            left_of([process, *process.children(recursive=True)], bound=0)
         os.waitpid(pid, 0)
 
 

@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 
 BEAT_S, STALE_S = 10.0, 60.0
 """Seconds between two touches of an owner's file, and without any until it is nobody's."""
-POLL_S = 0.05
-"""Seconds between two tries to get a lock that somebody has."""
+POLL_S, SETTLE_S = 0.05, 0.2
+"""Seconds between two tries to get a lock that somebody has, and until one that was taken over is
+surely ours."""
 
 _NONE = (errno.ENOSYS, errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 """What systems answer that have no locks, or (EBADF) none for this way of opening a file."""
@@ -191,6 +192,10 @@ class OwnerFile:
             return None
         with open(file, "wb") as stream:
             stream.write(json.dumps(content).encode())
+        if left is not None:
+            time.sleep(SETTLE_S)  # others who found it left may just be about to move ours away
+            if _token_in(path) != token:
+                return None
         return cls(path, token)
 
     @classmethod
@@ -287,6 +292,8 @@ def _now(folder: Path) -> float:
 def _removed(path: Path, token: str) -> bool:
     """Removes an owner's file with this token; whether it was us who did, and it was that one."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    if _token_in(path) != token:
+        return False
     try:
         os.rename(path, aside)
     except FileNotFoundError:
