@@ -152,9 +152,13 @@ def make_directory(path: Path) -> None:
     Raises:
         OSError: a link or a file is there.
     """
-    if path.is_symlink() or not path.is_dir():
-        _refuse_unless_file(path)
-        path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        if path.is_symlink():
+            _refuse_unless_file(path)
+        if not path.is_dir():
+            raise
 
 
 def claim_directory(path: Path, busy: str, wait: float = 0.0) -> Lock:
@@ -174,9 +178,13 @@ def claim_directory(path: Path, busy: str, wait: float = 0.0) -> Lock:
 
 def is_unused(path: Path) -> bool:
     """Whether a directory is not there, or has no more than locks and what is being written."""
-    if not path.is_dir():
-        return not path.exists()
-    return all(p.name in _LOCKS or is_temporary(p.name) for p in path.iterdir())
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:
+        return True
+    except NotADirectoryError:
+        return False
+    return all(name in _LOCKS or is_temporary(name) for name in names)
 
 
 def empty_directory(path: Path) -> None:

@@ -38,7 +38,8 @@ _said = False
 
 def flock(file: int, operation: int) -> bool | None:
     """`fcntl.flock`, and whether the lock is ours: False if another has it and LOCK_NB says not to
-    wait, None if the file system has no such locks, which is a warning, once."""
+    wait, None if the file system has no such locks, which is a warning, once; or, without one, if
+    it has none for what is open for reading only."""
     try:
         fcntl.flock(file, operation)
     except BlockingIOError:
@@ -46,8 +47,9 @@ def flock(file: int, operation: int) -> bool | None:
     except OSError as error:
         if error.errno not in _NONE:
             raise
-        os.fstat(file)  # a descriptor that is not open is a fault of ours
-        _say_once(error)
+        how = fcntl.fcntl(file, fcntl.F_GETFL)  # a file that is not open is a fault of ours
+        if error.errno != errno.EBADF or how & os.O_ACCMODE != os.O_RDONLY:
+            _say_once(error)
         return None
     return True
 
