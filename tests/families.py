@@ -48,6 +48,14 @@ def left_of(processes: list[psutil.Process], bound: float = BOUND_S) -> list[psu
     return left
 
 
+def session_of(process: psutil.Process) -> int:
+    """Number of its session; 0 if it has ended."""
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return 0
+
+
 @contextmanager
 def parent_of(work: Callable[[], Any]) -> Iterator[psutil.Process]:
     """A process that does some work, and ends at the end of the block at the latest."""

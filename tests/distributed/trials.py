@@ -278,6 +278,10 @@ KINDS = [
         said=("lost a loader worker",),
     ),
     Kind(
+        "SIGKILL of all ranks, with loader workers",
+        with_args(hit([*STEP, *VALIDATION], "SIGKILL"), "loader.workers=2"), MORTAL,
+    ),
+    Kind(
         "one rank hangs",
         with_args(
             hit(STEP[:3], "hang|hang with the lock", "one", 2), "trainer.step_timeout_s=5"
@@ -371,6 +375,7 @@ class Bench:
                     break
             for ended in starts:
                 assert set(ended.codes) <= kind.codes, (ended.codes, ended.output[-3000:])
+                assert not ended.left, ended.left
             kind.after(dice, run, self.data)
             if any(starts[-1].codes):
                 starts.append(self.start(job, run))
