@@ -17,16 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from crysforge.datapipe.common.locks import Lock, owner_of
 from crysforge.datapipe.common.streams import is_stream, open_stream
-from crysforge.datapipe.common.temporary import filling, is_temporary, name_beside, new_file
+from crysforge.datapipe.common.temporary import filling, name_beside, new_file
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers."""
 
-LOCK = "lock"
-"""File in a directory that one process has for itself."""
-_LOCKS = (LOCK, owner_of(Path(LOCK)).name)
 
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -159,39 +155,6 @@ def make_directory(path: Path) -> None:
             _refuse_unless_file(path)
         if not path.is_dir():
             raise
-
-
-def claim_directory(path: Path, busy: str, wait: float = 0.0) -> Lock:
-    """Makes a directory unless it is there, and takes it for this process. `busy` is what to say if
-    another one has it for longer than `wait` seconds.
-
-    Raises:
-        ValueError: another process has it.
-        OSError: a link or a file is there.
-    """
-    try:
-        make_directory(path)
-        return Lock(path / LOCK, busy, wait)
-    except (FileNotFoundError, FileExistsError):  # the other one has just moved it away
-        raise ValueError(busy) from None
-
-
-def is_unused(path: Path) -> bool:
-    """Whether a directory is not there, or has no more than locks and what is being written."""
-    try:
-        names = os.listdir(path)
-    except FileNotFoundError:
-        return True
-    except NotADirectoryError:
-        return False
-    return all(name in _LOCKS or is_temporary(name) for name in names)
-
-
-def empty_directory(path: Path) -> None:
-    """Removes what is in a directory, but its lock."""
-    for entry in path.iterdir():
-        if entry.name not in _LOCKS:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 @contextlib.contextmanager

@@ -9,12 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from crysforge.datapipe.common.files import (
-    claim_directory,
-    empty_directory,
-    remove_tree,
-    write_text,
-)
+from crysforge.datapipe.common.claims import claim_directory, empty_directory
+from crysforge.datapipe.common.files import remove_tree, write_text
 
 _SYNC = 10.0
 """Seconds between moments when a journal is surely on the disk, not only with the system."""

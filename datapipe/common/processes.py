@@ -92,11 +92,11 @@ class Process:
     def from_json(cls, values: object) -> Process:
         """What `to_json` gave. Raises ValueError for anything else."""
         found = values if isinstance(values, dict) else {}
-        host, pid, started, space = (found.get(k) for k in ("host", "pid", "started", "space"))
-        texts = isinstance(host, str) and isinstance(started, str) and isinstance(space, str)
-        if not texts or not isinstance(pid, int):
+        texts = [found.get(key) for key in ("host", "started", "space")]
+        if not isinstance(found.get("pid"), int) or not all(isinstance(x, str) for x in texts):
             raise ValueError("no process")
-        return cls(host, pid, started, space)
+        host, started, space = map(str, texts)
+        return cls(host, found["pid"], started, space)
 
     def to_json(self) -> dict[str, str | int]:
         """As JSON values."""

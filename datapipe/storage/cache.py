@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from crysforge.datapipe.common.files import DISK_FULL
-from crysforge.datapipe.common.locks import OwnerFile, flock, is_at, owner_of
+from crysforge.datapipe.common.locks import flock, is_at
+from crysforge.datapipe.common.owners import OwnerFile, owner_of
 from crysforge.datapipe.storage.manifest import Shard
 from crysforge.datapipe.storage.remote import Access, download, join_path, local_path
 

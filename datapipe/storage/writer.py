@@ -18,11 +18,9 @@ import numpy as np
 import safetensors.numpy as safetensors
 from webdataset.writer import TarWriter
 
+from crysforge.datapipe.common.claims import LOCK, claim_directory, empty_directory
 from crysforge.datapipe.common.files import (
     DISK_FULL,
-    LOCK,
-    claim_directory,
-    empty_directory,
     remove_tree,
     sync_directory,
     write_bytes,

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from crysforge.datapipe.common.files import is_unused
+from crysforge.datapipe.common.claims import is_unused
 from crysforge.launch.cluster import status, sweep
 from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.jobs import JOBS, Cell, Job, check, check_names

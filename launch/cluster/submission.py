@@ -26,12 +26,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from crysforge.datapipe.common.files import (
-    claim_directory,
-    remove_tree,
-    write_json,
-    write_text,
-)
+from crysforge.datapipe.common.claims import claim_directory
+from crysforge.datapipe.common.files import remove_tree, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = 1
@@ -129,10 +125,12 @@ class Submission:
         """
         folder = self.folder.resolve()
         busy = f"another submit is at work in {self.folder}: let it finish, or end it (cancel=…)"
-        with claim_directory(folder, busy):
-            yield
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        try:
+            with claim_directory(folder, busy):
+                yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def snapshot(self) -> Path:
         """Copies the code for the next submission; what is edited afterwards does not reach it."""

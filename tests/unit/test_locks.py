@@ -13,9 +13,11 @@ import time
 
 import pytest
 
-from crysforge.datapipe.common import locks, temporary
-from crysforge.datapipe.common.files import claim_directory, write_text
-from crysforge.datapipe.common.locks import Lock, OwnerFile, owner_of
+from crysforge.datapipe.common import locks, owners, temporary
+from crysforge.datapipe.common.claims import claim_directory
+from crysforge.datapipe.common.files import write_text
+from crysforge.datapipe.common.locks import Lock
+from crysforge.datapipe.common.owners import OwnerFile, owner_of
 from crysforge.datapipe.common.processes import Process
 from tests.families import left_of, living, parent_of, until
 
@@ -196,7 +198,7 @@ def test_who_is_elsewhere_has_it_as_long_as_it_is_seen(tmp_path, no_locks, seen,
 
 
 def test_who_has_it_is_seen(tmp_path, no_locks, monkeypatch):
-    monkeypatch.setattr(locks, "BEAT_S", 0.01)
+    monkeypatch.setattr(owners, "BEAT_S", 0.01)
     with Lock(tmp_path / "lock", "busy"):
         path = owner_of(tmp_path / "lock")
         os.utime(path, (1, 1))

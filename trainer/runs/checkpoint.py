@@ -33,10 +33,10 @@ from typing import Any
 
 from torch import Tensor
 
+from crysforge.datapipe.common.claims import claim_directory, is_unused
 from crysforge.datapipe.common.files import (
     check_space,
-    claim_directory,
-    is_unused,
+    make_directory,
     new_directory,
     read_json,
     remove_tree,
@@ -127,6 +127,8 @@ class RunDirectory:
             OSError: a file of the run is a link, a pipe or a device.
         """
         self._is_there(resume)  # looked at first, since the lock leaves a file
+        if self.checkpoints.is_symlink():
+            make_directory(self.checkpoints)  # says so; others would be warnings
         busy = f"another process is starting the run in {self.path}: let it finish"
         with claim_directory(self.path.resolve(), busy, wait=START_S):
             if self._is_there(resume):
@@ -213,7 +215,7 @@ class RunDirectory:
 
     def _sweep(self) -> None:
         """Removes what a killed process left half-written or half-deleted."""
-        if self.checkpoints.is_dir() and not self.checkpoints.is_symlink():
+        if self.checkpoints.is_dir():
             for path in self.checkpoints.iterdir():
                 half = TAG.match(path.name) and not (path / "COMPLETE").is_file()
                 if half or path.name.endswith((".partial", ".tmp")):  # .tmp: earlier versions
@@ -273,6 +275,7 @@ class RunDirectory:
             return path
         if path.exists():  # one that could not be deleted
             _set_aside(path, "damaged")
+        make_directory(self.checkpoints)
         with new_directory(path) as work:
             self._write(work, checkpoint)
             if milestone:

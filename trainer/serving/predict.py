@@ -24,8 +24,8 @@ def predict_to_csv(
 ) -> tuple[int, int]:
     """Writes predictions as they come, and beside them the crystals that could not be used;
     returns how many of each. The files appear when all are written; of predictions none does where
-    there is none. A pipe or terminal gets each prediction at once, and standard error the crystals
-    that could not be used."""
+    there is none. A pipe or terminal gets them as they come, and standard error the crystals that
+    could not be used."""
     counts = {"written": 0, "dropped": 0}
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(dropped_path(output), streams=True) as bad, suppress(_NothingWritten):
