@@ -17,10 +17,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from crysforge.datapipe.common.processes import Parent
+from crysforge.trainer.base.command_line import parse, run
+
 if not __package__:  # run as a file of a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from crysforge.trainer.base.command_line import parse, run
 
 TARGET = "ewald_energy"
 
@@ -41,7 +43,8 @@ def call(script: str, *args: str) -> None:
     """Shows a command and runs it; its failure ends the demo."""
     print(f"$ python launch/{script}.py {' '.join(args)}", flush=True)
     path = Path(__file__).resolve().with_name(f"{script}.py")
-    done = subprocess.run([sys.executable, str(path), *args], check=False)
+    bind = Parent.here().end_program_with_me
+    done = subprocess.run([sys.executable, str(path), *args], check=False, preexec_fn=bind)
     if done.returncode:
         raise SystemExit(done.returncode)
 

@@ -21,11 +21,12 @@ if not __package__:  # run as a file of a checkout
 
 import numpy as np
 
+from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer.base import distributed
 from crysforge.trainer.base.command_line import parse, required, run, to_yaml
 from crysforge.trainer.base.signals import StopRequest
-from crysforge.trainer.base.tensors import copied_state, write_json
+from crysforge.trainer.base.tensors import copied_state
 from crysforge.trainer.jobs import finetuning as reports
 from crysforge.trainer.jobs import setup as jobs
 from crysforge.trainer.jobs.schemas import FinetuneJob

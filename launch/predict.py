@@ -4,7 +4,8 @@
     python launch/predict.py checkpoint=RUN2 input=cifs/ output=predictions.csv device=cuda
 
 Writes `id,prediction`, one line a crystal in the order of the input; crystals that cannot be used
-are listed with their reason beside it, in predictions.dropped.csv.
+are listed with their reason beside it, in predictions.dropped.csv. Into a pipe (output=/dev/stdout)
+the lines go as they come, and all else goes to standard error.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 if not __package__:  # run as a file of a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from crysforge.datapipe.common.streams import is_stream
 from crysforge.datapipe.sources import read_crystals
 from crysforge.trainer.base.command_line import parse, required, run
 from crysforge.trainer.serving.load import load
@@ -52,7 +54,8 @@ def main() -> None:
     config = parse(PredictConfig, __doc__)
     required(config, "checkpoint", "input", "output")
     output = Path(config.output)
-    if output.exists() and not config.overwrite:
+    through = is_stream(output)
+    if output.exists() and not config.overwrite and not through:
         raise ValueError(f"{output} exists: choose another output, or overwrite=true")
     if output.resolve() == Path(config.input).resolve():
         raise ValueError(f"output {output} is the input: choose another output")
@@ -66,9 +69,10 @@ def main() -> None:
     units = ", ".join(
         f"{n} ({u})" if u else n for n, u in zip(model.targets, model.units, strict=True)
     )
-    print(f"{written} predictions of {units}: {output}")
+    said = sys.stderr if through else sys.stdout
+    print(f"{written} predictions of {units}: {output}", file=said)
     if dropped:
-        print(f"{dropped} crystals could not be used: {listed}")
+        print(f"{dropped} crystals could not be used: {listed}", file=said)
 
 
 if __name__ == "__main__":

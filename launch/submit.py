@@ -58,10 +58,20 @@ def main() -> None:
 
     cells = request.cells()
     submission = request.submission()
-    left = request.left(submission, cells)
     if config.dry_run:
-        show(request, submission, left)
+        show(request, submission, request.left(submission, cells))
         return
+    with submission.alone():
+        submit(request, request.submission(), cells)  # as it is now
+
+
+def submit(request: Request, submission: Submission, cells: list[Cell]) -> None:
+    """Submits what has not finished, or runs it here.
+
+    Raises:
+        ValueError: cells that were run here did not finish; the cluster refuses.
+    """
+    config, left = request.config, request.left(submission, cells)
     request.record()
     if not left:
         print("nothing to submit")

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from crysforge.datapipe.common.files import write_json, write_text
 from crysforge.datapipe.storage.dataset import DatasetWriter
-from crysforge.trainer.base.tensors import write_json, write_text
 from crysforge.trainer.jobs.tables import errors, write_predictions
 from tests.conftest import make_crystal
 

@@ -1,8 +1,11 @@
-"""Tries faults on real runs, by the hundred, and writes the table of docs/reliability.md.
+"""Tries faults and attacks on real runs, by the hundred, and writes the tables of
+docs/reliability.md.
 
     python tests/reliability.py trials=100
     python tests/reliability.py trials=300 minutes=15      goes on where the last one stopped
-    python tests/reliability.py trials=0                   the table of what was tried so far
+    python tests/reliability.py trials=0                   the tables of what was tried so far
+    python tests/reliability.py trials=0 attacks=true      each attack as often as it is to be tried
+    python tests/reliability.py trials=0 attacks=true fault=twice minutes=15
 
 Every trial is a line of the results file; one that failed names what was wrong, and its run stays
 where it was. The last line of the output is a summary in JSON.
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -24,11 +28,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from crysforge.trainer.base.command_line import parse, run  # noqa: E402
+from tests.attacks import ATTACKS  # noqa: E402
 from tests.distributed.conftest import write_data  # noqa: E402
 from tests.distributed.faults import Server  # noqa: E402
 from tests.distributed.trials import KINDS, Bench  # noqa: E402
 
 BEGIN, END = "<!-- table: python tests/reliability.py -->\n", "<!-- end of table -->\n"
+ATTACKED = "<!-- table: python tests/reliability.py attacks=true -->\n"
 
 
 @dataclass(kw_only=True)
@@ -36,9 +42,12 @@ class Config:
     """What to try."""
 
     trials: int = 100
-    """How many in all, those of earlier calls included."""
+    """How many faults in all, those of earlier calls included."""
+    attacks: bool = False
+    """Whether to try the attacks (tests/attacks.py) that earlier calls have not."""
     first: int = 0
-    """Number of the first to do: several calls at a time share the work and the results file."""
+    """Number of the first fault to try: several calls at a time share the work and the results
+    file."""
     minutes: float = 1e9
     """Starts no more trials after so many minutes."""
     fault: str = ""
@@ -47,8 +56,10 @@ class Config:
     """Keeps the data and the undisturbed runs for later calls, as long as the code is the same."""
     results: str = str(ROOT / "docs" / "reliability.jsonl")
     """One line per trial; grows."""
+    attack_results: str = str(ROOT / "docs" / "attacks.jsonl")
+    """The same for attacks."""
     page: str | None = str(ROOT / "docs" / "reliability.md")
-    """Where the table is; empty leaves it."""
+    """Where the tables are; empty leaves them."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -77,53 +88,101 @@ def table(trials: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def insert(page: str, text: str) -> str:
+def attack_table(tried: list[dict[str, Any]]) -> str:
+    """Markdown, one row per attack that was tried."""
+    lines = ["| attack | tried | held |", "|---|---:|---:|"]
+    for attack in ATTACKS:
+        own = [t for t in tried if t["attack"] == attack.name]
+        if own:
+            lines.append(f"| {attack.name} | {len(own)} | {sum(t['held'] for t in own)} |")
+    return "\n".join(lines) + "\n"
+
+
+def insert(page: str, text: str, begin: str = BEGIN) -> str:
     """The page with another table."""
-    before, _, rest = page.partition(BEGIN)
-    return before + BEGIN + text + END + rest.partition(END)[2]
+    before, _, rest = page.partition(begin)
+    return before + begin + text + END + rest.partition(END)[2]
+
+
+def note(path: Path, result: dict[str, Any]) -> None:
+    """Adds a line to a results file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def try_faults(config: Config, bench: Bench, done: list[dict[str, Any]], end: float) -> None:
+    """Does the trials that are not done yet, and adds them."""
+    kinds = [k for k in KINDS if config.fault in k.name]
+    seeds = {t["seed"] for t in done}
+    todo = [s for s in range(config.first, config.trials) if s not in seeds]
+    for seed in (s for s in todo if KINDS[s % len(KINDS)] in kinds):
+        if time.monotonic() > end:
+            break
+        kind, began = KINDS[seed % len(KINDS)], time.monotonic()
+        weights = [1 / job.size**2 for job in kind.jobs]  # those on two ranks take long
+        (job,) = random.Random(seed).choices(kind.jobs, weights)
+        trial = bench.trial(kind, job, seed)
+        done.append(trial)
+        note(Path(config.results), trial)
+        verdict = "recovered" if trial["recovered"] else trial["problem"]
+        print(
+            f"{seed} {kind.name} ({job.name}): {verdict}, {trial['lost']} steps lost, "
+            f"{time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+
+
+def try_attacks(config: Config, bench: Bench, done: list[dict[str, Any]], end: float) -> None:
+    """Does the attacks that are not done yet, and adds them."""
+    known = {(t["attack"], t["number"]) for t in done}
+    todo = [(a, n) for a in ATTACKS if config.fault in a.name for n in range(a.times)]
+    for attack, number in todo:
+        if (attack.name, number) in known:
+            continue
+        if time.monotonic() > end:
+            break
+        folder, began = bench.folder / f"{attack.do.__name__}-{number}", time.monotonic()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        result: dict[str, Any] = {"attack": attack.name, "number": number, "held": True}
+        try:
+            attack.do(number, bench, folder)
+            shutil.rmtree(folder)
+        except AssertionError as error:
+            result |= {"held": False, "problem": str(error)[-2000:]}
+        done.append(result)
+        note(Path(config.attack_results), result)
+        verdict = result.get("problem", "held")
+        print(f"{number} {attack.name}: {verdict}, {time.monotonic() - began:.0f} s", flush=True)
 
 
 def main() -> None:
     config = parse(Config, __doc__)
-    kinds = [k for k in KINDS if config.fault in k.name]
-    if not kinds:
-        raise ValueError(f"no fault is called {config.fault!r}: {'; '.join(k.name for k in KINDS)}")
-    path = Path(config.results)
-    done = read(path)
-    seeds = {t["seed"] for t in done}
+    names = [row.name for row in (*KINDS, *ATTACKS)]
+    if not any(config.fault in name for name in names):
+        raise ValueError(f"no fault is called {config.fault!r}: {'; '.join(names)}")
+    done, attacked = read(Path(config.results)), read(Path(config.attack_results))
     end = time.monotonic() + 60 * config.minutes
-    todo = [s for s in range(config.first, config.trials) if s not in seeds]
-    todo = [s for s in todo if KINDS[s % len(KINDS)] in kinds]
-    if todo:
+    if config.attacks or len(done) < config.trials:
         folder = Path(config.folder or tempfile.mkdtemp(prefix="reliability-"))
         data = folder / "prototypes"
         if not data.is_dir():
             write_data(data)
         with Server() as server:
             bench = Bench(server, data, folder)
-            for seed in todo:
-                if time.monotonic() > end:
-                    break
-                kind, began = KINDS[seed % len(KINDS)], time.monotonic()
-                weights = [1 / job.size**2 for job in kind.jobs]  # those on two ranks take long
-                (job,) = random.Random(seed).choices(kind.jobs, weights)
-                trial = bench.trial(kind, job, seed)
-                done.append(trial)
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(trial) + "\n")
-                verdict = "recovered" if trial["recovered"] else trial["problem"]
-                print(
-                    f"{seed} {kind.name} ({job.name}): {verdict}, {trial['lost']} steps lost, "
-                    f"{time.monotonic() - began:.0f} s",
-                    flush=True,
-                )
-    text = table(done)
+            try_faults(config, bench, done, end)
+            if config.attacks:
+                try_attacks(config, bench, attacked, end)
+    text, more = table(done), attack_table(attacked)
     if config.page:
         page = Path(config.page)
-        page.write_text(insert(page.read_text(encoding="utf-8"), text), encoding="utf-8")
-    print(text)
+        whole = insert(page.read_text(encoding="utf-8"), text)
+        page.write_text(insert(whole, more, ATTACKED), encoding="utf-8")
+    print(text, more, sep="\n")
     failed = [t["seed"] for t in done if not t["recovered"] or t["exact"] is False]
-    print(json.dumps({"trials": len(done), "failed": failed}))
+    broken = [[t["attack"], t["number"]] for t in attacked if not t["held"]]
+    counts = {"trials": len(done), "failed": failed, "attacks": len(attacked), "broken": broken}
+    print(json.dumps(counts))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from crysforge.datapipe.common.claims import claim_directory, empty_directory
+from crysforge.datapipe.common.files import remove_tree, write_text
 
 _SYNC = 10.0
 """Seconds between moments when a journal is surely on the disk, not only with the system."""
@@ -37,33 +38,20 @@ class WorkDirectory:
         self._identity = json.dumps(identity, sort_keys=True, indent=1)
 
     def __enter__(self) -> WorkDirectory:
-        self.path.mkdir(parents=True, exist_ok=True)
-        path = self.path / "lock"
-        self._lock = open(path, "ab")
-        try:
-            # Unlike flock's, this lock is not inherited by worker processes that outlive a kill.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before may have removed the file since we opened it.
-            mine = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(path))
-        except (BlockingIOError, PermissionError, FileNotFoundError):
-            mine = False
-        if not mine:
-            self._lock.close()
-            raise ValueError(f"another process is writing {self.root}: let it finish")
+        busy = f"another process is writing {self.root}: let it finish"
+        self._lock = claim_directory(self.path, busy)
         identity = self.path / "identity.json"
         if not identity.is_file() or identity.read_text("utf-8") != self._identity:
-            for old in self.path.iterdir():
-                if old.name != "lock":
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
-            identity.write_text(self._identity, "utf-8")
+            empty_directory(self.path)
+            write_text(identity, self._identity)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._lock.close()
+        self._lock.release()
 
     def remove(self) -> None:
         """Removes the directory: the work is done."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_tree(self.path)
 
 
 class Journal:

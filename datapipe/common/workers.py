@@ -13,6 +13,8 @@ from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
+from crysforge.datapipe.common.processes import Parent
+
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -54,7 +56,7 @@ class Workers(Generic[A, B]):
         for _ in range(self.count if self.count > 1 else 0):
             ours, theirs = context.Pipe()
             process = context.Process(  # type: ignore[attr-defined]
-                target=_serve, args=(ours, theirs, function), daemon=True
+                target=_serve, args=(ours, theirs, function, Parent.here()), daemon=True
             )
             process.start()
             theirs.close()
@@ -119,8 +121,11 @@ class Workers(Generic[A, B]):
         )
 
 
-def _serve(parents: Connection, own: Connection, function: Callable[[A], B]) -> None:
+def _serve(
+    parents: Connection, own: Connection, function: Callable[[A], B], parent: Parent
+) -> None:
     """What a process does: a chunk in, its results out, until the parent's end closes."""
+    parent.end_with_me()
     parents.close()  # else this process would keep its own pipe open
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from crysforge.datapipe.common.processes import Parent
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.transforms import Transform
 from crysforge.datapipe.loading.config import LoaderConfig, estimate_edges
@@ -21,8 +23,8 @@ from crysforge.datapipe.loading.worker import (
     Quarantined,
     Reader,
     as_is,
+    begin_worker,
     from_wire,
-    leave_interrupts,
 )
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec, concat
 from crysforge.datapipe.storage.dataset import Dataset
@@ -194,7 +196,7 @@ class Stream:
                 prefetch_factor=self.config.prefetch,
                 persistent_workers=True,  # they keep graphs for the next pass
                 collate_fn=as_is,
-                worker_init_fn=leave_interrupts,
+                worker_init_fn=partial(begin_worker, Parent.here()),
                 generator=torch.Generator(),  # the global one is not the loader's to draw from
             )
         return iter(self._loader)

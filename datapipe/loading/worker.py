@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from crysforge.datapipe.common.processes import Parent
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal, crystal_key
 from crysforge.datapipe.graphs.packing import Neighbours, neighbours, pack
 from crysforge.datapipe.graphs.stored import StoredGraphs
@@ -263,17 +264,18 @@ def as_is(part: Any) -> Any:
     return part
 
 
-def leave_interrupts(worker: int) -> None:
-    """Ctrl-C and a scheduler's signals, which often go to all processes of a job, are for the
-    training process; a worker ends when that one tells it to."""
+def begin_worker(parent: Parent, worker: int) -> None:
+    """A worker ends when the training process tells it to, or ends itself. Ctrl-C and a scheduler's
+    signals, which often go to all processes of a job, are for the training process."""
+    parent.end_with_me()
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # it tells who sent the signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_when_told, args=(parent.pid,), daemon=True).start()
 
 
-def _end_with_parent(parent: int) -> None:
+def _end_when_told(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

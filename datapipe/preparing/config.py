@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from crysforge.datapipe.cif import CHECKS
+from crysforge.datapipe.common.files import sha256
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.crystals.filters import Filters
 from crysforge.datapipe.preparing import splits
@@ -186,16 +186,3 @@ class Work:
         if format == "shards":
             return out | {"fingerprint": Manifest.load(path).fingerprint}
         return out | {"sha256": sha256(Path(path))}
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file; of a folder, that of the lines "<sha256>  <name>" of its files."""
-    digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{sha256(file)}  {file.relative_to(path).as_posix()}\n".encode())
-        return digest.hexdigest()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

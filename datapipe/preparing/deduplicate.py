@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from crysforge.datapipe.common.files import write_text
 from crysforge.datapipe.common.journal import WorkDirectory
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.preparing.config import PrepareConfig, Work
@@ -151,16 +151,16 @@ def _write(
             if item not in first:
                 writer.add(splits[item], crystal)
         report = _report(data, references, found, config)
-        _save(writer.directory / REPORT, json.dumps(report, indent=1, ensure_ascii=False))
-        _save(writer.directory / MATCHES, _table([_COLUMNS, *_rows(found, sets, splits)]))
+        write_text(writer.directory / REPORT, json.dumps(report, indent=1, ensure_ascii=False))
+        write_text(writer.directory / MATCHES, _table([_COLUMNS, *_rows(found, sets, splits)]))
         listed = (
             (first[item]["id"], source, reason, f"the same as {first[item]['other_id']}")
             for item, reason in reasons.items()
         )
         dropped = (Path(data.root) / DROPPED).read_bytes().decode() + _table(listed)
-        _save(writer.directory / DROPPED, dropped)
+        write_text(writer.directory / DROPPED, dropped)
         if (warnings := Path(data.root) / WARNINGS).is_file():
-            _save(writer.directory / WARNINGS, warnings.read_text("utf-8"))
+            write_text(writer.directory / WARNINGS, warnings.read_text("utf-8"))
         counts = Counter(before["dropped"]) + Counter(reasons.values())
         return writer.finish(
             {
@@ -236,10 +236,3 @@ def _table(rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     return text.getvalue()
-
-
-def _save(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

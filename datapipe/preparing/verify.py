@@ -14,6 +14,7 @@ import safetensors.numpy as safetensors
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from crysforge.datapipe.common.files import hash_of
 from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.graphs.stored import StoredGraphs
@@ -134,18 +135,15 @@ class CheckShard:
     def __call__(self, number: int) -> CheckedShard:
         shard = self.manifest.shards[number]
         out = CheckedShard([], [], set())
-        digest, size = hashlib.sha256(), 0
         try:
             with open_file(self.root, shard.name) as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-                    size += len(block)
+                digest, size = hash_of(file)
         except OSError as error:
             out.problems.append(f"{shard.name}: cannot be read: {error}")
             return out
         if size != shard.bytes:
             out.problems.append(f"{shard.name}: has {size} bytes, not {shard.bytes}")
-        elif digest.hexdigest() != shard.sha256:
+        elif digest != shard.sha256:
             out.problems.append(f"{shard.name}: its hash is not the manifest's")
         if self.dataset is not None:
             self._records(self.dataset, range(self.first[number], self.first[number + 1]), out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,12 +15,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from crysforge.datapipe.common.files import replacing, sha256
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import describe
 from crysforge.datapipe.preparing import splits
-from crysforge.datapipe.preparing.config import PrepareConfig, Work, sha256
+from crysforge.datapipe.preparing.config import PrepareConfig, Work
 from crysforge.datapipe.preparing.prepare import WARNINGS, _csv
 from crysforge.datapipe.sources import Failure, Raw, Reading
 from crysforge.datapipe.sources.parse import is_labelled
@@ -182,7 +182,7 @@ def _write(
     examples: list[str] = []
     warned = 0
     with ExitStack() as files:
-        file = files.enter_context(_csv(writer.directory / DROPPED))
+        file = files.enter_context(replacing(writer.directory / DROPPED))
         table = csv.writer(file)
         table.writerow(["id", "source", "reason", "message"])
         for code, result in results:
@@ -190,7 +190,7 @@ def _write(
                 writer.add(SPLITS[code], result)
                 if result.notes:
                     if not warned:
-                        notes = csv.writer(files.enter_context(_csv(writer.directory / WARNINGS)))
+                        notes = csv.writer(files.enter_context(replacing(writer.directory / WARNINGS)))
                         notes.writerow(["id", "message"])
                     warned += 1
                     notes.writerows([result.id, note] for note in result.notes)
@@ -201,8 +201,6 @@ def _write(
             dropped[result.reason] += 1
             if len(examples) < 3:
                 examples.append(str(result))
-        file.flush()
-        os.fsync(file.fileno())
     if not len(writer):
         raise ValueError(
             f"all {sum(dropped.values())} crystals were dropped ({reasons(dropped)}), for example "

@@ -3,7 +3,8 @@
 A copy is named by its size and sha256 and gets its name when both are found right, so a name is a
 promise, whatever URL it came from. Everything else is file locks, which the system drops when a
 process dies: who downloads holds its file exclusively, who reads holds it shared, and only what
-nobody holds is removed, the longest unused first, when there is no room.
+nobody holds is removed, the longest unused first, when there is no room. Where the file system has
+no locks, who downloads names itself beside its file, and what was opened within an hour is in use.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ import hashlib
 import os
 import re
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from crysforge.datapipe.common.files import DISK_FULL
+from crysforge.datapipe.common.locks import flock, is_at
+from crysforge.datapipe.common.owners import OwnerFile, owner_of
 from crysforge.datapipe.storage.manifest import Shard
-from crysforge.datapipe.storage.remote import (
-    DISK_FULL,
-    Access,
-    download,
-    join_path,
-    local_path,
-)
+from crysforge.datapipe.storage.remote import Access, download, join_path, local_path
 
 _ENTRY = re.compile(r"(\d+)-[0-9a-f]{64}\.(tar|partial)")
 """Final size in bytes, sha256, and whether it is all there."""
+IN_USE_S = 3600.0
+"""Seconds from its last opening during which a copy counts as in use, where there are no locks."""
 
 
 def open_shard(root: str | os.PathLike, shard: Shard, access: Access) -> BinaryIO:
@@ -76,7 +78,7 @@ class ShardCache:
         while True:
             with contextlib.suppress(FileNotFoundError):
                 file = open(path, "rb")  # noqa: SIM115  (it is what we return)
-                fcntl.flock(file, fcntl.LOCK_SH)  # removed before? Then we read on without a name
+                flock(file.fileno(), fcntl.LOCK_SH)  # already removed? We read on without a name
                 if os.fstat(file.fileno()).st_size == shard.bytes:
                     with contextlib.suppress(FileNotFoundError, PermissionError):
                         os.utime(path)  # used last now
@@ -88,9 +90,8 @@ class ShardCache:
     def _make(self, path: Path, url: str, shard: Shard) -> None:
         """Downloads a shard, or waits until another process has done so, or given up."""
         partial = path.with_suffix(".partial")
-        with open(partial, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(file, partial):
+        with _alone(partial) as file:
+            if not is_at(file.fileno(), partial):
                 return
             if path.exists():  # it was finished just before we came
                 partial.unlink()
@@ -117,8 +118,7 @@ class ShardCache:
                 f"loader.cache_gb={self.access.cache_gb:g} is too small for {shard.name} of "
                 f"{shard.bytes / 1e9:.2g} GB"
             )
-        with open(self.directory / "lock", "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _alone(self.directory / "lock"):
             found = []
             for entry in os.scandir(self.directory):
                 match = _ENTRY.fullmatch(entry.name)
@@ -132,25 +132,39 @@ class ShardCache:
                 total -= size if _remove_unused(path) else 0
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether an open file is still the one at a path."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[BinaryIO]:
+    """A file, made if need be, that one process at a time has; waits for it."""
+    with open(path, "ab") as file:
+        if flock(file.fileno(), fcntl.LOCK_EX):
+            yield file
+            return
+    with OwnerFile.waited_for(owner_of(path)), open(path, "ab") as file:
+        yield file
 
 
 def _remove_unused(path: Path) -> bool:
     """Removes a file unless a process holds it; whether it is gone."""
     try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-    except (BlockingIOError, PermissionError):
+        with _open_to_lock(path) as file:
+            free = flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if free is None:
+                free = time.time() - os.fstat(file.fileno()).st_mtime > IN_USE_S
+            if free:
+                path.unlink()
+            return free
+    except PermissionError:
         return False
     except FileNotFoundError:
-        pass
-    return True
+        return True
+
+
+def _open_to_lock(path: Path) -> BinaryIO:
+    """NFS locks only what is open for writing; what others have written is not ours to open so."""
+    try:
+        return open(path, "r+b")
+    except PermissionError:
+        return open(path, "rb")
 
 
 def check(path: Path, shard: Shard) -> None:

@@ -12,7 +12,7 @@ A remote file is complete and checked before anything of it is used.
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import logging
 import os
 import random
@@ -30,14 +30,14 @@ from typing import Any, BinaryIO
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
+from crysforge.datapipe.common.files import DISK_FULL
+
 log = logging.getLogger(__name__)
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds before the second try, doubled from try to try, and the most; up to half is random."""
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,16 +160,23 @@ def _no_limit_of_its_own() -> dict[str, Any]:
     return {"client_kwargs": {"timeout": ClientTimeout(total=None)}}
 
 
+_WITH_GUARD = """exec 3<&0
+{ read -r line <&3; kill -KILL 0; } &
+exec "$@" 3<&- </dev/null"""
+"""A shell that starts a command, and kills it, and what it started, when its input ends."""
+
+
 def _run(command: list[str], path: Path, timeout_s: float) -> None:
-    """Runs a command and keeps what it prints.
+    """Runs a command and keeps what it prints. What it has started ends with it, and all of that
+    with this process.
 
     Raises:
         OSError: it cannot be run, fails, or takes longer than it may.
     """
     with open(path, "wb") as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
+            ["sh", "-c", _WITH_GUARD, "sh", *command],
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=errors,
             start_new_session=True,  # so that all it starts can be ended with it
@@ -179,9 +186,9 @@ def _run(command: list[str], path: Path, timeout_s: float) -> None:
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"{command[0]} has not ended after {timeout_s:g} s") from None
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.communicate()
         if status:
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip().splitlines()[-1:]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 import zlib
 from array import array
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy as safetensors
 
+from crysforge.datapipe.common.claims import LOCK, claim_directory, empty_directory
+from crysforge.datapipe.common.files import DISK_FULL, remove_tree, sync_directory, write_bytes
 from crysforge.datapipe.crystals.crystal import MAX_Z, Crystal
 from crysforge.datapipe.storage.manifest import (
     MANIFEST,
@@ -29,7 +29,6 @@ from crysforge.datapipe.storage.manifest import (
     Target,
 )
 from crysforge.datapipe.storage.record import COLUMNS, INDEX, Tensors, encode
-from crysforge.datapipe.storage.remote import DISK_FULL
 
 
 class _OpenShard:
@@ -39,7 +38,7 @@ class _OpenShard:
         from webdataset.writer import TarWriter
 
         self.name = path.name
-        self._file = open(path, "wb")  # noqa: SIM115  (closed by `close` or `abort`)
+        self._file = open(path, "xb")  # noqa: SIM115  (closed by `close` or `abort`)
         self._digest = hashlib.sha256()
         self.count = self.bytes = 0
         self.tar = TarWriter(self, encoder=False, mtime=0)
@@ -61,7 +60,8 @@ class _OpenShard:
     def close(self, split: str) -> Shard:
         try:
             self.tar.close()
-            _sync(self._file)
+            self._file.flush()
+            os.fsync(self._file.fileno())
         finally:
             self._file.close()
         return Shard(self.name, split, self.count, self.bytes, self._digest.hexdigest())
@@ -69,11 +69,6 @@ class _OpenShard:
     def abort(self) -> None:
         with contextlib.suppress(OSError):
             self._file.close()
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class DatasetWriter:
@@ -137,42 +132,29 @@ class DatasetWriter:
 
     def _claim(self) -> None:
         """Takes the partial directory for this process and empties it."""
-        path = self.directory / "lock"
-        with contextlib.suppress(FileExistsError):  # another process has just moved it away
-            self.directory.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock = open(path, "ab")  # noqa: SIM115  (held until the end)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before may have moved or removed the file since we opened it.
-            mine = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(path))
-        except (BlockingIOError, FileNotFoundError):
-            mine = False
-        if not mine:
-            raise ValueError(f"another process is writing {self.root}: let it finish")
+        busy = f"another process is writing {self.root}: let it finish"
+        self._lock = claim_directory(self.directory, busy)
         try:
             self._refuse_used_root()
         except ValueError:
             self._discard()
             raise
-        for path in self.directory.iterdir():
-            if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        empty_directory(self.directory)
 
     def __enter__(self) -> DatasetWriter:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not self._lock.closed:
-            self._discard()
-        if isinstance(error, OSError) and error.errno in DISK_FULL and error.filename is None:
-            # A failing write does not say where.
+        self._discard()
+        if isinstance(error, OSError) and error.errno in DISK_FULL:  # it may not say where
             raise OSError(error.errno, error.strerror, str(self.root)) from error
 
     def _discard(self) -> None:
         for shard in self._open.values():
             shard.abort()
-        shutil.rmtree(self.directory, ignore_errors=True)
-        self._lock.close()
+        if self._lock.held:
+            remove_tree(self.directory)
+            self._lock.release()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -227,7 +209,7 @@ class DatasetWriter:
                 len(columns["atoms"]), len(self.targets)
             )
         data = safetensors.save({k: np.concatenate([parts[s][k] for s in SPLITS]) for k in COLUMNS})
-        self._write(INDEX, data)
+        write_bytes(self.directory / INDEX, data)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             created_by=_created_by(),
@@ -245,25 +227,18 @@ class DatasetWriter:
             graphs=dict(graphs or {}),
         )
         text = json.dumps(asdict(manifest), indent=1, allow_nan=False, ensure_ascii=False)
-        self._write(MANIFEST, text.encode())
+        write_bytes(self.directory / MANIFEST, text.encode())
+        if not self._lock.held:  # frozen for too long, where there are no locks
+            raise ValueError(f"another process has taken over {self.root}: let it finish")
         try:
             os.rename(self.directory, self.root)
         except OSError as error:
             self._discard()
             raise ValueError(f"cannot move the data set to {self.root}: {error}") from None
-        _sync_directory(self.root.parent)
-        os.unlink(self.root / "lock")
-        self._lock.close()
+        self._lock.moved(self.root / LOCK)
+        sync_directory(self.root.parent)
+        self._lock.release()
         return manifest
-
-    def _write(self, name: str, data: bytes) -> None:
-        """Writes one file so that its name never stands for a part of it."""
-        temporary = self.directory / f"{name}.partial"
-        with open(temporary, "wb") as file:
-            file.write(data)
-            _sync(file)
-        os.replace(temporary, self.directory / name)
-        _sync_directory(self.directory)
 
 
 def _describe(labels: Mapping[str, np.ndarray], unit: str | None) -> Target:
@@ -275,14 +250,6 @@ def _describe(labels: Mapping[str, np.ndarray], unit: str | None) -> Target:
         std=float(train.std()) if len(train) else None,
         labelled={split: len(values) for split, values in known.items()},
     )
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _created_by() -> str:

@@ -6,7 +6,6 @@ EVENTS/<cell>/rank-0000.jsonl   start and end of a process: node, exit code
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import signal
@@ -14,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from crysforge.datapipe.common.files import make_directory, open_append, read_json_lines
 
 REQUEUE = 75
 """Exit code of a job that stopped before its end and can be continued (trainer/base/signals.py)."""
@@ -44,19 +45,16 @@ class EventLog:
 
     def note(self, event: str, **values: Any) -> None:
         """Appends an event with the time (seconds since 1970)."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path.parent)
         line = json.dumps({"event": event, "time": round(time.time(), 3), **values})
-        with open(self.path, "a", encoding="utf-8") as file:
+        with open_append(self.path) as file:
             file.write(line + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """All events, oldest first; lines that a kill cut off are left out."""
-        events = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    events.append(json.loads(line))
-        return events
+        if not self.path.is_file():
+            return []
+        return [event for _, event in read_json_lines(self.path)]
 
     def starts(self, job: str) -> list[dict[str, Any]]:
         """The turns of a job so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import runpy
 import shlex
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from typing import Any
 from submitit import LocalExecutor, LocalJob, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from crysforge.datapipe.common.processes import Process
 from crysforge.launch.cluster.config import SubmitConfig, minutes, one_line
 from crysforge.launch.cluster.events import EventLog, outcome_of
-from crysforge.launch.cluster.worker import Task, cancelled
+from crysforge.launch.cluster.worker import SUPERVISOR, Task, cancelled
+from crysforge.trainer.base.signals import Requeue
 
 
 class _Slurm(SlurmExecutor):
@@ -126,13 +129,15 @@ def run_local(
     started: Callable[[str, str], None],
 ) -> list[str]:
     """Runs cells in processes of this machine, `array_parallelism` at a time, to the last; calls
-    `started(cell, id)` for each. Returns the cells that did not finish."""
+    `started(cell, id)` for each. Returns the cells that did not finish.
+
+    Raises:
+        Requeue: SIGTERM has ended it, when the cells that ran have saved and ended.
+    """
     waiting, failed = list(tasks), []
     running: dict[int, tuple[Task, LocalJob]] = {}
     slots = range(config.array_parallelism or 1)
-    path = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = f"{code}{os.pathsep}{path}" if path else str(code)
-    try:
+    with _as_supervisor(code, folder, running):
         while waiting or running:
             for slot in slots:
                 if slot not in running and waiting and not cancelled(folder):
@@ -158,13 +163,35 @@ def run_local(
                 failed += [task.cell for task in waiting]
                 waiting = []
             time.sleep(0.2)
+    return failed
+
+
+@contextlib.contextmanager
+def _as_supervisor(
+    code: Path, folder: Path, running: Mapping[int, tuple[Task, LocalJob]]
+) -> Iterator[None]:
+    """For a process that runs cells: they use the code, and end with it. If it is asked to end, or
+    fails, they end in order before."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Requeue
+
+    kept = {name: os.environ.get(name) for name in ("PYTHONPATH", SUPERVISOR)}
+    before = signal.signal(signal.SIGTERM, stop)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code), kept["PYTHONPATH"]]))
+    os.environ[SUPERVISOR] = json.dumps(Process.of(os.getpid()).to_json())
+    try:
+        yield
     except BaseException:
-        for _, job in running.values():
-            end_local(int(job.job_id), folder)
+        while left := [job for _, job in running.values() if not job.done()]:
+            for job in left:
+                end_local(int(job.job_id), folder)
+            time.sleep(1)
         raise
     finally:
-        os.environ["PYTHONPATH"] = path
-    return failed
+        signal.signal(signal.SIGTERM, before)
+        for name, value in kept.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def _start_local(config: SubmitConfig, task: Task, folder: Path, slot: int) -> LocalJob:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from crysforge.datapipe.common.claims import is_unused
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.names import nearest
 from crysforge.launch.cluster import status, sweep
@@ -128,7 +129,7 @@ class Request:
         """The submission this one continues, or a new one."""
         folder, job = Submission.folder_of(self.output), self.config.job or "suite"
         if not (folder / "submission.json").is_file():
-            if folder.exists() and any(folder.iterdir()):
+            if not is_unused(folder):
                 raise ValueError(f"{folder} is not empty and holds no submission")
             return Submission(folder, job)
         submission = Submission.read(folder)

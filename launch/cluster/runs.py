@@ -6,15 +6,17 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crysforge.datapipe.common.files import read_json_lines
 from crysforge.launch.cluster.submission import SUFFIX
 
 SILENT_S = 900.0
 """Seconds without a step after which a run that should be training is named."""
+_TAIL = 65536
+"""Bytes at the end of metrics.jsonl that tell where a run is."""
 
 
 @dataclass
@@ -46,7 +48,7 @@ def read_run(run: Path) -> RunState:
     """The state of a run directory, as far as its files can be understood."""
     state = RunState()
     for read in (_from_metrics, _from_events, _from_heartbeat, _from_results):
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        with contextlib.suppress(AttributeError, KeyError, OSError, TypeError, ValueError):
             read(run, state)
     return state
 
@@ -55,7 +57,7 @@ def _from_metrics(run: Path, state: RunState) -> None:
     """The newest stage's newest numbers: validation MAE before validation loss before loss."""
     stage: str = ""
     last: dict[str, Any] = {}
-    for line in read_tail(run / "metrics.jsonl"):
+    for _, line in read_json_lines(run / "metrics.jsonl", last=_TAIL):
         if line.get("stage") != stage:
             stage, last = line.get("stage", ""), {}
         last.update(line)
@@ -85,7 +87,7 @@ def _from_events(run: Path, state: RunState) -> None:
     starts: dict[int, dict[str, Any]] = {}
     bad = set()
     for path in (run / "events").glob("rank-*.jsonl"):
-        for event in _lines(path):
+        for _, event in read_json_lines(path):
             if event["event"] in ("start", "resume"):
                 starts[event["rank"]] = event
             elif event["event"] == "quarantine":
@@ -127,13 +129,6 @@ def run_directories(path: Path) -> dict[str, Path]:
     }
 
 
-def read_tail(path: Path, size: int = 65536) -> Iterator[dict[str, Any]]:
-    """The last lines of a JSONL file, as many as fit the size."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - size))
-        yield from _objects(file.read())
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty if there is none."""
     with contextlib.suppress(OSError, ValueError):
@@ -141,17 +136,3 @@ def read_json(path: Path) -> dict[str, Any]:
         if isinstance(value, dict):
             return value
     return {}
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with contextlib.suppress(OSError):
-        yield from _objects(path.read_bytes())
-
-
-def _objects(content: bytes) -> Iterator[dict[str, Any]]:
-    """JSON objects, one a line; lines that are cut off are left out."""
-    for line in content.decode("utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            value = json.loads(line)
-            if isinstance(value, dict):
-                yield value

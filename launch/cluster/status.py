@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from crysforge.datapipe.common.files import replacing, write_text
 from crysforge.launch.cluster.events import EventLog, ends_of_turn, verdict
 from crysforge.launch.cluster.executors import end_local
 from crysforge.launch.cluster.runs import (
@@ -20,12 +20,7 @@ from crysforge.launch.cluster.runs import (
     read_run,
     run_directories,
 )
-from crysforge.launch.cluster.submission import (
-    Submission,
-    replace_text,
-    run_finished,
-    slurm_states,
-)
+from crysforge.launch.cluster.submission import Submission, run_finished, slurm_states
 from crysforge.launch.cluster.worker import cancelled
 
 _OVER = {
@@ -206,12 +201,10 @@ def collect(path: str | Path) -> tuple[Path, int, int]:
         raise ValueError(f"nothing to collect yet: {path} does not exist")
     output = Path(path) / "results.csv"
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    temporary = output.with_name(f".{output.name}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    with replacing(output) as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, output)
     return output, len(rows), done
 
 
@@ -224,7 +217,7 @@ def cancel(path: str | Path) -> int:
     submission = Submission.find(path)
     if submission is None:
         raise ValueError(f"{path} was not submitted: there is no {Submission.folder_of(path)}")
-    replace_text(submission.folder / "cancelled", "")
+    write_text(submission.folder / "cancelled", "")
     ids: dict[str, set[str]] = {"slurm": set(), "local": set(), "debug": set()}
     for attempt in submission.attempts:
         ids[attempt["cluster"]] |= set(attempt["ids"].values())

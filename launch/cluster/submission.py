@@ -8,22 +8,26 @@ and the logs.
     OUTPUT.submit/events/<cell>.jsonl   turns of a cell: started, stopped, requeued, …
     OUTPUT.submit/events/<cell>/        the same of each of its processes
     OUTPUT.submit/cancelled             there if it was cancelled: no job asks for another turn
+    OUTPUT.submit/lock                  there while somebody submits
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from crysforge.datapipe.common.claims import claim_directory
+from crysforge.datapipe.common.files import remove_tree, write_json, write_text
 from crysforge.launch.cluster.code import code_files, commit
 
 SCHEMA = 1
@@ -76,7 +80,7 @@ class Submission:
             "cells": self.cells,
             "attempts": self.attempts,
         }
-        replace_text(self.folder / "submission.json", json.dumps(record, indent=1) + "\n")
+        write_json(self.folder / "submission.json", record)
 
     def output(self, cell: str) -> Path:
         """What a cell writes."""
@@ -93,7 +97,7 @@ class Submission:
         }
         path = self.folder / "cells" / f"{cell}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+        write_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
         return path
 
     def job_id(self, cell: str) -> tuple[str, str]:
@@ -110,10 +114,27 @@ class Submission:
             return run_finished(output)
         return (output / "manifest.json").is_file() if job == "prepare" else output.is_file()
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from submitting to the folder meanwhile; if nothing is written to a
+        new one, none stays.
+
+        Raises:
+            ValueError: another process does so.
+        """
+        folder = self.folder.resolve()
+        busy = f"another submit is at work in {self.folder}: let it finish, or end it (cancel=…)"
+        try:
+            with claim_directory(folder, busy):
+                yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
     def snapshot(self) -> Path:
         """Copies the code for the next submission; what is edited afterwards does not reach it."""
         path = self.folder / f"code-{len(self.attempts) + 1}"
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path)
         for name, file in code_files().items():
             target = path / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -129,13 +150,6 @@ def run_finished(path: Path) -> bool:
         return set(stages) <= set(run["finished"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replaces a file's content in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def new_attempt(cluster: str, code: Path, ids: Mapping[str, str]) -> dict[str, Any]:

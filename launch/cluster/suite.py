@@ -34,11 +34,11 @@ from pathlib import Path
 from typing import Any
 
 from crysforge.datapipe.common.config import configure
+from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.storage.remote import local_path
 from crysforge.launch.cluster import sweep
 from crysforge.launch.cluster.jobs import JOBS, Cell, check
-from crysforge.launch.cluster.submission import replace_text
 from crysforge.trainer.base.command_line import merge_sources, read_yaml
 from crysforge.trainer.evaluation.suite import SCHEMA, SUITE
 
@@ -165,7 +165,7 @@ class Suite:
             "cells": {**known, **cells},
         }
         self.output.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(record, indent=1) + "\n")
+        write_json(path, record)
 
     def _cells(self) -> Iterator[Cell]:
         """The finetunings; the runs they start from are noted on the way."""

@@ -12,7 +12,6 @@ module imports nothing heavy.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -31,12 +30,15 @@ from typing import Any
 from submitit.core.job_environment import JobEnvironment
 from submitit.core.utils import DelayedSubmission, JobPaths
 
+from crysforge.datapipe.common.processes import Parent, Process, start_watching
 from crysforge.launch.cluster.events import EventLog, ends_of_turn, outcome_of, verdict
 
 _STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _TAG = re.compile(r"([a-z][a-z0-9_]*)-\d{8}")
 """Name of a checkpoint (trainer/runs/checkpoint.py)."""
 END = "SLURM_JOB_END_TIME"
+SUPERVISOR = "CRYSFORGE_SUBMIT"
+"""Environment variable that says which process runs the cells on this machine."""
 LATE_S = 600.0
 """Seconds before its time limit from which on a turn that stops is taken to end for that."""
 
@@ -57,9 +59,11 @@ class Task:
 
     def __call__(self) -> None:
         """Runs the script to its end, or until it stops, and exits with its code."""
+        env = JobEnvironment()
+        if env.name() == "local":
+            _end_with_submit(int(env.job_id))
         if cancelled(self.folder):
             raise SystemExit(outcome_code("stopped"))
-        env = JobEnvironment()
         environ = {**os.environ, **rank_environ(env)}
         own = EventLog(self.folder, self.cell, env.global_rank)
         turn = restarts() if env.name() == "slurm" else len(own.starts(env.job_id))
@@ -70,20 +74,22 @@ class Task:
             self._note_start(env, here, ends)
         here |= {"rank": env.global_rank, "node": _node(env)}
         own.note("start", **here, pid=os.getpid())
-        code = run_to_end([sys.executable, *self.argv], environ)
+        heard: list[int] = []
+        code = run_to_end([sys.executable, *self.argv], environ, heard)
         own.note(outcome_of(code), **here, code=code)
         if env.name() != "slurm" and env.global_rank == 0:
             self._wait_for_peers(env, turn, outcome_of(code))
-            self.settle(env, turn, code)
+            self.settle(env, turn, code, ended=signal.SIGTERM in heard)
         raise SystemExit(code if code >= 0 else 128 - code)
 
-    def settle(self, env: JobEnvironment, turn: int, code: int) -> str:
+    def settle(self, env: JobEnvironment, turn: int, code: int, ended: bool = False) -> str:
         """After a turn: notes how it ended, and asks for another one if the job stopped before its
         end or crashed, perhaps only since a machine did. Returns the outcome.
 
         Args:
             turn: number of the turn, from 0.
             code: exit code of the step, for where no process has a word of its own.
+            ended: whether `submit` has told it to end.
         """
         log = EventLog(self.folder, self.cell)
         here = {"job": env.job_id, "turn": turn}
@@ -92,7 +98,7 @@ class Task:
             self._note_start(env, here)
         end = verdict(ends_of_turn(self.folder, self.cell, env.job_id, turn), code)
         open_end = end["event"] in ("stopped", "crashed")
-        wanted = open_end and not cancelled(self.folder) and _still_wanted(env)
+        wanted = open_end and not ended and not cancelled(self.folder) and _still_wanted(env)
         if open_end and not wanted:  # what ended it made it crash, perhaps
             end["event"] = "stopped"
         end |= {**here, "progress": progress(self.output)}
@@ -150,12 +156,17 @@ class Task:
             time.sleep(0.1)
 
 
-def run_to_end(command: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Exit code of a command; signals that ask this process to stop are passed on to it."""
+def run_to_end(
+    command: Sequence[str], environ: Mapping[str, str], heard: list[int] | None = None
+) -> int:
+    """Exit code of a command, which ends with this process, or it would go on training beside the
+    next turn. Signals that ask this process to stop are passed on to it, and noted in `heard`."""
+    heard = [] if heard is None else heard
     early: list[int] = []
     process: subprocess.Popen | None = None
 
     def pass_on(number: int, frame: object) -> None:
+        heard.append(number)
         if process is None:
             early.append(number)
         else:
@@ -163,7 +174,9 @@ def run_to_end(command: Sequence[str], environ: Mapping[str, str]) -> int:
 
     for stop in _STOP:
         signal.signal(stop, pass_on)
-    process = subprocess.Popen(command, env=dict(environ), preexec_fn=_die_with_parent)
+    process = subprocess.Popen(
+        command, env=dict(environ), preexec_fn=Parent.here().end_program_with_me
+    )
     for number in early:
         process.send_signal(number)
     code = process.wait()
@@ -172,11 +185,13 @@ def run_to_end(command: Sequence[str], environ: Mapping[str, str]) -> int:
     return code
 
 
-def _die_with_parent() -> None:
-    """Linux: has this process killed when its parent is gone, or it would go on training beside the
-    next turn."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def _end_with_submit(controller: int) -> None:
+    """Binds this process to those that have started it on this machine: submitit's controller, and
+    `submit`, which waits for it."""
+    Parent(controller, by_main_thread=True).end_with_me()
+    if SUPERVISOR in os.environ:
+        supervisor = Process.from_json(json.loads(os.environ[SUPERVISOR]))
+        start_watching(supervisor.alive, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def outcome_code(outcome: str) -> int:

@@ -35,10 +35,12 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 from crysforge.trainer.base.signals import REQUEUE
 from tests.distributed.ranks import ROOT, free_port, rank_environ
+from tests.families import left_of, session_of
 
 KILLED = -signal.SIGKILL
 REACHED = "fault: "
@@ -56,6 +58,8 @@ class Ended(NamedTuple):
     """What they printed."""
     taken: list[Taken]
     """The training batches that they took, each rank's in order."""
+    left: list[str]
+    """Processes of theirs that were left behind."""
 
 
 class Taken(NamedTuple):
@@ -91,6 +95,7 @@ class Server:
         ranks: int | None = None,
         faults: dict[int, dict[str, Any]] | None = None,
         timeout: float = 240,
+        times: int = 1,
     ) -> Ended:
         """Starts a job and waits for its end. When a rank fails, the others are killed after a
         while, as launchers do.
@@ -99,17 +104,19 @@ class Server:
             script: of launch/.
             ranks: None sets no launcher's variables.
             faults: rank → what befalls it.
+            times: how often the command is given at the same time, where it has no ranks.
         """
         port = free_port()
         order = {
             "script": script,
             "args": list(args),
-            "environs": [{}] if ranks is None else [
+            "environs": [{}] * times if ranks is None else [
                 {k: v for k, v in rank_environ(r, ranks, port).items() if os.environ.get(k) != v}
                 for r in range(ranks)
             ],
             "faults": {str(k): v for k, v in (faults or {}).items()},
             "timeout": timeout,
+            "grace": timeout if times > 1 else 15,
         }  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(order) + "\n")
@@ -117,7 +124,7 @@ class Server:
         answer = json.loads(self._process.stdout.readline())
         noted = re.compile(rf"\n{NOTE}(.*)\n")
         taken = [Taken(*json.loads(text)) for text in noted.findall(answer["output"])]
-        return Ended(answer["codes"], noted.sub("", answer["output"]), taken)
+        return Ended(answer["codes"], noted.sub("", answer["output"]), taken, answer["left"])
 
 
 def serve() -> None:
@@ -134,16 +141,16 @@ def serve() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         children = [_fork(order, rank) for rank in range(len(order["environs"]))]
-        codes, output = _wait(children, order["timeout"])
-        answers.write(json.dumps({"codes": codes, "output": output}) + "\n")
+        codes, output, left = _wait(children, order["timeout"], order["grace"])
+        answers.write(json.dumps({"codes": codes, "output": output, "left": left}) + "\n")
         answers.flush()
 
 
 def _wait(
-    children: list[tuple[int, int]], timeout: float, grace: float = 15
-) -> tuple[list[int], str]:
-    """Exit codes and output; kills what is left some seconds after the first failure, or at the
-    timeout, and what ranks leave behind.
+    children: list[tuple[int, int]], timeout: float, grace: float
+) -> tuple[list[int], str, list[str]]:
+    """Exit codes, output, and what ranks leave behind, which is killed; kills ranks that are left
+    some seconds after the first failure, or at the timeout.
 
     Args:
         children: process and the pipe it prints to, of every rank.
@@ -165,15 +172,15 @@ def _wait(
                 elif time.monotonic() > end:
                     os.killpg(child, signal.SIGKILL)
         time.sleep(0.01)
-    for child, pipe in children:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
+    sessions = {child for child, _ in children}
+    behind = left_of([p for p in psutil.process_iter() if session_of(p) in sessions])
+    for _, pipe in children:
         with contextlib.suppress(BlockingIOError):
             while block := os.read(pipe, 1 << 16):
                 printed[child] += block
         os.close(pipe)
     output = "".join(text.decode(errors="replace") for text in printed.values())
-    return [codes[child] for child, _ in children], output
+    return [codes[child] for child, _ in children], output, [str(p) for p in behind]
 
 
 def _fork(order: dict[str, Any], rank: int) -> tuple[int, int]:

@@ -118,9 +118,9 @@ SAVE = [
     Moment("tensors are written", f"{RUNS}.checkpoint:save_tensors", 8, main=True),
     Moment("JSON is written", f"{RUNS}.checkpoint:write_json", 9, main=True),
     Moment("files are hashed", f"{RUNS}.checkpoint:sha256", 14, main=True),
-    Moment("it is in place", "crysforge.trainer.base.tensors:sync_directory", 8, main=True),
+    Moment("it is in place", "crysforge.datapipe.common.files:sync_directory", 8, main=True),
     Moment("old ones are removed", f"{RUNS}.checkpoint:remove_tree", 4, main=True),
-    Moment("a file is put in place", "crysforge.trainer.base.tensors:os.replace", 20, main=True),
+    Moment("a file is put in place", "crysforge.datapipe.common.files:os.replace", 20, main=True),
 ]
 BETWEEN = [
     Moment("the model is exported", f"{RUNS}.model_directory:save_tensors", 2, main=True),
@@ -277,6 +277,10 @@ KINDS = [
         said=("lost a loader worker",),
     ),
     Kind(
+        "SIGKILL of all ranks, with loader workers",
+        with_args(hit([*STEP, *VALIDATION], "SIGKILL"), "loader.workers=2"), MORTAL,
+    ),
+    Kind(
         "one rank hangs",
         with_args(
             hit(STEP[:3], "hang|hang with the lock", "one", 2), "trainer.step_timeout_s=5"
@@ -370,6 +374,7 @@ class Bench:
                     break
             for ended in starts:
                 assert set(ended.codes) <= kind.codes, (ended.codes, ended.output[-3000:])
+                assert not ended.left, ended.left
             kind.after(dice, run, self.data)
             if any(starts[-1].codes):
                 starts.append(self.start(job, run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests import reliability
+from tests.attacks import ATTACKS
 from tests.distributed.trials import KINDS
 
 CONFIG = reliability.Config()
@@ -15,6 +16,15 @@ def test_the_table_is_made_of_the_results():
     assert {t["fault"] for t in trials} <= {kind.name for kind in KINDS}
 
 
+def test_the_table_of_attacks_is_made_of_the_results():
+    tried = reliability.read(reliability.Path(CONFIG.attack_results))
+    page = reliability.Path(str(CONFIG.page)).read_text(encoding="utf-8")
+    table = reliability.attack_table(tried)
+    assert reliability.insert(page, table, reliability.ATTACKED) == page
+    assert {t["attack"] for t in tried} == {attack.name for attack in ATTACKS}
+    assert all(t["held"] for t in tried)
+
+
 def test_what_the_table_counts():
     def trial(lost, recovered=True, exact=True):
         return {"fault": KINDS[0].name, "lost": lost, "recovered": recovered, "exact": exact}
@@ -23,3 +33,5 @@ def test_what_the_table_counts():
     assert text.splitlines()[2:] == [f"| {KINDS[0].name} | 4 | 3 | 2 | 4 | 3 |"]
     page = f"before\n{reliability.BEGIN}old\n{reliability.END}after\n"
     assert reliability.insert(page, "new\n") == page.replace("old", "new")
+    tried = [{"attack": ATTACKS[0].name, "held": held} for held in (True, False, True)]
+    assert reliability.attack_table(tried).splitlines()[2:] == [f"| {ATTACKS[0].name} | 3 | 2 |"]

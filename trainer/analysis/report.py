@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from crysforge.datapipe.common.files import new_directory, write_json, write_text
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder
@@ -19,7 +20,6 @@ from crysforge.trainer.analysis.latents import Latents, latents, sample
 from crysforge.trainer.analysis.maps import latent_map, projector
 from crysforge.trainer.analysis.page import page
 from crysforge.trainer.analysis.probes import reconstruction
-from crysforge.trainer.base.tensors import new_directory, write_json, write_text
 from crysforge.trainer.figures.style import STYLE, TRAIN, VAL, new_figure, save_png
 
 

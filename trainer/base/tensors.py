@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, and safetensors read with care."""
+"""Tensors in files: written whole or not at all, read with care; and which code this is."""
 
 from __future__ import annotations
 
@@ -6,66 +6,33 @@ import contextlib
 import errno
 import functools
 import hashlib
-import json
 import os
 import re
-import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from crysforge import __version__
+from crysforge.datapipe.common.files import replacing_by_name
 from crysforge.trainer.base.safe_read import check_tensor_file
-
-
-def write_text(path: Path, text: str, durable: bool = True) -> None:
-    """Replaces the file's content in one step; `durable` waits until it is on disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any, durable: bool = True) -> None:
-    """Replaces the file by readable JSON."""
-    write_text(path, json.dumps(value, indent=2) + "\n", durable)
-
-
-def read_json(path: Path) -> Any:
-    """JSON from a file; ValueError names the file if it is broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file and waits until it is on disk. Raises OSError if it cannot."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # by the umask; safetensors writes for the owner only
-        whole = {k: v.contiguous() for k, v in tensors.items()}
-        save_file(whole, temporary, dict(metadata) if metadata else None)
-        temporary.chmod(mode)
-    except SafetensorError as error:  # what it makes of a full disk
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from None
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Replaces a safetensors file in one step, when it is on disk. Raises OSError if it cannot."""
+    whole = {k: v.contiguous() for k, v in tensors.items()}
+    with replacing_by_name(path) as temporary:
+        try:
+            save_file(whole, temporary, dict(metadata) if metadata else None)
+        except SafetensorError as error:  # what it makes of a full disk
+            number = re.search(r"os error (\d+)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code) if number else str(error), str(path)) from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -116,54 +83,6 @@ def copied_state(module: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
 
 
-def remove_tree(path: Path) -> None:
-    """Deletes a directory, if it is there."""
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def sync_directory(path: Path) -> None:
-    """Waits until names in a directory (a rename) are on disk, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextlib.contextmanager
-def new_directory(path: str | Path) -> Iterator[Path]:
-    """A directory that appears when the block ends: it is filled under another name beside, and of
-    a block that fails nothing stays.
-
-    Raises:
-        ValueError: `path` exists.
-    """
-    path = Path(path)
-    if path.exists() or path.is_symlink():
-        raise ValueError(f"{path} exists: choose another output")
-    work = path.with_name(f".{path.name}.partial")
-    remove_tree(work)
-    work.mkdir(parents=True)
-    try:
-        yield work
-        sync_directory(work)
-        work.rename(path)
-    except BaseException:
-        remove_tree(work)
-        raise
-    sync_directory(path.parent)
-
-
-def check_space(path: Path, size: int) -> None:
-    """Raises OSError unless `size` bytes and a little more fit on the disk of `path`."""
-    free = shutil.disk_usage(path).free
-    if free < 1.05 * size + 2**24:
-        raise OSError(
-            errno.ENOSPC, f"{size / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free", str(path)
-        )
-
-
 @functools.cache
 def code_version() -> Mapping[str, str]:
     """What the code is: package version, hash of the sources, and the git commit if there is one;
@@ -183,12 +102,3 @@ def code_version() -> Mapping[str, str]:
         if git.returncode == 0 and Path(top) == root:  # not of a project that it is installed in
             version["commit"] = commit
     return version
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

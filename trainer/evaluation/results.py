@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from crysforge.datapipe.common.files import read_json
 from crysforge.trainer.base.command_line import read_yaml
-from crysforge.trainer.base.tensors import read_json
 from crysforge.trainer.evaluation.suite import TARGET, Cell, Suite
 
 

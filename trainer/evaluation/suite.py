@@ -17,8 +17,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from crysforge.datapipe.common.files import read_json
 from crysforge.trainer.base.command_line import read_yaml
-from crysforge.trainer.base.tensors import read_json
 
 SCHEMA = 1
 SUITE = "suite.json"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from crysforge.datapipe.common.files import replacing
 from crysforge.datapipe.crystals.crystal import MAX_Z
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def save_png(figure: Figure, path: str | Path) -> None:
-    """Writes the figure; the same figure gives the same bytes."""
-    figure.savefig(path, format="png", facecolor="white")
+    """Replaces a file by the figure; the same figure gives the same bytes."""
+    with replacing(path, "wb", durable=False) as file:
+        figure.savefig(file, format="png", facecolor="white")
 
 
 def with_unit(name: str, unit: str) -> str:

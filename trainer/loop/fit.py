@@ -42,6 +42,7 @@ def fit(session: Session) -> tuple[Engine, Result]:
     if total < 1:
         raise ValueError(f"stage {stage.name!r} has nothing to do: 0 optimiser steps")
     step = 0 if checkpoint is None else checkpoint.step
+    session.run.check_owner()  # before the logs of a later process are touched
     logger = Logger(session.run.path, stage.name, step, total, world)
     try:
         if trainer.try_largest or (trainer.try_largest is None and world.device.type == "cuda"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from crysforge.datapipe.common.files import make_directory
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.trainer.base.tensors import load_tensors, save_tensors
 from crysforge.trainer.engines.base import Engine
@@ -26,7 +27,7 @@ def dump_batch(path: Path, batch: CrystalBatch) -> None:
     """Writes a batch as safetensors; `load_batch` reads it."""
     tensors = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
     tensors |= {f"targets/{k}": v for k, v in batch.targets.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     save_tensors(path, tensors, {"ids": json.dumps(batch.ids)})
 
 

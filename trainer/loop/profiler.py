@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from crysforge.datapipe.common.files import make_directory, replacing_by_name
+
 
 class ProfileWindow:
     """Profiles optimiser steps first … last of one rank.
@@ -35,6 +37,7 @@ class ProfileWindow:
         """To be called after it; writes the trace when the window ends."""
         if self._profile is not None and step == self.last:
             self._profile.stop()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._profile.export_chrome_trace(str(self.path))
+            make_directory(self.path.parent)
+            with replacing_by_name(self.path) as temporary:
+                self._profile.export_chrome_trace(str(temporary))
             self._profile = None

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+from crysforge.datapipe.common.files import make_directory, open_append
 from crysforge.trainer.loop.guards import STDERR
 
 
@@ -64,8 +65,8 @@ class Watchdog:
     def _end(self) -> None:
         where = f"what all threads were doing is in {self.path}"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "w", encoding="utf-8") as file:
+            make_directory(self.path.parent)
+            with open_append(self.path) as file:
                 file.write(f"no progress for {self.seconds:g} s or more\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from crysforge.datapipe.common.config import configure
-from crysforge.trainer.base.tensors import read_json
+from crysforge.datapipe.common.files import read_json
 from crysforge.trainer.evaluation.suite import Cell, Suite, shown
 from crysforge.trainer.reports.formats import NOTHING, Entry, Number, Table
 from crysforge.trainer.runs.logger import read_metrics

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from crysforge.datapipe.common.files import replacing
 from crysforge.trainer.evaluation.compare import Arm
 from crysforge.trainer.evaluation.suite import Suite
 from crysforge.trainer.figures import style as drawing
@@ -85,7 +86,8 @@ def save(figure: Figure, path: Path) -> None:
     """Writes PATH.png and PATH.svg; the same figure gives the same bytes."""
     png, svg = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg"))
     save_png(figure, png)
-    figure.savefig(svg, format="svg", facecolor="white", metadata={"Date": None})
+    with replacing(svg, "wb", durable=False) as file:
+        figure.savefig(file, format="svg", facecolor="white", metadata={"Date": None})
 
 
 def headline(figure: Figure, title: str, note: str = "") -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crysforge.trainer.base.tensors import write_text
+from crysforge.datapipe.common.files import write_text
 
 NOTHING = "–"
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crysforge.trainer.base.tensors import (
-    code_version,
-    remove_tree,
-    sync_directory,
-    write_text,
-)
+from crysforge.datapipe.common.files import replacing_directory, write_text
+from crysforge.trainer.base.tensors import code_version
 from crysforge.trainer.evaluation.compare import (
     Arm,
     arms_of,
@@ -90,31 +85,18 @@ def evaluate(suite: Suite, config: EvaluateConfig) -> Report:
     tables += [costs] if costs else []
     tables += [missing_table(missing)] if missing else []
 
-    partial = output.with_name(f".{output.name}.partial")
-    remove_tree(partial)
-    (partial / "tables").mkdir(parents=True)
-    for table in tables:
-        table.write(partial / "tables")
-    drawn: list[Figure] = []
-    if config.figures:
-        (partial / "figures").mkdir()
-        drawn = _draw(suite, arms, facts, config, partial / "figures")
     cells = {m.cell.name for m in missing}
-    text = _text(suite, tables, drawn, notes, known, config, len(suite.evaluated), len(cells))
-    write_text(partial / REPORT, text)
-    _replace(output, partial)
+    with replacing_directory(output) as work:
+        (work / "tables").mkdir()
+        for table in tables:
+            table.write(work / "tables")
+        drawn: list[Figure] = []
+        if config.figures:
+            (work / "figures").mkdir()
+            drawn = _draw(suite, arms, facts, config, work / "figures")
+        text = _text(suite, tables, drawn, notes, known, config, len(suite.evaluated), len(cells))
+        write_text(work / REPORT, text)
     return Report(output, main, len(cells))
-
-
-def _replace(output: Path, partial: Path) -> None:
-    """Puts a finished folder in its place; what was there goes when it stands."""
-    old = output.with_name(f".{output.name}.old")
-    remove_tree(old)
-    if output.exists():
-        os.rename(output, old)
-    os.rename(partial, output)
-    sync_directory(output.parent)
-    remove_tree(old)
 
 
 def _draw(

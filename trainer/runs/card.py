@@ -13,8 +13,9 @@ import yaml
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from crysforge.datapipe.common.files import new_directory, write_json, write_text
 from crysforge.trainer.base.safe_read import read_mapping, read_object
-from crysforge.trainer.base.tensors import new_directory, save_tensors, write_json, write_text
+from crysforge.trainer.base.tensors import save_tensors
 from crysforge.trainer.runs.logger import read_metrics
 from crysforge.trainer.runs.model_directory import (
     SCALER,

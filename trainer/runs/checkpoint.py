@@ -34,22 +34,24 @@ from typing import Any
 from torch import Tensor
 
 from crysforge import __version__
-from crysforge.trainer.base.tensors import (
+from crysforge.datapipe.common.claims import claim_directory, is_unused
+from crysforge.datapipe.common.files import (
     check_space,
-    code_version,
-    load_tensors,
+    make_directory,
     new_directory,
     read_json,
     remove_tree,
-    save_tensors,
     sha256,
     write_json,
     write_text,
 )
+from crysforge.trainer.base.tensors import code_version, load_tensors, save_tensors
 
 SCHEMA = 1
 TAG = re.compile(r"^([a-z][a-z0-9_]*)-(\d{8})$")
 """Name of a checkpoint: stage and step."""
+START_S = 60.0
+"""Seconds to wait for another process that starts the run too."""
 log = logging.getLogger(__name__)
 
 
@@ -117,25 +119,41 @@ class RunDirectory:
                 it and sets aside what came later. Going back happens once: a requeued job with the
                 same command goes on. (Any other `resume` in between makes it possible again.)
 
+        Of processes that start it at the same time one follows the other.
+
         Raises:
             ValueError: the directory holds something else, a run with another identity, or no
                 such checkpoint.
+            OSError: a file of the run is a link, a pipe or a device.
         """
+        self._is_there(resume)  # looked at first, since the lock leaves a file
+        if self.checkpoints.is_symlink():
+            make_directory(self.checkpoints)  # says so; others would be warnings
+        busy = f"another process is starting the run in {self.path}: let it finish"
+        with claim_directory(self.path.resolve(), busy, wait=START_S):
+            if self._is_there(resume):
+                return self._continue(config_yaml, dict(identity), resume)
+            return self._begin(config_yaml, dict(identity))
+
+    def _is_there(self, resume: str) -> bool:
+        """Whether a run is there. Raises ValueError where that does not fit what is asked for, or
+        something else is there."""
         marker = self.path / "run.json"
-        identity = dict(identity)
         if marker.is_file():
             if resume == "never":
                 raise ValueError(
                     f"{self.path} already holds a run: choose another run_dir, or resume=auto"
                 )
-            return self._continue(config_yaml, identity, resume)
+            return True
         if resume not in ("auto", "never"):
             raise ValueError(f"resume={resume}, but {self.path} holds no run")
-        if self.path.exists() and any(p.name != ".run.json.tmp" for p in self.path.iterdir()):
+        if not is_unused(self.path) and not marker.is_file():  # written by another one meanwhile
             raise ValueError(f"{self.path} is not empty and holds no run: choose another run_dir")
-        self.path.mkdir(parents=True, exist_ok=True)
+        return False
+
+    def _begin(self, config_yaml: str, identity: dict[str, Any]) -> dict[str, Any]:
         run = {"schema": SCHEMA, "version": __version__, "identity": identity, "finished": []}
-        write_json(marker, run)  # first: a kill in between leaves a run to be continued
+        write_json(self.path / "run.json", run)  # first: then a kill leaves a run to be continued
         self._own()
         write_text(self.path / "config.yaml", config_yaml)
         return run
@@ -257,6 +275,7 @@ class RunDirectory:
             return path
         if path.exists():  # one that could not be deleted
             _set_aside(path, "damaged")
+        make_directory(self.checkpoints)
         with new_directory(path) as work:
             self._write(work, checkpoint)
             if milestone:

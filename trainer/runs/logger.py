@@ -15,8 +15,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from crysforge.datapipe.common.files import (
+    make_directory,
+    open_append,
+    read_json_lines,
+    write_json,
+    write_text,
+)
 from crysforge.trainer.base.distributed import World
-from crysforge.trainer.base.tensors import write_json, write_text
 
 BEAT_S = 5.0
 """Least time between two heartbeats, in seconds."""
@@ -48,14 +54,14 @@ class Logger:
             dynamic_ncols=True,
         )
         events = run / "events"
-        events.mkdir(parents=True, exist_ok=True)
-        self._events = open(  # noqa: SIM115
-            events / f"rank-{world.rank:04d}.jsonl", "a", encoding="utf-8"
-        )
+        make_directory(events)
+        self._events = open_append(events / f"rank-{world.rank:04d}.jsonl")
         if self.enabled:
             _drop_lines(run / "metrics.jsonl", stage, start)
-            self._lines = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            self._lines = open_append(run / "metrics.jsonl")
             again = self.board_path.is_dir()
+            for folder in (self.board_path.parent, self.board_path):
+                make_directory(folder)
             self._board = self._new_board(start + 1 if again else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -160,24 +166,18 @@ def _drop_lines(path: Path, stage: str, start: int) -> None:
     """Forgets lines of this stage that were logged after the step a run resumes from."""
     if not path.is_file():
         return
-    kept = []
-    for text, line in _whole_lines(path):
-        if line["stage"] != stage or line["step"] <= start:
-            kept.append(text + "\n")
+    kept = [
+        f"{text}\n"
+        for text, line in read_json_lines(path)
+        if line["stage"] != stage or line["step"] <= start
+    ]
     write_text(path, "".join(kept))
-
-
-def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a JSONL file as text and value, without those that a kill has cut off."""
-    for text in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            yield text, json.loads(text)
 
 
 def read_metrics(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
     """The curves of a stage from RUN/metrics.jsonl: name → [(step, value), …]."""
     curves: dict[str, list[tuple[int, float]]] = {}
-    for _, line in _whole_lines(run / "metrics.jsonl"):
+    for _, line in read_json_lines(run / "metrics.jsonl"):
         if line.pop("stage") == stage:
             step = line.pop("step")
             for name, value in line.items():

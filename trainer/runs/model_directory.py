@@ -28,6 +28,7 @@ import yaml
 from torch import Tensor
 
 from crysforge import __version__
+from crysforge.datapipe.common.files import make_directory, sha256, write_json, write_text
 from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.models.encoders import Encoder, build_encoder
 from crysforge.trainer.base.safe_read import (
@@ -37,15 +38,7 @@ from crysforge.trainer.base.safe_read import (
     read_mapping,
     read_object,
 )
-from crysforge.trainer.base.tensors import (
-    code_version,
-    load_into,
-    load_tensors,
-    save_tensors,
-    sha256,
-    write_json,
-    write_text,
-)
+from crysforge.trainer.base.tensors import code_version, load_into, load_tensors, save_tensors
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.stages.base import STAGES, Stage
 
@@ -147,7 +140,7 @@ def describe_stage(
 ) -> None:
     """Writes what is known of a stage's model before it is trained: all but its weights. With a
     checkpoint of the run this is a model too, see `open_checkpoint`."""
-    path.mkdir(parents=True, exist_ok=True)
+    make_directory(path)
     if scaler is not None:
         write_json(path / SCALER, asdict(scaler))
     config = {

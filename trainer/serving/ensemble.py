@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from crysforge.datapipe.common.files import new_directory, write_json
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.trainer.base.safe_read import read_object
-from crysforge.trainer.base.tensors import new_directory, write_json
 from crysforge.trainer.figures import plots
 from crysforge.trainer.jobs.tables import errors, suffixes, write_table
 from crysforge.trainer.runs.card import share

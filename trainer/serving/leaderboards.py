@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from crysforge.datapipe.common.files import new_directory, write_bytes, write_json, write_text
 from crysforge.datapipe.preparing.splits import FOLDS, by_fold
 from crysforge.trainer.base.safe_read import read_object
-from crysforge.trainer.base.tensors import new_directory, write_json, write_text
 
 MATBENCH = {
     "matbench_dielectric": 4764,
@@ -137,7 +137,7 @@ def matbench(
     info = {"bibtex_refs": "", "notes": "", "requirements": {"python": ["crysforge"]}, **metadata}
     with new_directory(output) as work:
         content = gzip.compress(json.dumps(record).encode(), mtime=0)
-        (work / "results.json.gz").write_bytes(content)
+        write_bytes(work / "results.json.gz", content)
         write_json(work / "info.json", info)
         write_text(work / "run.sh", _commands(runs))
     return {

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from crysforge.datapipe.common.files import replacing
+from crysforge.datapipe.common.streams import is_stream
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.sources import Failure
+from crysforge.trainer.jobs.tables import cell
 
 if TYPE_CHECKING:
     from crysforge.trainer.serving.ensemble import Ensemble
     from crysforge.trainer.serving.predictor import Predictor
-from crysforge.trainer.jobs.tables import cell, replacing
 
 
 def predict_to_csv(
@@ -22,21 +24,24 @@ def predict_to_csv(
 ) -> tuple[int, int]:
     """Writes predictions as they come, and beside them the crystals that could not be used;
     returns how many of each. The files appear when all are written; of predictions none does where
-    there is none."""
+    there is none. A pipe or terminal gets them as they come, and standard error the crystals that
+    could not be used."""
     counts = {"written": 0, "dropped": 0}
-    with replacing(dropped_path(output)) as bad, contextlib.suppress(_NothingWritten):
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(dropped_path(output), streams=True) as bad, suppress(_NothingWritten):
         drops = csv.writer(bad)
-        drops.writerow(["id", "where", "reason", "message"])
 
         def usable() -> Iterator[Crystal]:
             for item in crystals:
                 if isinstance(item, Crystal):
                     yield item
                 else:
+                    if not counts["dropped"]:
+                        drops.writerow(["id", "where", "reason", "message"])
                     counts["dropped"] += 1
                     drops.writerow([item.id, item.where, item.reason, item.message])
 
-        with replacing(output) as file:
+        with replacing(output, streams=True) as file:
             writer = csv.writer(file)
             writer.writerow(["id", *model.columns])
             for crystal, values in model.iterate(usable(), max_atoms):
@@ -44,7 +49,7 @@ def predict_to_csv(
                 counts["written"] += 1
             if not counts["written"]:
                 raise _NothingWritten
-    if not counts["dropped"]:
+    if not counts["dropped"] and not is_stream(output):
         dropped_path(output).unlink()
     return counts["written"], counts["dropped"]
 
@@ -55,4 +60,6 @@ class _NothingWritten(Exception):
 
 def dropped_path(output: Path) -> Path:
     """Where the crystals are listed that have no prediction."""
+    if is_stream(output):
+        return Path("/dev/stderr")
     return output.with_name(f"{output.stem}.dropped.csv")

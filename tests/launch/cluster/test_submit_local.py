@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
+import pytest
 
 from crysforge.datapipe.common.config import configure
 from crysforge.launch.cluster import status
@@ -15,6 +19,8 @@ from crysforge.launch.cluster.events import EventLog, ends_of_turn
 from crysforge.launch.cluster.executors import run_here, run_local
 from crysforge.launch.cluster.submission import Submission, new_attempt
 from crysforge.launch.cluster.worker import Task
+from crysforge.trainer.base.signals import REQUEUE
+from tests.families import left_of, orphans, until
 
 SCRIPT = """
 import json, pathlib, sys, os, signal, time
@@ -200,3 +206,48 @@ def test_debug_runs_here_and_goes_on_after_a_failure(tmp_path):
         for c in ("raise", "2", "0")
     ]
     assert run_here(tasks, tmp_path) == ["raise", "2"]
+
+
+# When those that run cells are killed
+
+
+@contextmanager
+def supervised(tmp_path):
+    """A process that runs a cell which does not heed SIGINT and is told by SIGTERM to save."""
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from crysforge.trainer.base.command_line import run\n"
+        "from tests.launch.cluster.test_submit_local import local\n"
+        "run(lambda: local(Path(sys.argv[1]), {'a': ['wait']}))"
+    )
+    process = psutil.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    try:
+        until((tmp_path / "runs/a/waiting").exists, "the cell runs")
+        yield process
+    finally:
+        if process.is_running():
+            left_of([*process.children(recursive=True), process], bound=0)
+        process.wait()
+
+
+@pytest.mark.parametrize("generation", range(3), ids=["submit", "controller", "task"])
+def test_cells_do_not_outlive_those_that_run_them(tmp_path, generation):
+    """`submit` starts submitit's controller, that one a task, and that one the script."""
+    with supervised(tmp_path) as process:
+        line = [process]
+        while line[-1].children():
+            (child,) = line[-1].children()
+            line.append(child)
+        assert len(line) == 4
+        assert orphans(line[generation]) == []
+
+
+def test_submit_that_is_asked_to_end_lets_its_cells_save(tmp_path):
+    with supervised(tmp_path) as process:
+        family = process.children(recursive=True)
+        process.terminate()
+        assert process.wait(60) == REQUEUE
+        assert left_of(family) == []
+    folder = Submission.folder_of(tmp_path / "runs")
+    assert [e["event"] for e in EventLog(folder, "a").read()] == ["start", "stopped"]
+    assert len((tmp_path / "runs/a/turns").read_text()) == 1

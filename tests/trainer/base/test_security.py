@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from crysforge import load
-from crysforge.trainer.base.tensors import sha256
+from crysforge.datapipe.common.files import sha256
 from crysforge.trainer.loop.guards import load_batch
 from crysforge.trainer.runs.checkpoint import Checkpoint, RunDirectory
 from crysforge.trainer.runs.model_directory import open_model

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crysforge.datapipe.common.files import read_json, write_json
 from crysforge.launch.evaluate import find
-from crysforge.trainer.base.tensors import read_json, write_json
 from crysforge.trainer.evaluation.compare import arms_of, compare, mean_improvements
 from crysforge.trainer.evaluation.results import classification_scores, gather
 from crysforge.trainer.evaluation.suite import Suite

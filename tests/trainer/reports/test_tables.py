@@ -12,23 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from crysforge.datapipe.common.files import write_json, write_text
 from crysforge.launch.cluster.code import ROOT
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.base.command_line import read_yaml
-from crysforge.trainer.base.tensors import write_json, write_text
 from crysforge.trainer.evaluation.compare import arms_of
 from crysforge.trainer.evaluation.published import PATH, published
 from crysforge.trainer.evaluation.results import gather
 from crysforge.trainer.evaluation.suite import Suite
 from crysforge.trainer.reports.costs import costs_table
-from crysforge.trainer.reports.formats import (
-    Interval,
-    Number,
-    PValue,
-    Table,
-    escape_latex,
-    places,
-)
+from crysforge.trainer.reports.formats import Interval, Number, PValue, Table, escape_latex, places
 from crysforge.trainer.reports.published_tables import published_table
 from crysforge.trainer.reports.tables import results_table
 from crysforge.trainer.runs.model_directory import export_stage

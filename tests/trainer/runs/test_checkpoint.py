@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import resource
 import shutil
 import threading
@@ -10,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from crysforge.trainer.base import tensors as files
+from crysforge.datapipe.common.files import sha256
 from crysforge.trainer.base.tensors import load_into, load_tensors, save_tensors
 from crysforge.trainer.runs.checkpoint import BackgroundWriter, Checkpoint, RunDirectory
 
@@ -118,6 +119,37 @@ def test_a_run_is_its_last_starters(run):
     run.check_owner()
 
 
+def test_of_two_starts_at_once_the_later_one_goes_on(tmp_path):
+    """A hundred times, of a run that is new, and of one that is continued."""
+    fork = multiprocessing.get_context("fork")
+    barrier, results = fork.Barrier(2), fork.Queue()
+
+    def start_all():
+        for number in range(100):
+            run, said = RunDirectory(tmp_path / str(number // 2)), "goes on"
+            barrier.wait(60)
+            try:
+                run.start(f"a: {number}\n", {"seed": 0}, "auto")
+                barrier.wait(60)
+                run.check_owner()
+            except Exception as error:
+                said = str(error)
+            results.put((number, said))
+            barrier.wait(60)
+
+    processes = [fork.Process(target=start_all) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = sorted(results.get(timeout=60) for _ in range(200))
+    for process in processes:
+        process.join()
+    for (_, end), (_, on) in zip(found[::2], found[1::2], strict=True):
+        ended, went_on = sorted((end, on), key=lambda said: said == "goes on")
+        assert went_on == "goes on" and "was started again, by process" in ended
+    names = {p.name for p in tmp_path.glob("*/*")}
+    assert names == {"run.json", "owner.json", "config.yaml"}
+
+
 def test_what_could_not_be_deleted_is_no_obstacle(run):
     (run.checkpoints / "vae-00000001").mkdir(parents=True)
     (run.checkpoints / "vae-00000001" / ".nfs01").touch()
@@ -130,7 +162,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_named(run, monkeypatch):
         return torch.UntypedStorage.from_file(str(file), False, 1)
 
     for name, read, words in (
-        ("runs.checkpoint.sha256", files.sha256, "vae-00000001 is not complete, or being deleted"),
+        ("runs.checkpoint.sha256", sha256, "vae-00000001 is not complete, or being deleted"),
         ("base.tensors.load_file", opened, r"model\.safetensors was deleted while it was read"),
     ):
         path = run.save(checkpoint(1), keep=1)
@@ -219,7 +251,8 @@ def test_a_claim_that_is_killed_can_be_repeated(tmp_path, monkeypatch, name):
         patch.setattr(f"crysforge.trainer.runs.checkpoint.{name}", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run.start("a: 1\n", {}, "auto")
-    (run.path / ".run.json.tmp").write_text("{")
+    for name in (".run.json.tmp", ".run.json.0123abcd.tmp", "lock"):
+        (run.path / name).write_text("{")
     run.start("a: 1\n", {}, "auto")
     assert (run.path / "config.yaml").read_text() == "a: 1\n"
 
@@ -260,8 +293,6 @@ def test_loading_refuses_what_does_not_fit(tmp_path):
 
 def test_tensors_may_be_read_by_whoever_may_read_other_new_files(tmp_path):
     (tmp_path / "other").touch()
-    for _ in range(2):  # also where a killed process left its own
-        save_tensors(tmp_path / "m.safetensors", {"a": torch.ones(3)})
-        modes = {p.name: p.stat().st_mode for p in tmp_path.iterdir()}
-        assert modes["m.safetensors"] == modes["other"]
-        (tmp_path / ".m.safetensors.tmp").touch(0o600)
+    save_tensors(tmp_path / "m.safetensors", {"a": torch.ones(3)})
+    modes = {p.name: p.stat().st_mode for p in tmp_path.iterdir()}
+    assert modes["m.safetensors"] == modes["other"]

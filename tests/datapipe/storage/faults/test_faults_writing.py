@@ -11,6 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 
+from crysforge.datapipe.common import files
 from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.storage import writer as writing
@@ -101,7 +102,7 @@ class FullDisk:
 
     def open(self, path, mode="r", **options):
         file = builtins.open(path, mode, **options)  # noqa: SIM115  (it is what we return)
-        if "w" in mode:
+        if "w" in mode or "x" in mode:
             write, disk = file.write, self
 
             class Limited:
@@ -126,7 +127,8 @@ class FullDisk:
 
 def test_a_write_that_fails_at_any_byte_leaves_nothing(tmp_path, crystals, monkeypatch):
     disk = FullDisk(10**9)
-    monkeypatch.setattr(writing, "open", disk.open, raising=False)
+    for module in (writing, files):  # the shards; index and manifest
+        monkeypatch.setattr(module, "open", disk.open, raising=False)
     write(tmp_path / "whole", crystals)
     size = 10**9 - disk.room
     for room in np.linspace(0, size - 1, 60).astype(int):
