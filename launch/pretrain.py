@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer.base import distributed
+from crysforge.trainer.base.agreement import same_file
 from crysforge.trainer.base.command_line import parse, required, run, to_yaml
 from crysforge.trainer.base.signals import StopRequest
 from crysforge.trainer.jobs import setup as jobs
@@ -24,7 +25,9 @@ from crysforge.trainer.jobs.schemas import pretrain_schema
 from crysforge.trainer.loop.fit import fit
 from crysforge.trainer.loop.memory import memory_text
 from crysforge.trainer.runs.checkpoint import RunDirectory
+from crysforge.trainer.runs.facts import job_facts
 from crysforge.trainer.runs.model_directory import (
+    WEIGHTS,
     describe_data,
     describe_stage,
     export_stage,
@@ -42,7 +45,7 @@ def main() -> None:
     micro = {name: jobs.micro_batch(section, config.trainer) for name, section in sections.items()}
     dataset = Dataset.open(config.data)
     jobs.check_splits(dataset, config.data, "train")
-    world = distributed.init(config.trainer.timeout_s)
+    world = distributed.init(config.trainer.timeout_s, job_facts(config, dataset.manifest))
     print(world.describe(), flush=True)
 
     encoder = jobs.starting_encoder(config)
@@ -87,12 +90,14 @@ def main() -> None:
         )
         weights = engine.weights()
         if world.main:
+            directory.check_owner()
             export_stage(directory.path / name, stage, weights, data, start=start)
             directory.finish(name)
             shown = ", ".join(f"{k} {v:.4g}" for k, v in result.validation.items())
             shown = f"validation {shown}" if shown else "no crystals to validate on"
             print(f"{name}: finished after {result.steps} steps; {shown}", flush=True)
-        world.barrier()
+        for file in ("run.json", f"{name}/{WEIGHTS}"):
+            same_file(world.meeting, directory.path / file)
         encoder = open_model(directory.path, name).build_encoder()
         start = lineage(directory.path, name)
     if world.main and not config.dry_run:
@@ -101,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, distributed.ended)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from crysforge.datapipe.loading.stream import Stream
 from crysforge.datapipe.schema import CrystalBatch
+from crysforge.trainer.base.agreement import agree, same_weights
 from crysforge.trainer.base.distributed import World, lost_process
 from crysforge.trainer.base.signals import Requeue, StopRequest
 from crysforge.trainer.base.tensors import code_version, load_into
@@ -38,6 +39,7 @@ from crysforge.trainer.loop.profiler import ProfileWindow
 from crysforge.trainer.loop.saver import Saver, newest
 from crysforge.trainer.loop.watchdog import Watchdog
 from crysforge.trainer.runs.checkpoint import Checkpoint, RunDirectory
+from crysforge.trainer.runs.facts import stage_facts
 from crysforge.trainer.runs.logger import Logger
 from crysforge.trainer.stages.base import Stage, StageConfig
 
@@ -97,9 +99,13 @@ def fit(
         total = min(total, config.max_steps)
     if total < 1:
         raise ValueError(f"stage {stage.name!r} has nothing to do: 0 optimiser steps")
-    step = 0 if checkpoint is None else checkpoint.step
+    step, tag = (0, "") if checkpoint is None else (checkpoint.step, checkpoint.tag)
+    agree(world.meeting, stage_facts(stage, tag, total, train))
+    rounded = same_weights(world.meeting, stage, world.device)
     logger = Logger(run.path, stage.name, step, total, world)
     try:
+        if rounded:
+            logger.say("the hosts draw initial weights with other rounding: rank 0's are taken")
         if trainer.try_largest or (trainer.try_largest is None and world.device.type == "cuda"):
             logger.say(try_batch(stage, train.largest(), trainer, world))
         groups = param_groups(stage, config.weight_decay, lr_scales)

@@ -26,7 +26,7 @@ def dump_batch(path: Path, batch: CrystalBatch) -> None:
     """Writes a batch as safetensors; `load_batch` reads it."""
     tensors = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
     tensors |= {f"targets/{k}": v for k, v in batch.targets.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     save_tensors(path, tensors, {"ids": json.dumps(batch.ids)})
 
 

@@ -64,7 +64,7 @@ class Watchdog:
     def _end(self) -> None:
         where = f"what all threads were doing is in {self.path}"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(exist_ok=True)
             with open(self.path, "w", encoding="utf-8") as file:
                 file.write(f"no progress for {self.seconds:g} s or more\n")
                 file.flush()

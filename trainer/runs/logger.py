@@ -3,6 +3,7 @@ from every rank."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -48,7 +49,7 @@ class Logger:
             dynamic_ncols=True,
         )
         events = run / "events"
-        events.mkdir(parents=True, exist_ok=True)
+        events.mkdir(exist_ok=True)
         self._events = open(  # noqa: SIM115
             events / f"rank-{world.rank:04d}.jsonl", "a", encoding="utf-8"
         )
@@ -80,6 +81,8 @@ class Logger:
     def _new_board(self, purge_step: int | None = None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
+        if not self.run.is_dir():  # it would be made anew
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.run))
         return SummaryWriter(str(self.board_path), purge_step=purge_step)
 
     def _to_board(self, add: Callable[[Any], None]) -> None:
