@@ -1,5 +1,5 @@
-"""A job of tests/distributed/faults.py under the deepspeed launcher: its ranks note their batches and
-may be hit by a fault, too."""
+"""A job of tests/distributed/faults.py under the deepspeed launcher: its ranks note their batches,
+and faults hit them, too."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import socket
 import time
 from collections.abc import Mapping
@@ -70,7 +69,8 @@ def difference(groups: list[tuple[list[int], str, dict[str, Any]]]) -> str:
             values.setdefault(value, []).extend(ranks)
             hosts.setdefault(value, host)
         if len(values) > 1:
-            same = len(os.path.commonprefix(list(values)))
+            columns = enumerate(zip(*values, strict=False))
+            same = next((i for i, column in columns if len(set(column)) > 1), 0)
             each = (f"{_cut(v, same)} on {span(sorted(values[v]))} ({hosts[v]})" for v in values)
             parts.append(f"{key}: {', '.join(each)}")
     more = f"; and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""

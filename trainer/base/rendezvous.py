@@ -82,7 +82,7 @@ class Rendezvous:
         self.store, self._main, self._watched = store, Connection(store), Connection(watched)
         self.rank, self.size, self.timeout_s, self.hosts = rank, size, timeout_s, hosts
         self.name = f"rank {rank} on {socket.gethostname()}"
-        self._calls = 0
+        self._calls, self._grace = 0, min(GRACE_S, timeout_s)
         self._news: Exception | None = None
         self._arrived, self._over = threading.Event(), threading.Event()
         self._heard = False
@@ -139,7 +139,7 @@ class Rendezvous:
         """
         text = json.dumps({"rank": self.name, "reason": reason, "code": code})
         with contextlib.suppress(dist.DistError, Silent):
-            self._main.ask(lambda store: store.compare_set(_FAILED, "", text), GRACE_S)
+            self._main.ask(lambda store: store.compare_set(_FAILED, "", text), self._grace)
         self.leave(wait=True)
 
     def leave(self, wait: bool) -> None:
@@ -204,12 +204,12 @@ class Rendezvous:
             heard, self._heard = self._heard, True
         if not heard:
             with contextlib.suppress(dist.DistError, Silent):
-                connection.ask(lambda store: store.add(_HEARD, 1), GRACE_S)
+                connection.ask(lambda store: store.add(_HEARD, 1), self._grace)
 
     def _await_others(self, connection: Connection) -> None:
-        end = time.monotonic() + GRACE_S
+        end = time.monotonic() + self._grace
         with contextlib.suppress(dist.DistError, Silent):
-            while connection.ask(lambda store: store.add(_HEARD, 0), GRACE_S) < self.size:
+            while connection.ask(lambda store: store.add(_HEARD, 0), self._grace) < self.size:
                 if time.monotonic() > end:
                     return
                 time.sleep(0.02)

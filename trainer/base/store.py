@@ -110,10 +110,11 @@ def host_store(host: str, port: int) -> dist.TCPStore:
         ConnectionError: something else holds the port.
         ValueError: the port cannot be used.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    with contextlib.suppress(OSError, ValueError):  # a limit beyond the system's own
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     here = host if _is_here(host) else "localhost"  # a name that only others reach it by
     wait = timedelta(seconds=ANSWER_S)
     try:
@@ -170,7 +171,8 @@ def reach_store(host: str, port: int, timeout_s: float, end: float) -> dist.TCPS
     thread.join(seconds + 1)
     if not found:
         raise ConnectionError(
-            f"what answers {here} at {where} is not rank 0 of this job, or has ended: {OWN_PORT}"
+            f"what answers {here} at {where} is not rank 0 of this job, or it has ended or hangs: "
+            f"{OWN_PORT}"
         )
     return found[0]
 
