@@ -36,12 +36,12 @@ def errors(output: str) -> list[str]:
     [
         ({"own": {1: ["vae.lr=0.1"]}}, r"vae\.lr: 0\.003 on rank 0 \(.*\), 0\.1 on rank 1 \("),
         (
-            {"faults": {0: {"at": "trainer.runs.facts:metadata.version",
+            {"faults": {0: {"at": "crysforge.trainer.runs.facts:metadata.version",
                             "do": 'answer "0.1"'}}},
             r'torch: "0\.1" on rank 0 \(.*\), "\d.*" on rank 1 \(',
         ),
         (
-            {"faults": {1: {"at": "trainer.runs.facts:code_version",
+            {"faults": {1: {"at": "crysforge.trainer.runs.facts:code_version",
                             "do": 'answer {"sources": "c0de"}'}}},
             r'the code\'s sources: "\w{16}" on rank 0 \(.*\), "c0de" on rank 1 \(',
         ),

@@ -212,7 +212,7 @@ def disagree(dice: random.Random, job: Job, data: Path) -> Blow:
     rank = dice.randrange(job.size)
     if dice.random() < 0.4:
         at, answer = dice.choice(OTHERS)
-        fault = {"at": f"trainer.runs.facts:{at}", "do": f"answer {answer}"}
+        fault = {"at": f"crysforge.trainer.runs.facts:{at}", "do": f"answer {answer}"}
         return Blow(f"{at} is {answer} on rank {rank}", {rank: fault})
     setting = dice.choice(SETTINGS)
     return Blow(f"{setting} on rank {rank}", own={rank: [setting]})

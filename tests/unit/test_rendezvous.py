@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import threading
@@ -9,12 +10,16 @@ from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from crysforge.trainer.base import agreement, rendezvous, store
 from crysforge.trainer.base.agreement import agree, same_file
+from crysforge.trainer.base.distributed import place
 from crysforge.trainer.base.rendezvous import LostRank, RankCrashed, RankFailed, join
 from crysforge.trainer.base.store import Connection, Silent, span
-from tests.distributed.ranks import free_port
+from crysforge.trainer.jobs.schemas import pretrain_schema
+from crysforge.trainer.runs.facts import LIBRARIES, MAY_DIFFER, flat, job_facts
+from tests.distributed.ranks import ROOT, free_port
 
 
 def environ(port: int, **more: str) -> dict[str, str]:
@@ -190,9 +195,10 @@ def test_what_is_wrong_with_the_way_to_rank_0_is_one_line(monkeypatch):
         ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
         ({"MASTER_ADDR": "no.such.invalid", "MASTER_PORT": "1"},
          r"MASTER_ADDR=no\.such\.invalid is no host .*: set MASTER_ADDR"),
+        ({"MASTER_ADDR": "n" * 64, "MASTER_PORT": "1"}, "MASTER_ADDR=nn.* is no host"),
     ):  # fmt: skip
         for rank in (0, 1):
-            with pytest.raises(ValueError, match=words):
+            with pytest.raises((ValueError, ConnectionError), match=words):
                 join(rank, 2, 0.2, given)
     port = free_port()
     with pytest.raises(TimeoutError, match=rf"nobody at 127.0.0.1:{port} within 0\.3 s \(trainer"):
@@ -238,3 +244,36 @@ def test_a_file_is_waited_for_until_all_see_what_rank_0_wrote(five, tmp_path, mo
     paths[1].unlink()
     monkeypatch.setattr(agreement, "LAG_S", 0.1)
     assert "file system that all hosts share" in str(at_once(*looks)[1])
+
+
+def test_a_place_among_ranks_is_one_of_them():
+    torchrun = {"RANK": "1", "WORLD_SIZE": "4"}
+    srun = {"SLURM_PROCID": "2", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "3", "SLURM_LOCALID": "1"}
+    assert place(torchrun) == (1, 4, 0)
+    assert place(torchrun | srun | {"LOCAL_RANK": "1"}) == (1, 4, 1)
+    assert place(srun) == (2, 3, 1)
+    assert place(srun | {"SLURM_STEP_NUM_TASKS": "6"}) == (2, 6, 1)
+    del srun["SLURM_STEP_ID"]  # a batch script
+    assert place(srun) == place({}) == (0, 1, 0)
+    for wrong, words in (
+        ({"RANK": "4"}, "RANK=4, but WORLD_SIZE=4: ranks go from 0 to 3"),
+        ({"RANK": "-1"}, "RANK=-1 is no number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            place(torchrun | wrong)
+
+
+def test_every_setting_is_compared_but_those_that_may_differ():
+    config = pretrain_schema()()
+    settings = flat(dataclasses.asdict(config))
+    assert settings.keys() >= MAY_DIFFER
+    manifest = SimpleNamespace(fingerprint="f", index_sha256="i")
+    facts = job_facts(config, manifest)
+    assert settings.keys() & facts.keys() == settings.keys() - MAY_DIFFER
+    assert facts["torch"] == torch.__version__.split("+")[0] or facts["torch"] == torch.__version__
+    config.vae.lr, config.loader.workers, manifest.fingerprint = 7.0, 9, "other"
+    changed = job_facts(config, manifest)
+    assert {k for k in facts if facts[k] != changed[k]} == {"vae.lr", "the data's fingerprint"}
+    known = (ROOT / "setup.cfg").read_text()
+    assert all(f"    {name}>" in known for name in LIBRARIES)

@@ -95,17 +95,14 @@ def place(environ: Mapping[str, str]) -> tuple[int, int, int]:
     if "RANK" in environ and "WORLD_SIZE" in environ:
         names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
     elif "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
-        size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
-        names = "SLURM_PROCID", size, "SLURM_LOCALID"
+        tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+        names = "SLURM_PROCID", tasks, "SLURM_LOCALID"
     else:
         return 0, 1, 0
-    values = []
-    for name, default in zip(names, ("0", "1", "0"), strict=True):
-        text = environ.get(name, default)
-        if not text.isdecimal():
-            raise ValueError(f"{name}={text} is no number: a launcher sets it for each process")
-        values.append(int(text))
-    rank, size, local = values
+    for name in names:
+        if not environ.get(name, "0").isdecimal():
+            raise ValueError(f"{name}={environ[name]} is no number: launchers set one per process")
+    rank, size, local = (int(environ.get(n, d)) for n, d in zip(names, (0, 1, 0), strict=True))
     if rank >= size:
         raise ValueError(f"{names[0]}={rank}, but {names[1]}={size}: ranks go from 0 to {size - 1}")
     return rank, size, local

@@ -255,9 +255,11 @@ def join(
     torchrun = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # it holds the store itself
     hosts = rank == 0 and not torchrun
     client = host_store(host, port) if hosts else reach_store(host, port, timeout_s, end)
-    client.set_timeout(timedelta(seconds=timeout_s))
+    wait = timedelta(seconds=timeout_s)
+    second = dist.TCPStore(client.host, client.port, None, False, wait, wait_for_workers=False)
+    client.set_timeout(wait)
     attempt = f"crysforge-{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    store, watched = (dist.PrefixStore(attempt, c) for c in (client, client.clone()))
+    store, watched = (dist.PrefixStore(attempt, c) for c in (client, second))
     meeting = Rendezvous(store, watched, rank, size, timeout_s, hosts)
     job = environ.get("SLURM_HET_JOB_ID") or environ.get("SLURM_JOB_ID") or ""
     _introduce(meeting, job, f"{host}:{port}", max(1.0, end - time.monotonic()))

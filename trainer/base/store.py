@@ -88,14 +88,16 @@ def resolve(host: str, end: float) -> None:
 
     Raises:
         ValueError: there is no such host.
+        ConnectionError: the name service stays away.
     """
     while True:
         try:
             socket.getaddrinfo(host, None)
             return
         except (OSError, UnicodeError) as error:
-            if getattr(error, "errno", None) != socket.EAI_AGAIN or time.monotonic() > end:
-                raise ValueError(
+            again = getattr(error, "errno", None) == socket.EAI_AGAIN
+            if not again or time.monotonic() > end:
+                raise (ConnectionError if again else ValueError)(
                     f"MASTER_ADDR={host} is no host that {socket.gethostname()} can find "
                     f"({getattr(error, 'strerror', None) or error}): set MASTER_ADDR (deepspeed "
                     "--master_addr, torchrun --master-addr) to the name or address of rank 0's host"
