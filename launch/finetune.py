@@ -33,6 +33,7 @@ from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.loop.fit import fit
 from crysforge.trainer.loop.session import Result, Session
 from crysforge.trainer.runs.checkpoint import RunDirectory
+from crysforge.trainer.runs.facts import job_facts
 from crysforge.trainer.runs.model_directory import (
     describe_data,
     describe_stage,
@@ -51,7 +52,7 @@ def main() -> None:
     jobs.check_splits(dataset, config.data, *(("train", "val") if learns else ("test",)))
     items = {"train": jobs.labelled_items(dataset, config) if learns else np.empty(0, np.int64)}
     items |= {s: jobs.with_label(dataset, s, config.targets) for s in ("val", "test")}
-    world = distributed.init()
+    world = distributed.init(config.trainer.timeout_s, job_facts(config, dataset.manifest))
     stage, scaler = jobs.finetune_stage(config, dataset, items["train"])
     streams = [
         jobs.make_stream(
@@ -114,6 +115,7 @@ def main() -> None:
                 stop=stop,
             )
         )
+    directory.check_owner()
     export_stage(directory.path / "finetune", stage, copied_state(stage), data, scaler, start)
     metrics = reports.finetuned(stage, world, dataset, config, items, directory.path)
     metrics |= {"best_step": result.best_step, "steps": result.steps}
@@ -124,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, distributed.ended)

@@ -13,11 +13,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file of a checkout
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer.base import distributed
+from crysforge.trainer.base.agreement import same_file
 from crysforge.trainer.base.command_line import parse, required, run, to_yaml
 from crysforge.trainer.base.signals import StopRequest
 from crysforge.trainer.jobs import setup as jobs
@@ -26,7 +24,9 @@ from crysforge.trainer.loop.fit import fit
 from crysforge.trainer.loop.memory import memory_text
 from crysforge.trainer.loop.session import Session
 from crysforge.trainer.runs.checkpoint import RunDirectory
+from crysforge.trainer.runs.facts import job_facts
 from crysforge.trainer.runs.model_directory import (
+    WEIGHTS,
     describe_data,
     describe_stage,
     export_stage,
@@ -34,6 +34,9 @@ from crysforge.trainer.runs.model_directory import (
     open_model,
 )
 from crysforge.trainer.stages.base import STAGES
+
+if not __package__:  # run as a file of a checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main() -> None:
@@ -44,7 +47,7 @@ def main() -> None:
     micro = {name: jobs.micro_batch(section, config.trainer) for name, section in sections.items()}
     dataset = Dataset.open(config.data)
     jobs.check_splits(dataset, config.data, "train")
-    world = distributed.init(config.trainer.timeout_s)
+    world = distributed.init(config.trainer.timeout_s, job_facts(config, dataset.manifest))
     print(world.describe(), flush=True)
 
     before = open_model(config.init_from, config.init_stage) if config.init_from else None
@@ -101,12 +104,14 @@ def main() -> None:
         )
         weights = engine.weights()
         if world.main:
+            directory.check_owner()
             export_stage(directory.path / name, stage, weights, data, start=start)
             directory.finish(name)
             shown = ", ".join(f"{k} {v:.4g}" for k, v in result.validation.items())
             shown = f"validation {shown}" if shown else "no crystals to validate on"
             print(f"{name}: finished after {result.steps} steps; {shown}", flush=True)
-        world.barrier()
+        for file in ("run.json", f"{name}/{WEIGHTS}"):
+            same_file(world.meeting, directory.path / file)
         before = open_model(directory.path, name)
         encoder, start = before.build_encoder(), lineage(directory.path, name)
     if world.main and not config.dry_run:
@@ -115,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, distributed.ended)

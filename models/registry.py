@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from crysforge.datapipe.common.names import nearest
@@ -65,6 +68,23 @@ class Registry(Generic[T]):
                 f"plug-in {self.kind} {name!r} ({offered[name].value}) does not load: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+    def origin(self, name: str) -> str:
+        """Where a plug-in comes from: package, version and a hash of its sources; empty for what is
+        no plug-in."""
+        if name not in (offered := self._offered()):
+            return ""
+        point = offered[name]
+        package = "" if point.dist is None else f"{point.dist.name} {point.dist.version}, "
+        spec = importlib.util.find_spec(point.module.partition(".")[0])
+        folders = [Path(p) for p in (spec and spec.submodule_search_locations) or ()]
+        files = [(f.relative_to(folder), f) for folder in folders for f in folder.rglob("*.py")]
+        if not files and spec is not None and spec.has_location and spec.origin:
+            files = [(Path(point.module), Path(spec.origin))]
+        digest = hashlib.sha256()
+        for relative, file in sorted(files):
+            digest.update(f"{relative}\n".encode() + file.read_bytes())
+        return f"{package}sources {digest.hexdigest()[:16]}"
 
     def _offered(self) -> dict[str, EntryPoint]:
         points = entry_points(group=self.plugins) if self.plugins else ()

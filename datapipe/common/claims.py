@@ -39,7 +39,12 @@ def is_unused(path: Path) -> bool:
         return True
     except NotADirectoryError:
         return False
-    return all(name in _LOCKS or is_temporary(name) for name in names)
+    return all(map(is_lock_or_temporary, names))
+
+
+def is_lock_or_temporary(name: str) -> bool:
+    """Whether a file of this name is a lock, or being written."""
+    return name in _LOCKS or is_temporary(name)
 
 
 def empty_directory(path: Path) -> None:

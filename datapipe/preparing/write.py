@@ -22,7 +22,7 @@ from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import describe
 from crysforge.datapipe.preparing import splits
 from crysforge.datapipe.preparing.config import PrepareConfig, Work
-from crysforge.datapipe.preparing.prepare import WARNINGS, _csv
+from crysforge.datapipe.preparing.prepare import WARNINGS
 from crysforge.datapipe.sources import Failure, Raw, Reading
 from crysforge.datapipe.sources.parse import is_labelled
 from crysforge.datapipe.storage.dataset import DatasetWriter
@@ -190,7 +190,9 @@ def _write(
                 writer.add(SPLITS[code], result)
                 if result.notes:
                     if not warned:
-                        notes = csv.writer(files.enter_context(replacing(writer.directory / WARNINGS)))
+                        notes = csv.writer(
+                            files.enter_context(replacing(writer.directory / WARNINGS))
+                        )
                         notes.writerow(["id", "message"])
                     warned += 1
                     notes.writerows([result.id, note] for note in result.notes)

@@ -8,8 +8,9 @@ it.
 
 What `do` may be: the name of a signal; `group` and a signal, for the rank and its loader workers;
 `workers` and a signal, for the workers alone; `hang`; `hang with the lock`, which lets no other
-thread of the process run either; `remove` and a path, which is moved away; `disk full`, while the
-function runs no byte can be written to any file; `nan`, in what a stage returns.
+thread of the process run either; `remove` and a path, which is moved away; `delete` and a path;
+`disk full`, while the function runs no byte can be written to any file; `nan`, in what a stage
+returns; `fail` and a reason, which is raised as a ValueError; `answer` and JSON, which is returned.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import os
 import re
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +96,8 @@ class Server:
         *args: str,
         ranks: int | None = None,
         faults: dict[int, dict[str, Any]] | None = None,
+        own: dict[int, list[str]] | None = None,
+        environ: dict[int, dict[str, str]] | None = None,
         timeout: float = 240,
         times: int = 1,
     ) -> Ended:
@@ -105,13 +109,16 @@ class Server:
             ranks: None sets no launcher's variables.
             faults: rank → what befalls it.
             times: how often the command is given at the same time, where it has no ranks.
+            own: rank → what only its command says.
+            environ: rank → what only its environment says.
         """
         port = free_port()
         order = {
             "script": script,
-            "args": list(args),
+            "args": [[*args, *(own or {}).get(r, ())] for r in range(ranks or times)],
             "environs": [{}] * times if ranks is None else [
                 {k: v for k, v in rank_environ(r, ranks, port).items() if os.environ.get(k) != v}
+                | (environ or {}).get(r, {})
                 for r in range(ranks)
             ],
             "faults": {str(k): v for k, v in (faults or {}).items()},
@@ -122,9 +129,14 @@ class Server:
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
-        noted = re.compile(rf"\n{NOTE}(.*)\n")
-        taken = [Taken(*json.loads(text)) for text in noted.findall(answer["output"])]
-        return Ended(answer["codes"], noted.sub("", answer["output"]), taken, answer["left"])
+        return ended(answer["codes"], answer["output"], answer["left"])
+
+
+def ended(codes: list[int], output: str, left: list[str]) -> Ended:
+    """What came of a start, from what it printed."""
+    noted = re.compile(rf"\n{NOTE}(.*)\n")
+    taken = [Taken(*json.loads(text)) for text in noted.findall(output)]
+    return Ended(codes, noted.sub("", output), taken, left)
 
 
 def serve() -> None:
@@ -200,11 +212,7 @@ def _fork(order: dict[str, Any], rank: int) -> tuple[int, int]:
         os.dup2(writing, 1)
         os.dup2(writing, 2)
         os.environ.update(order["environs"][rank])
-        if fault := order["faults"].get(str(rank)):
-            _arm(**fault)
-        _note_batches(rank)
-        sys.argv = [f"launch/{order['script']}.py", *order["args"]]
-        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+        run_rank(order, rank)
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
@@ -216,6 +224,15 @@ def _fork(order: dict[str, Any], rank: int) -> tuple[int, int]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def run_rank(order: dict[str, Any], rank: int) -> None:
+    """Runs the script of an order in this process, as one of its ranks."""
+    if fault := order["faults"].get(str(rank)):
+        _arm(**fault)
+    _note_batches(rank)
+    sys.argv = [f"launch/{order['script']}.py", *order["args"][rank]]
+    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
 
 
 def _owner(at: str) -> tuple[Any, str]:
@@ -245,6 +262,8 @@ def _arm(
         if now and do == "disk full":
             with _no_space():
                 return original(*args, **kwargs)
+        if now and do.startswith("answer "):
+            return json.loads(do.removeprefix("answer "))
         if now and when == "before":
             _act(do)
         result = original(*args, **kwargs)
@@ -297,6 +316,10 @@ def _act(do: str) -> None:
         ctypes.PyDLL(None).pause()
     elif words[0] == "remove":
         os.replace(words[1], words[1] + ".away")
+    elif words[0] == "delete":
+        shutil.rmtree(words[1], ignore_errors=True)
+    elif words[0] == "fail":
+        raise ValueError(words[1])
 
 
 def _note_batches(rank: int) -> None:

@@ -114,6 +114,18 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(run):
     assert events(run.path, "finish", 1)
 
 
+@pytest.mark.parametrize("how", ["remove", "delete"])
+def test_a_run_directory_that_goes_ends_both_and_blocks_nothing(run, how):
+    goes = {"at": STEP, "call": 3, "do": f"{how} {run.path}"}
+    codes, output = run("trainer.checkpoint_every=2", rank1=goes)
+    assert codes == [2, 2], output
+    assert output.count(f"{run.path} was deleted or renamed while the run was going on") == 2
+    assert "Traceback" not in output
+    codes, output = run()
+    assert codes == [0, 0], output
+    assert [s for s, _ in curve(run.path, "vae")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_hanging_rank_ends_and_takes_the_other_with_it(run):
     hang = {"at": "crysforge.trainer.loop.training:weighted_loss", "call": 2, "do": "hang"}
     codes, output = run("trainer.step_timeout_s=2", rank1=hang)

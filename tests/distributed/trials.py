@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from crysforge.trainer.loop.watchdog import Watchdog
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from tests.distributed.faults import KILLED, REACHED, Ended, Server
 from tests.distributed.jobs import curve
+from tests.distributed.launched import under_launcher
 
 SAVE_EVERY = 4
 TRAINER = [
@@ -139,6 +140,12 @@ FORWARD = Moment(
     "crysforge.trainer.loop.training:Training.train_step",
 )
 START = [Moment("the run is claimed", f"{RUNS}.checkpoint:write_text", 1, main=True)]
+BEGIN = [
+    Moment("the data is opened", "crysforge.datapipe.storage.dataset:Dataset.open", 1),
+    Moment("the encoder is made", "crysforge.trainer.jobs.setup:starting_encoder", 1),
+    Moment("the newest checkpoint is looked for", "crysforge.trainer.loop.fit:newest", 2),
+    Moment("the engine is made", "crysforge.trainer.loop.fit:build_engine", 2),
+]
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,10 @@ class Blow:
     text: str
     faults: dict[int, dict[str, Any]] = field(default_factory=dict)
     args: list[str] = field(default_factory=list)
+    own: dict[int, list[str]] = field(default_factory=dict)
+    """What only one rank's command says."""
+    launcher: bool = False
+    """Whether the deepspeed launcher starts the ranks."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +206,38 @@ def with_args(draw: Callable[..., Blow], *args: str) -> Callable[[random.Random,
     return other
 
 
+def disagree(dice: random.Random, job: Job, data: Path) -> Blow:
+    """One rank's command, code or library is another."""
+    rank = dice.randrange(job.size)
+    if dice.random() < 0.4:
+        at, answer = dice.choice(OTHERS)
+        fault = {"at": f"crysforge.trainer.runs.facts:{at}", "do": f"answer {answer}"}
+        return Blow(f"{at} is {answer} on rank {rank}", {rank: fault})
+    setting = dice.choice(SETTINGS)
+    return Blow(f"{setting} on rank {rank}", own={rank: [setting]})
+
+
+SETTINGS = [
+    "vae.lr=0.1", "joint.batch_size=8", "seed=1", "loader.lanes=8", "stages=[vae]",
+    "trainer.accumulation=2", "trainer.precision=bf16", "encoder.width=32", "trainer.log_every=2",
+]  # fmt: skip
+OTHERS = [
+    ("metadata.version", '"0.0"'), ("platform.python_version", '"2.7"'),
+    ("code_version", '{"sources": "other"}'),
+]  # fmt: skip
+
+
+def gone(dice: random.Random, job: Job, data: Path) -> Blow:
+    """The run's directory is deleted, or renamed, while it is going on."""
+    return hit(STEP[:3], "remove RUN|delete RUN", "one", 2, 0.5)(dice, job, data)
+
+
+def killed_launcher(dice: random.Random, job: Job, data: Path) -> Blow:
+    """The deepspeed launcher and all that it started."""
+    blow = hit([*STEP, *SHARDS, *VALIDATION, *SAVE], "group SIGKILL", "one", share=0.7)
+    return replace(blow(dice, job, data), launcher=True)
+
+
 def lose_shard(dice: random.Random, job: Job, data: Path) -> Blow:
     """A training shard goes away while the run reads."""
     shard = dice.choice(sorted(data.glob("train-*.tar")))
@@ -203,6 +246,7 @@ def lose_shard(dice: random.Random, job: Job, data: Path) -> Blow:
 
 
 def restore_shard(dice: random.Random, run: Path, data: Path) -> None:
+    shutil.rmtree(f"{run}.away", ignore_errors=True)
     for path in data.glob("*.away"):
         path.rename(path.with_suffix(""))
 
@@ -293,6 +337,21 @@ KINDS = [
         {Watchdog.EXIT, KILLED}, TOGETHER, said=("no progress for 5 s",),
     ),
     Kind(
+        "one rank's command, code or library is another", disagree, {2}, TOGETHER,
+        said=("the ranks of this job disagree",),
+    ),
+    Kind(
+        "one rank of two fails as it starts", hit(BEGIN, "fail it was told to", "one"), {2},
+        TOGETHER, said=("error: it was told to", ": it was told to"),
+    ),
+    Kind(
+        "the run directory is deleted or renamed", gone, {2}, after=restore_shard,
+        said=("was deleted or renamed while the run was going on",),
+    ),
+    Kind(
+        "the deepspeed launcher is killed as a whole", killed_launcher, {KILLED}, TOGETHER,
+    ),
+    Kind(
         "a batch gives NaN",
         hit([FORWARD], "nan", "one"), {0},
         [ALONE, *TOGETHER], said=("update left out",), exact=False,
@@ -335,9 +394,11 @@ class Bench:
     def start(self, job: Job, run: Path, blow: Blow | None = None, *args: str) -> Ended:
         """One start of a job that saves, with or without a fault."""
         blow = blow or Blow("")
-        return self.server.run(
+        start = under_launcher if blow.launcher else self.server.run
+        faults = {r: {**f, "do": f["do"].replace("RUN", str(run))} for r, f in blow.faults.items()}
+        return start(
             job.script, *job.args, f"trainer.checkpoint_every={SAVE_EVERY}", *args, *blow.args,
-            f"data={self.data}", f"run_dir={run}", ranks=job.ranks, faults=blow.faults,
+            f"data={self.data}", f"run_dir={run}", ranks=job.ranks, faults=faults, own=blow.own,
         )  # fmt: skip
 
     def whole(self, job: Job) -> Path:

@@ -1,0 +1,1 @@
+"""What every job stands on, whatever it trains: its processes, files and settings."""

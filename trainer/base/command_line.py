@@ -151,30 +151,39 @@ def required(config: Any, *names: str) -> None:
             raise ValueError(f"setting {name!r} is required: give {name}=… (see --help)")
 
 
-def run(main: Callable[[], Any]) -> None:
+def run(
+    main: Callable[[], Any], ended: Callable[[Exception | None, int], None] = lambda *_: None
+) -> None:
     """Runs a launch script: a user's error is one line on stderr and exit code 2; a connection or
     process that was lost, which the same command may find again, is one with exit code 1.
 
     `CRYSFORGE_TRACEBACK=1` shows the traceback as well.
+
+    Args:
+        ended: gets the error that ends the process, or None, and the exit code.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without Å must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as found:
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as found:
         error = _lost(found) if isinstance(found, RuntimeError) else found
-        if error is None:
+        if not isinstance(error, ValueError | OSError):
+            ended(found, 1)
             raise
         if os.environ.get("CRYSFORGE_TRACEBACK"):
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr, flush=True)
         again = isinstance(error, ConnectionError | ChildProcessError | TimeoutError)
+        ended(error, 1 if again else 2)
         raise SystemExit(1 if again else 2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    finally:
+        ended(None, 0)
 
 
-def _lost(error: RuntimeError) -> OSError | None:
+def _lost(error: RuntimeError) -> Exception | None:
     from crysforge.trainer.base.distributed import lost_process, place
 
     return lost_process(error, place(os.environ)[0])

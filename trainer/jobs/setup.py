@@ -14,6 +14,7 @@ import torch
 from crysforge.datapipe.loading.stream import Stream
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder, build_encoder
+from crysforge.trainer.base.agreement import same_file
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import load_into
 from crysforge.trainer.engines.base import EngineConfig
@@ -97,18 +98,11 @@ def identity(
 def claim(
     run: RunDirectory, world: World, config_yaml: str, identity: Mapping[str, Any], resume: str
 ) -> dict[str, Any]:
-    """Rank 0 claims the run directory; every rank gets its run.json or the error."""
-    error: list[str | None] = [None]
-    if world.main:
-        try:
-            run.start(config_yaml, identity, resume)
-        except (ValueError, OSError) as problem:
-            error[0] = str(problem)
-    if world.size > 1:
-        torch.distributed.broadcast_object_list(error, 0)
-    if error[0] is not None:
-        raise ValueError(error[0])
-    return run.read()
+    """Rank 0 claims the run directory; every rank gets its run.json, and sees it where it is."""
+    record = run.start(config_yaml, identity, resume) if world.main else {}
+    record = world.share(record)
+    same_file(world.meeting, run.path / "run.json")
+    return record
 
 
 def labelled_items(dataset: Dataset, config: FinetuneJob) -> np.ndarray:

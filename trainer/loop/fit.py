@@ -7,6 +7,7 @@ from contextlib import closing
 
 import torch
 
+from crysforge.trainer.base.agreement import agree, same_weights
 from crysforge.trainer.base.distributed import lost_process
 from crysforge.trainer.base.tensors import code_version, load_into
 from crysforge.trainer.engines.base import Engine
@@ -16,6 +17,7 @@ from crysforge.trainer.loop.optim import param_groups
 from crysforge.trainer.loop.saver import newest
 from crysforge.trainer.loop.session import Result, Session
 from crysforge.trainer.loop.training import Training
+from crysforge.trainer.runs.facts import stage_facts
 from crysforge.trainer.runs.logger import Logger
 
 
@@ -41,10 +43,14 @@ def fit(session: Session) -> tuple[Engine, Result]:
         total = min(total, config.max_steps)
     if total < 1:
         raise ValueError(f"stage {stage.name!r} has nothing to do: 0 optimiser steps")
-    step = 0 if checkpoint is None else checkpoint.step
+    step, tag = (0, "") if checkpoint is None else (checkpoint.step, checkpoint.tag)
+    agree(world.meeting, stage_facts(stage, tag, total, session.train))
+    rounded = same_weights(world.meeting, stage, world.device)
     session.run.check_owner()  # before the logs of a later process are touched
     logger = Logger(session.run.path, stage.name, step, total, world)
     try:
+        if rounded:
+            logger.print("the hosts draw initial weights with other rounding: rank 0's are taken")
         if trainer.try_largest or (trainer.try_largest is None and world.device.type == "cuda"):
             logger.print(try_batch(stage, session.train.largest(), trainer, world))
         groups = param_groups(stage, config.weight_decay, session.lr_scales)

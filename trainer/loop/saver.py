@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from crysforge.trainer.base.agreement import same_file
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.engines.base import Engine
 from crysforge.trainer.loop.ema import WeightAverage
@@ -97,17 +98,15 @@ class Saver:
 
 
 def newest(run: RunDirectory, stage: str, world: World) -> Checkpoint | None:
-    """The checkpoint to go on from, the same on all ranks: rank 0 chooses."""
-    checkpoint, problem = None, ""
-    if world.main:
-        try:
-            checkpoint = run.latest(stage)
-        except ValueError as error:
-            problem = str(error)
-    none = -2 if problem else -1
-    step = int(world.broadcast(none if checkpoint is None else checkpoint.step))
-    if step == -2:
-        raise ValueError(problem or f"rank 0 cannot read the checkpoints of {run.path}")
-    if step >= 0 and checkpoint is None:
-        checkpoint = run.load(run.checkpoints / f"{stage}-{step:08d}")
+    """The checkpoint to go on from, the same on all ranks: rank 0 chooses.
+
+    Raises:
+        ValueError: all that are there are damaged, or this rank does not see the one chosen.
+    """
+    checkpoint = run.latest(stage) if world.main else None
+    tag = world.share(None if checkpoint is None else checkpoint.tag)
+    if tag is not None:
+        same_file(world.meeting, run.checkpoints / tag / "COMPLETE")
+        if checkpoint is None:
+            checkpoint = run.load(run.checkpoints / tag)
     return checkpoint

@@ -19,6 +19,7 @@ engine can continue from it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -34,7 +35,11 @@ from typing import Any
 from torch import Tensor
 
 from crysforge import __version__
-from crysforge.datapipe.common.claims import claim_directory, is_unused
+from crysforge.datapipe.common.claims import (
+    claim_directory,
+    is_lock_or_temporary,
+    is_unused,
+)
 from crysforge.datapipe.common.files import (
     check_space,
     make_directory,
@@ -52,6 +57,11 @@ TAG = re.compile(r"^([a-z][a-z0-9_]*)-(\d{8})$")
 """Name of a checkpoint: stage and step."""
 START_S = 60.0
 """Seconds to wait for another process that starts the run too."""
+_WRITTEN = re.compile(
+    r"checkpoints|events|heartbeat\.json|metrics\.jsonl|owner\.json|skipped|stacks|tensorboard"
+    r"|leftover(-\d+)?"
+)
+"""Names that a running process makes in a run's directory."""
 log = logging.getLogger(__name__)
 
 
@@ -147,16 +157,42 @@ class RunDirectory:
             return True
         if resume not in ("auto", "never"):
             raise ValueError(f"resume={resume}, but {self.path} holds no run")
-        if not is_unused(self.path) and not marker.is_file():  # written by another one meanwhile
-            raise ValueError(f"{self.path} is not empty and holds no run: choose another run_dir")
+        self._others()
         return False
 
     def _begin(self, config_yaml: str, identity: dict[str, Any]) -> dict[str, Any]:
+        self._set_leftovers_aside()
         run = {"schema": SCHEMA, "version": __version__, "identity": identity, "finished": []}
         write_json(self.path / "run.json", run)  # first: then a kill leaves a run to be continued
         self._own()
         write_text(self.path / "config.yaml", config_yaml)
         return run
+
+    def _others(self) -> list[Path]:
+        """What a process of a deleted run may have left in the directory. Raises ValueError if
+        something else is there."""
+        if is_unused(self.path):
+            return []
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path} is no directory: choose another run_dir")
+        found = [p for p in sorted(self.path.iterdir()) if not is_lock_or_temporary(p.name)]
+        there = [p for p in found if not _WRITTEN.fullmatch(p.name)]
+        if there and not (self.path / "run.json").is_file():  # written by another one meanwhile
+            raise ValueError(f"{self.path} is not empty and holds no run: choose another run_dir")
+        return found
+
+    def _set_leftovers_aside(self) -> None:
+        """Makes room where a run was deleted while it was going on, whose process may have written
+        once more."""
+        left = [p for p in self._others() if not p.name.startswith("leftover")]
+        if not left:
+            return
+        names = (f"leftover{f'-{i}' * (i > 1)}" for i in itertools.count(1))
+        aside = next(self.path / name for name in names if not (self.path / name).exists())
+        aside.mkdir()
+        for path in left:
+            path.rename(aside / path.name)
+        log.warning("what was left of a run that was deleted is now in %s", aside)
 
     def _continue(self, config_yaml: str, identity: dict[str, Any], resume: str) -> dict[str, Any]:
         run = self.read()
@@ -200,13 +236,22 @@ class RunDirectory:
         Of a process that did not start it, as ranks above 0, there is nothing to check.
 
         Raises:
-            ValueError: one has. It continues the run, and this process must end.
+            ValueError: one has. It continues the run, and this process must end. Or the directory
+                was deleted or renamed: what would be written now would belong to no run.
         """
         if not self._owner:
             return
         owner = self._owner
-        with contextlib.suppress(OSError, ValueError):
+        try:
             owner = read_json(self.path / "owner.json")
+        except FileNotFoundError:
+            if not (self.path / "run.json").exists():
+                raise ValueError(
+                    f"{self.path} was deleted or renamed while the run was going on: the same "
+                    "command starts it anew, or continues it once it is back in its place"
+                ) from None
+        except (OSError, ValueError):  # the next look may tell
+            pass
         if owner["id"] != self._owner["id"]:
             raise ValueError(
                 f"{self.path} was started again, by process {owner['pid']} on {owner['host']}: "
@@ -273,6 +318,7 @@ class RunDirectory:
         path = self.checkpoints / checkpoint.tag
         if (path / "COMPLETE").is_file():
             return path
+        self.checkpoints.mkdir(exist_ok=True)  # not its parent, which may have been deleted
         if path.exists():  # one that could not be deleted
             _set_aside(path, "damaged")
         make_directory(self.checkpoints)

@@ -3,6 +3,7 @@ from every rank."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -86,6 +87,8 @@ class Logger:
     def _new_board(self, purge_step: int | None = None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
+        if not self.run.is_dir():  # it would be made anew
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.run))
         return SummaryWriter(str(self.board_path), purge_step=purge_step)
 
     def _to_board(self, add: Callable[[Any], None]) -> None:

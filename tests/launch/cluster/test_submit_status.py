@@ -137,6 +137,7 @@ def test_running_value_is_of_the_newest_stage(tmp_path):
 def log_a_run(run: Path, monkeypatch) -> None:
     """As two ranks of a training log it, in their second start, after one on four ranks."""
     monkeypatch.setattr(logger, "BEAT_S", 0.0)
+    run.mkdir(parents=True, exist_ok=True)
     for rank in (3, 2, 1, 0):
         log = logger.Logger(run, "vae", 0, 50, World(rank, 4))
         log.event("start", step=0, host=f"old{rank}", ranks=4, device="cuda:0")

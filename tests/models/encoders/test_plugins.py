@@ -105,3 +105,15 @@ def test_the_pages_table_is_right():
         limit = encoder.graph.neighbors if rule == "nearest" else encoder.graph.radius
         assert limit == float(number), name
         assert (quotient == "yes") == (encoder.graph.depth is not None), name
+
+
+def test_where_a_plug_in_comes_from_is_known_by_its_sources(installed, tmp_path):
+    """So that ranks can compare it."""
+    assert ENCODERS.origin("pddformer") == ENCODERS.origin("no such encoder") == ""
+    before = ENCODERS.origin("filternet")
+    assert re.fullmatch(r"\w+ 1\.0, sources \w{16}", before)
+    (source,) = [p for p in tmp_path.glob("*.py") if "FilterNet" in p.read_text()]
+    source.write_text(source.read_text() + "\n")
+    assert ENCODERS.origin("filternet") != before
+    for name in installed:
+        assert ENCODERS.origin(name)

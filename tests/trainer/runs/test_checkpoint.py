@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from crysforge.datapipe.common.files import sha256
+from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import load_into, load_tensors, save_tensors
 from crysforge.trainer.runs.checkpoint import BackgroundWriter, Checkpoint, RunDirectory
+from crysforge.trainer.runs.logger import Logger
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -265,6 +267,55 @@ def test_other_directories_are_left_alone(tmp_path):
     for resume in ("must", "vae-00000001"):
         with pytest.raises(ValueError, match=f"resume={resume}, but .* holds no run"):
             RunDirectory(tmp_path / "none").start("", {}, resume)
+
+
+def vanish(run: RunDirectory, how: str) -> None:
+    if how == "deleted":
+        shutil.rmtree(run.path)
+    else:
+        run.path.rename(run.path.with_name("other"))
+
+
+@pytest.mark.parametrize("how", ["deleted", "renamed"])
+def test_a_run_that_is_gone_ends_and_is_not_made_anew(run, how):
+    log = Logger(run.path, "vae", 0, 9, World())
+    vanish(run, how)
+    log.event("warning")
+    log.beat(1)
+    log._board = None  # as after a write that failed
+    log.scalars(1, {"x": 1.0})
+    with pytest.raises(FileNotFoundError):
+        run.save(checkpoint(1), keep=1)
+    with pytest.raises(FileNotFoundError):
+        Logger(run.path, "joint", 0, 9, World())
+    log.close()
+    for ask in (run.check_owner, lambda: run.finish("vae")):
+        with pytest.raises(
+            ValueError, match=r"run was deleted or renamed while .* the same command"
+        ):
+            ask()
+    assert not run.path.exists()
+
+
+def test_what_a_process_writes_as_its_run_is_deleted_does_not_block_the_next(run, caplog):
+    identity = {"seed": 0, "vae": {"lr": 1}}
+    for name in ("leftover", "leftover-2"):
+        log = Logger(run.path, "vae", 0, 9, World())
+        run.save(checkpoint(7), keep=1)
+        log.beat(1, "stopped")
+        log.close()
+        for own in ("run.json", "config.yaml", "owner.json"):  # `rm -r` was here already
+            (run.path / own).unlink()
+        (run.path / ".heartbeat.json.tmp").touch()
+        record = RunDirectory(run.path).start("a: 1\n", identity, "auto")
+        assert record["finished"] == [] and run.latest("vae") is None
+        assert f"is now in {run.path / name}" in caplog.text
+        left = {p.name for p in (run.path / name).iterdir()}
+        assert left == {"checkpoints", "events", "heartbeat.json", "metrics.jsonl", "tensorboard"}
+    (run.path / "run.json").unlink()
+    (run.path / "config.yaml").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        run.start("a: 1\n", identity, "auto")
 
 
 def test_finishing_a_stage_is_remembered(run):

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from crysforge.trainer.base.command_line import run
 from crysforge.trainer.base.distributed import lost_process
+from crysforge.trainer.base.signals import REQUEUE, Requeue
 
 
 class Fatal(Dataset):
@@ -53,3 +54,34 @@ def test_other_errors_are_bugs_and_keep_their_traceback():
 
     with pytest.raises(RuntimeError):
         run(main)
+
+
+@pytest.mark.parametrize(
+    ("error", "ends", "code"),
+    [
+        (None, [(None, 0)], 0),
+        (ValueError("wrong"), [("wrong", 2), (None, 0)], 2),
+        (TimeoutError("late"), [("late", 1), (None, 0)], 1),
+        (TypeError("a bug"), [("a bug", 1), (None, 0)], None),
+        (Requeue(), [(None, 0)], REQUEUE),
+        (KeyboardInterrupt(), [(None, 0)], 130),
+    ],
+)
+def test_whoever_wants_to_know_hears_how_a_script_ends(error, ends, code):
+    def main():
+        if error is not None:
+            raise error
+
+    heard = []
+
+    def ended(reason, code):
+        heard.append((None if reason is None else str(reason), code))
+
+    try:
+        run(main, ended)
+        found = 0
+    except SystemExit as end:
+        found = end.code
+    except TypeError:
+        found = None
+    assert (heard, found) == (ends, code)
