@@ -20,6 +20,7 @@ import numpy as np
 import safetensors.numpy as safetensors
 from webdataset.writer import TarWriter
 
+from crysforge.datapipe.common.checked import Line, Name, checked
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.schema import MAX_Z
 from crysforge.datapipe.storage.manifest import (
@@ -110,6 +111,8 @@ class DatasetWriter:
             raise ValueError(f"shard_size must be at least 1, got {shard_size}")
         if len(set(targets)) < len(targets) or not set(units) <= set(targets):
             raise ValueError(f"targets {list(targets)} must be unique and name every unit {units}")
+        checked(list[Name], list(targets), "targets")
+        checked(dict[Name, Line | None], units, "units")
         self.root = Path(root).resolve()
         self.targets, self.units, self.shard_size = list(targets), units, shard_size
         self.directory = self.root.parent / f".{self.root.name}.partial"
@@ -244,6 +247,7 @@ class DatasetWriter:
             provenance=dict(provenance),
             graphs=dict(graphs or {}),
         )
+        manifest.check()
         text = json.dumps(asdict(manifest), indent=1, allow_nan=False, ensure_ascii=False)
         self._write(MANIFEST, text.encode())
         try:
