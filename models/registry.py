@@ -99,8 +99,8 @@ def configure(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def refuse_references(values: Any, where: str = "", key: str = "") -> None:
-    """Raises ValueError for a text that stands for something else, as `${oc.env:NAME}` does: what is
-    not typed may send a secret away, and what is typed has been looked up by now."""
+    """Raises ValueError for a text that stands for something else, as `${oc.env:NAME}` does: one
+    that is not typed may send a secret away, and one that is typed has been looked up by now."""
     if isinstance(values, Mapping):
         for name, value in values.items():
             refuse_references(name, where, key)

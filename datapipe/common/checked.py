@@ -8,7 +8,7 @@
 | `bool`, `int`, `float`, `str`, `None`, `Literal[…]`, unions | that, exactly: 1 is no bool, true is
   no number |
 | `Annotated[type, rule, …]` | that, and every rule |
-| `list[type]`, `dict[type, type]`, of tables `mapped(type, form)` | that of each entry |
+| `list[type]`, `dict[type, type]`; of tables `[form]`, `mapped(type, form)` | that of each entry |
 | `{"name": form, "name?": form, "*": form}` | these fields, those with `?` perhaps, and what is
   there besides under `*`; without `*`, other fields are left out |
 | `either(form, …)` | one of several, where one of them is a table |
@@ -126,6 +126,8 @@ def checked(form: Any, value: Any, where: str, at: str = "") -> Any:
     """
     if isinstance(form, Mapping):
         return _table(form, value, where, at)
+    if isinstance(form, list):
+        return _list(form[0], value, where, at)
     if isinstance(form, Mapped):
         if not isinstance(value, Mapping):
             raise _wrong("a mapping", value, where, at)
@@ -139,17 +141,14 @@ def checked(form: Any, value: Any, where: str, at: str = "") -> Any:
         value = checked(args[0], value, where, at)
         for rule in args[1:]:
             if not rule.test(value):
-                raise _wrong(f"{described(args[0])}, {rule.what}", value, where, at)
+                raise _wrong(_both(args[0], rule), value, where, at)
         return value
     if isinstance(form, Either) or origin in (Union, types.UnionType):
         return _one_of(form.forms if isinstance(form, Either) else args, value, where, at)
     if origin is Literal:
         same = any(value == choice and type(value) is type(choice) for choice in args)
     elif origin is list or form is list:
-        if isinstance(value, list):
-            entry = args[0] if args else Any
-            return [checked(entry, x, where, f"{at}[{i}]") for i, x in enumerate(value)]
-        same = False
+        return _list(args[0] if args else Any, value, where, at)
     elif origin is dict or form is dict:
         if isinstance(value, Mapping):
             return _mapping(args or (str, Any), value, where, at)
@@ -159,6 +158,12 @@ def checked(form: Any, value: Any, where: str, at: str = "") -> Any:
     if not same:
         raise _wrong(described(form), value, where, at)
     return value
+
+
+def _list(form: Any, value: Any, where: str, at: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise _wrong("a list", value, where, at)
+    return [checked(form, x, where, f"{at}[{i}]") for i, x in enumerate(value)]
 
 
 def _is(form: Any, value: Any) -> bool:
@@ -255,14 +260,22 @@ _WORDS = {
 
 def described(form: Any) -> str:
     """A form in words."""
+    if isinstance(form, list):
+        return _WORDS[list]
     origin, args = typing.get_origin(form), typing.get_args(form)
     if origin is Annotated:
-        return ", ".join([described(args[0]), *(rule.what for rule in args[1:])])
+        return _both(args[0], args[-1])
     if origin is Literal:
         return " or ".join(map(repr, args))
     if isinstance(form, Either) or origin in (Union, types.UnionType):
         return " or ".join(map(described, form.forms if isinstance(form, Either) else args))
     return _WORDS.get(origin or form, "a mapping") if isinstance(form, Hashable) else "a mapping"
+
+
+def _both(form: Any, rule: Rule) -> str:
+    """A form with a rule in words."""
+    alone = rule.what.split()[0] in ("a", "an", "one", "the")
+    return rule.what if alone else f"{described(form)}, {rule.what}"
 
 
 def _shown(text: str) -> str:

@@ -6,9 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-_MARKS = re.compile(
-    r"[\\`*\[\]~|$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|<(?=[A-Za-z/!?])|&(?=#?\w+;)"
-)
+_MARKS = re.compile(r"[\\`*\[\]~|]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|<(?=[A-Za-z/!?])|&(?=#?\w+;)")
 """What is markup anywhere in a line; what is markup only where a line starts never starts one."""
 _FORMULA = re.compile("'*[=+\\-@\t\r\n＝＋－＠]")
 """What spreadsheets take for a formula, or would if it lost its apostrophes."""
@@ -32,7 +30,8 @@ def _code(character: str) -> str:
 def markdown(text: str) -> str:
     """A text within a line or table cell of Markdown, shown as it is: no markup, links, images or
     HTML, no new line."""
-    return _MARKS.sub(lambda mark: _MARKUP.get(mark[0], f"\\{mark[0]}"), one_line(text))
+    text = _MARKS.sub(lambda mark: _MARKUP.get(mark[0], f"\\{mark[0]}"), one_line(text))
+    return text.replace("$", "\\$") if text.count("$") > 1 else text  # two make a formula
 
 
 _MARKUP = {"<": "&lt;", "&": "&amp;"}

@@ -8,6 +8,7 @@ form of `common/checked.py`. `tests/unit/common/test_safe_read.py` walks the cod
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ MAX_TEXT = 1 << 20
 """Bytes of the longest file of values, unless its reader says otherwise."""
 MAX_DEPTH = 32
 """Levels of the deepest one."""
+MAX_VALUES = 100_000
+"""Values that aliases may make of a file."""
 _YAML = (".yaml", ".yml")
 
 
@@ -38,6 +41,15 @@ def own_file(path: Path) -> Path:
             f"{path} is a link out of its directory and is not followed: put a copy of the file in "
             "its place"
         )
+    return path
+
+
+def inside(root: Path, name: str) -> Path:
+    """What is at a relative path below a directory. Raises ValueError if it, or a link on the way,
+    leads out."""
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{path} leads out of {root}: put a copy there")
     return path
 
 
@@ -62,9 +74,15 @@ def as_text(data: bytes, where: str) -> str:
         raise ValueError(f"{where} is not text: {error}") from None
 
 
-def read_mapping(path: Path, form: Any = dict, limit: int = MAX_TEXT) -> dict[str, Any]:
+def read_mapping(
+    path: Path, form: Any = dict, limit: int = MAX_TEXT, schema: int | None = None
+) -> Any:
     """The mapping in a JSON or (by its name) YAML file, held against a form: plain values, taken as
     they are.
+
+    Args:
+        form: see `datapipe.common.checked`. limit: bytes of the longest file.
+        schema: that the file must state, of those that the form has had.
 
     Raises:
         ValueError: as `read_text`, `parse_json`, `parse_yaml`; it holds no mapping of names to
@@ -77,6 +95,9 @@ def read_mapping(path: Path, form: Any = dict, limit: int = MAX_TEXT) -> dict[st
         values = parse_json(text, str(path))
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{path} must hold a mapping of names to values")
+    if schema is not None and values.get("schema") != schema:
+        found = repr(values.get("schema"))[:40]
+        raise ValueError(f"{path} has schema {found}, this version reads {schema}")
     return checked(form, values, str(path))
 
 
@@ -116,12 +137,13 @@ def parse_json(text: str | bytes, where: str) -> Any:
     return value
 
 
-def parse_yaml(text: str, where: str, as_written: bool = False) -> Any:
+def parse_yaml(text: str, where: str, as_written: bool = False, aliases: bool = False) -> Any:
     """A YAML text as plain values: mappings, lists, texts, numbers. Numbers are as in JSON (1e-3 is
     one), dates stay texts, nothing refers to anything.
 
     Args:
         as_written: makes every value but mappings and lists the text that stands there.
+        aliases: whether a value may stand for an earlier one (`&name`, `*name`), as people write.
 
     Raises:
         ValueError: it is none; it has tags (which make objects), aliases (which may stand for
@@ -129,10 +151,13 @@ def parse_yaml(text: str, where: str, as_written: bool = False) -> Any:
             from.
     """
     try:
-        _check_events(text, where)
+        _check_events(text, where, aliases)
         loader = (_Written if as_written else _Loader)(text)
         try:
-            value = loader.get_single_data()
+            node = loader.get_single_node()
+            if aliases:
+                _check_size(node, where)
+            value = None if node is None else loader.construct_document(node)
         finally:
             loader.dispose()
     except (yaml.YAMLError, OverflowError) as error:
@@ -154,10 +179,10 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _check_events(text: str, where: str) -> None:
+def _check_events(text: str, where: str, aliases: bool) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.AliasEvent):
+        if isinstance(event, yaml.AliasEvent) and not aliases:
             raise ValueError(f"{where} has an alias (*{event.anchor}): write the value out")
         if getattr(event, "tag", None) is not None:
             raise ValueError(f"{where} has a tag ({event.tag}): it may hold plain values only")
@@ -165,6 +190,27 @@ def _check_events(text: str, where: str) -> None:
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise ValueError(f"{where} is nested more than {MAX_DEPTH} levels deep")
+
+
+def _check_size(node: yaml.Node | None, where: str) -> None:
+    """Raises ValueError if the aliases of a document stand for too many values, or for what they
+    are in themselves."""
+    sizes: dict[int, float] = {}
+
+    def size(node: yaml.Node) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # as long as it is being counted
+            below = [x for pair in node.value for x in pair] if _is_map(node) else node.value
+            own = [] if isinstance(node, yaml.ScalarNode) else below
+            sizes[id(node)] = 1 + sum(map(size, own))
+        return sizes[id(node)]
+
+    if node is not None and size(node) > MAX_VALUES:
+        raise ValueError(f"{where} stands for more than {MAX_VALUES} values: write them out")
+
+
+def _is_map(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.MappingNode)
 
 
 def _check(value: Any, where: str) -> None:

@@ -25,6 +25,15 @@ def row_writer(file: TextIO, **how: Any) -> Callable[[Sequence[object]], object]
     return lambda row: writer.writerow([cell(x) if isinstance(x, str) else x for x in row])
 
 
+def number(text: str, path: Path) -> float:
+    """The number in a cell, NaN where it is empty. Raises ValueError naming the file if there is
+    none."""
+    try:
+        return float(text or "nan")
+    except ValueError:
+        raise ValueError(f"{path}: {text[:40]!r} is no number") from None
+
+
 def read_rows(path: Path) -> Iterator[dict[str, str]]:
     """The rows of a CSV that `row_writer` wrote, by the names of its first line.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import platform
 from collections import Counter
@@ -16,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.common.tables import row_writer
 from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import describe
@@ -179,15 +179,15 @@ def _write(
     dropped: Counter[str] = Counter()
     examples: list[str] = []
     with open(writer.directory / DROPPED, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["id", "source", "reason", "message"])
+        drop = row_writer(file)
+        drop(["id", "source", "reason", "message"])
         for code, result in results:
             if isinstance(result, Crystal):
                 writer.add(SPLITS[code], result)
                 continue
             if result.bad and config.on_bad == "error":
                 raise ValueError(f"{result}; mend it, or give on_bad=drop to leave it out")
-            table.writerow([result.id, result.where, result.reason, result.message])
+            drop([result.id, result.where, result.reason, result.message])
             dropped[result.reason] += 1
             if len(examples) < 3:
                 examples.append(str(result))

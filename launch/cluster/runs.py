@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crysforge.datapipe.common.safe_read import read_lines, read_mapping
 from crysforge.launch.cluster.submission import SUFFIX
+from crysforge.trainer.runs.forms import EVENT, HEARTBEAT, LOGGED, SHOWN
 
 SILENT_S = 900.0
 """Seconds without a step after which a run that should be training is named."""
@@ -46,7 +47,7 @@ def read_run(run: Path) -> RunState:
     """The state of a run directory, as far as its files can be understood."""
     state = RunState()
     for read in (_from_metrics, _from_events, _from_heartbeat, _from_results):
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        with contextlib.suppress(ArithmeticError, KeyError, OSError, TypeError, ValueError):
             read(run, state)
     return state
 
@@ -55,9 +56,9 @@ def _from_metrics(run: Path, state: RunState) -> None:
     """The newest stage's newest numbers: validation MAE before validation loss before loss."""
     stage: str = ""
     last: dict[str, Any] = {}
-    for line in read_tail(run / "metrics.jsonl"):
-        if line.get("stage") != stage:
-            stage, last = line.get("stage", ""), {}
+    for line in _tail(run / "metrics.jsonl"):
+        if line["stage"] != stage:
+            stage, last = line["stage"], {}
         last.update(line)
     if not last:
         return
@@ -85,7 +86,7 @@ def _from_events(run: Path, state: RunState) -> None:
     starts: dict[int, dict[str, Any]] = {}
     bad = set()
     for path in (run / "events").glob("rank-*.jsonl"):
-        for event in _lines(path):
+        for _, event in read_lines(path, EVENT):
             if event["event"] in ("start", "resume"):
                 starts[event["rank"]] = event
             elif event["event"] == "quarantine":
@@ -99,19 +100,18 @@ def _from_events(run: Path, state: RunState) -> None:
 
 
 def _from_heartbeat(run: Path, state: RunState) -> None:
-    beat = read_json(run / "heartbeat.json")
-    if beat:
-        state.step = f"{beat['stage']} {beat['step']}/{beat['total']}"
-        if beat["status"] == "running":
-            state.silent = max(0.0, time.time() - beat["time"])
+    beat = read_mapping(run / "heartbeat.json", HEARTBEAT)
+    state.step = f"{beat['stage']} {beat['step']}/{beat['total']}"
+    if beat["status"] == "running":
+        state.silent = max(0.0, time.time() - beat["time"])
 
 
 def _from_results(run: Path, state: RunState) -> None:
     """The final MAE of a finetuning, with its unit."""
-    metrics = read_json(run / "metrics.json")
+    metrics = read_mapping(run / "metrics.json", SHOWN)
     for split in ("val", "test"):
         if "mae" in metrics.get(split, {}):
-            unit = " ".join(metrics.get("units", {}).values())
+            unit = " ".join(metrics["units"].values())
             state.value = f"{split} MAE {metrics[split]['mae']:.4g} {unit}".strip()
 
 
@@ -127,31 +127,8 @@ def run_directories(path: Path) -> dict[str, Path]:
     }
 
 
-def read_tail(path: Path, size: int = 65536) -> Iterator[dict[str, Any]]:
-    """The last lines of a JSONL file, as many as fit the size."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - size))
-        yield from _objects(file.read())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty if there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-    return {}
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _tail(path: Path, size: int = 65536) -> Iterator[dict[str, Any]]:
+    """The last lines of a log of numbers, as many as fit the size."""
     with contextlib.suppress(OSError):
-        yield from _objects(path.read_bytes())
-
-
-def _objects(content: bytes) -> Iterator[dict[str, Any]]:
-    """JSON objects, one a line; lines that are cut off are left out."""
-    for line in content.decode("utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            value = json.loads(line)
-            if isinstance(value, dict):
-                yield value
+        for _, line in read_lines(path, LOGGED, max(0, path.stat().st_size - size)):
+            yield line

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,15 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from crysforge.datapipe.common.escape import one_line
+from crysforge.datapipe.common.safe_read import own_file, read_mapping
+from crysforge.datapipe.common.tables import row_writer
 from crysforge.launch.cluster.events import EventLog, ends_of_turn, verdict
 from crysforge.launch.cluster.executors import end_local
-from crysforge.launch.cluster.runs import (
-    SILENT_S,
-    RunState,
-    read_json,
-    read_run,
-    run_directories,
-)
+from crysforge.launch.cluster.runs import SILENT_S, RunState, read_run, run_directories
 from crysforge.launch.cluster.submission import (
     Submission,
     replace_text,
@@ -105,7 +101,7 @@ def _of_cell(
     cluster, id = submission.job_id(cell)
     slurm_state, node = (known or {}).get(id, ("", "")) if cluster == "slurm" else ("", "")
     status = CellStatus(cell, "", read_run(submission.output(cell)))
-    status.node = node or (starts[-1]["node"] if starts else "")
+    status.node = node or (starts[-1].get("node", "") if starts else "")
     status.retries = str(len(starts) - 1) if len(starts) > 1 else ""
     status.state = _state(submission, cell, slurm_state, known is not None)
     if status.state in ("failed", "crashed"):
@@ -198,7 +194,9 @@ def collect(path: str | Path) -> tuple[Path, int, int]:
             values = submission.cells[status.cell]["values"]
         else:
             run, values = run_directories(Path(path))[status.cell], {}
-        metrics = read_json(run / "metrics.json")
+        metrics: dict[str, Any] = {}
+        with contextlib.suppress(ValueError):
+            metrics = read_mapping(run / "metrics.json")
         done += bool(metrics)
         row = {"cell": status.cell, "state": status.state, **dict(_flat(values))}
         rows.append({**row, **{k: v for k, v in _flat(metrics) if k not in row}})
@@ -208,9 +206,10 @@ def collect(path: str | Path) -> tuple[Path, int, int]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     temporary = output.with_name(f".{output.name}.tmp")
     with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+        write = row_writer(file)
+        write(columns)
+        for row in rows:
+            write([row.get(column, "") for column in columns])
     os.replace(temporary, output)
     return output, len(rows), done
 
@@ -252,18 +251,18 @@ def _reason(submission: Submission, cell: str, id: str) -> str:
     end: dict[str, Any] = next((e for e in reversed(events) if "code" in e), {})
     words = []
     if end.get("rank"):
-        words.append(f"rank {end['rank']} on {end['node']}")
+        words.append(f"rank {end['rank']} on {end.get('node', '')}")
     if end.get("code", 0) < 0:
         words.append(f"killed by signal {-end['code']}")
     pattern = f"{id}_{end.get('rank', '*')}_log.out"
     lines: list[str] = []
     for path in sorted((submission.folder / "logs").glob(pattern)):
-        with open(path, "rb") as file:
+        with open(own_file(path), "rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))
             text = file.read().decode("utf-8", errors="replace")
         lines += [x.strip() for x in text.replace("\r", "\n").splitlines() if x.strip()]
     named = [x for x in lines if x.startswith("error: ")]
-    words.append((named or lines or [f"no output in {submission.folder / 'logs'}"])[-1])
+    words.append(one_line((named or lines or [f"no output in {submission.folder / 'logs'}"])[-1]))
     return ": ".join(words)
 
 

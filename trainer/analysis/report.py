@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from crysforge.datapipe.common.escape import markdown
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder
 from crysforge.models.registry import nearest
@@ -201,7 +202,7 @@ def page(out: Mapping[str, Any], config: AnalysisConfig) -> str:
         ]
     if curves := out.get("variance_over_training"):
         ends = "; ".join(
-            f"{k}: {v[0][1]:.3g} at step {v[0][0]} to {v[-1][1]:.3g} at step {v[-1][0]}"
+            f"{markdown(k)}: {v[0][1]:.3g} at step {v[0][0]} to {v[-1][1]:.3g} at step {v[-1][0]}"
             for k, v in curves.items()
         )
         lines += ["## Latent variance over stage 2", f"{ends}. ![](variance.png)"]

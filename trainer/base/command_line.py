@@ -181,7 +181,7 @@ def _read(path: str | Path, what: str = "config file") -> bytes:
 
 def _mapping(path: str | Path, data: bytes) -> dict[str, Any]:
     where = f"config file {str(path)!r}"
-    values = parse_yaml(as_text(data, where), where)
+    values = parse_yaml(as_text(data, where), where, aliases=True)
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{where} must hold a mapping of keys to values")
@@ -200,7 +200,7 @@ def read_plain(path: str | Path, what: str, as_written: bool = False) -> Any:
         ValueError: see `read_yaml`.
     """
     where = f"{what} {str(path)!r}"
-    value = parse_yaml(as_text(_read(path, what), where), where, as_written)
+    value = parse_yaml(as_text(_read(path, what), where), where, as_written, aliases=True)
     refuse_references(value, f"{where}: ")
     refuse_locations(value if isinstance(value, dict) else {f"a setting of {where}": value})
     return value

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 import crysforge.trainer.stages  # noqa: F401  (registers them)
+from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.models.registry import configure
-from crysforge.trainer.base.tensors import read_json
 from crysforge.trainer.evaluation.formats import NOTHING, Entry, Number, Table
 from crysforge.trainer.evaluation.suite import Cell, Suite, shown
+from crysforge.trainer.runs.forms import RUN
 from crysforge.trainer.runs.logger import read_metrics
 from crysforge.trainer.runs.model_directory import Exported, open_model
 from crysforge.trainer.stages.base import STAGES, Stage, count_parameters
@@ -50,9 +51,9 @@ def costs_table(suite: Suite, published: Sequence[dict[str, Any]] = ()) -> Table
 def _stages(cell: Cell) -> list[list[Entry]]:
     """Rows of a run, one for each stage; a stage that did not finish says so."""
     try:
-        run = read_json(cell.run / "run.json")
+        run = read_mapping(cell.run / "run.json", RUN)
         stages, finished = run["identity"]["stages"], run["finished"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError):
         return [["not started", *[NOTHING] * 6]]
     return [_stage(cell.run, name, name in finished) for name in stages]
 

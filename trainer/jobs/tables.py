@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
+
+from crysforge.datapipe.common.tables import row_writer
 
 if TYPE_CHECKING:
     pass
@@ -46,10 +47,10 @@ def write_predictions(
 def write_table(path: Path, ids: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
     """A CSV of numbers for each crystal, in one step; NaN stays empty."""
     with _replacing(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", *columns])
+        write = row_writer(file)
+        write(["id", *columns])
         for id, *values in zip(ids, *columns.values(), strict=True):
-            writer.writerow([id, *map(_cell, values)])
+            write([id, *map(_cell, values)])
 
 
 def suffixes(targets: Sequence[str]) -> list[str]:

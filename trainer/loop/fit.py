@@ -38,6 +38,7 @@ from crysforge.trainer.loop.profiler import ProfileWindow
 from crysforge.trainer.loop.saver import Saver, newest
 from crysforge.trainer.loop.watchdog import Watchdog
 from crysforge.trainer.runs.checkpoint import Checkpoint, RunDirectory
+from crysforge.trainer.runs.forms import STATE
 from crysforge.trainer.runs.logger import Logger
 from crysforge.trainer.stages.base import Stage, StageConfig
 
@@ -90,7 +91,7 @@ def fit(
     checkpoint = newest(run, stage.name, world)
     if checkpoint is not None:
         load_into(stage, checkpoint.model, f"checkpoint {checkpoint.tag}")
-        with checkpoint.read_state() as state:
+        with checkpoint.read_state(STATE) as state:
             train.load_state_dict(state["stream"])
     total = train.total_steps // trainer.accumulation
     if config.max_steps is not None:
@@ -184,7 +185,7 @@ class _Session:
             self.logger.event("start", step=0, **about)
             return
         self.engine.load_optimizer(checkpoint.optimizer)
-        with checkpoint.read_state() as state:
+        with checkpoint.read_state(STATE) as state:
             self.best = _Best(float(state["best"]), checkpoint.best)
             self.result = Result(**state["result"])
             self.meter.load_state_dict(state["meter"], world.device)

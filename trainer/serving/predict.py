@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from crysforge.datapipe.common.tables import row_writer
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.sources import Failure
 
@@ -25,8 +25,8 @@ def predict_to_csv(
     there is none."""
     counts = {"written": 0, "dropped": 0}
     with _replacing(dropped_path(output)) as bad, contextlib.suppress(_NothingWritten):
-        drops = csv.writer(bad)
-        drops.writerow(["id", "where", "reason", "message"])
+        drop = row_writer(bad)
+        drop(["id", "where", "reason", "message"])
 
         def usable() -> Iterator[Crystal]:
             for item in crystals:
@@ -34,13 +34,13 @@ def predict_to_csv(
                     yield item
                 else:
                     counts["dropped"] += 1
-                    drops.writerow([item.id, item.where, item.reason, item.message])
+                    drop([item.id, item.where, item.reason, item.message])
 
         with _replacing(output) as file:
-            writer = csv.writer(file)
-            writer.writerow(["id", *model.columns])
+            write = row_writer(file)
+            write(["id", *model.columns])
             for crystal, values in model.iterate(usable(), max_atoms):
-                writer.writerow([crystal.id, *(_cell(v) for v in values)])
+                write([crystal.id, *(_cell(v) for v in values)])
                 counts["written"] += 1
             if not counts["written"]:
                 raise _NothingWritten
