@@ -94,7 +94,7 @@ class ShardCache:
         path = self.directory / name
         while True:
             with contextlib.suppress(FileNotFoundError):
-                file = open(path, "rb", opener=_no_link)  # noqa: SIM115  (it is what we return)
+                file = _open(path, "rb")
                 fcntl.flock(file, fcntl.LOCK_SH)  # removed before? Then we read on without a name
                 if self._is_sound(file, shard):
                     return file
@@ -129,7 +129,7 @@ class ShardCache:
     def _make(self, path: Path, url: str, shard: Shard) -> None:
         """Downloads a shard, or waits until another process has done so, or given up."""
         partial = path.with_suffix(".partial")
-        with open(partial, "ab", opener=_no_link) as file:
+        with _open(partial, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(file, partial):
                 return
@@ -160,7 +160,7 @@ class ShardCache:
                 f"loader.cache_gb={self.access.cache_gb:g} is too small for {shard.name} of "
                 f"{shard.bytes / 1e9:.2g} GB"
             )
-        with open(self.directory / "lock", "ab", opener=_no_link) as lock:
+        with _open(self.directory / "lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = []
             for entry in os.scandir(self.directory):
@@ -191,14 +191,17 @@ def _digest(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _no_link(path: str, flags: int) -> int:
-    """Opens a file in a directory where others may have put a link, or a pipe, in its place."""
+def _open(path: Path, mode: str) -> BinaryIO:
+    """Opens a file, to read (`rb`) or append (`ab`), where others may have put a link or a pipe in
+    its place."""
+    flags = os.O_RDONLY if mode == "rb" else os.O_WRONLY | os.O_APPEND | os.O_CREAT
     try:
-        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
         raise ValueError(f"{path} is no file but a link or pipe: somebody tampers there") from None
+    return open(descriptor, mode)
 
 
 def _place(file: BinaryIO, path: Path) -> Path:
@@ -218,7 +221,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 def _remove_unused(path: Path) -> bool:
     """Removes a file unless a process holds it; whether it is gone."""
     try:
-        with open(path, "rb", opener=_no_link) as file:
+        with _open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
     except (BlockingIOError, PermissionError, ValueError):
