@@ -10,7 +10,6 @@ not done again.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -18,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crysforge.datapipe.common.processes import Parent
+from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.trainer.base.command_line import parse, run
+from crysforge.trainer.runs.forms import METRICS
 
 if not __package__:  # run as a file of a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -83,7 +84,7 @@ def main() -> None:
                 f"init_from={source}", f"target={TARGET}", f"label_fraction={fraction:g}",
                 f"run_dir={path}",
             )  # fmt: skip
-            cells[fraction, start] = json.loads((path / "metrics.json").read_text())
+            cells[fraction, start] = read_mapping(path / "metrics.json", METRICS)
 
     step(4, "predicting with the finetuned model")
     predictions = out / "predictions.csv"

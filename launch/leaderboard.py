@@ -17,14 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.common.safe_read import inside
+from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.evaluation.suite import SUITE, read_suite
+from crysforge.trainer.serving.leaderboards import jarvis, matbench
+
 if not __package__:  # run as a file of a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from crysforge.datapipe.common.names import nearest
-from crysforge.trainer.base.command_line import parse, required, run
-from crysforge.trainer.base.safe_read import read_object
-from crysforge.trainer.evaluation.suite import SUITE
-from crysforge.trainer.serving.leaderboards import jarvis, matbench
 
 BOARDS = ("jarvis", "matbench")
 
@@ -74,12 +75,12 @@ def cells(suite: Path, where: dict[str, Any]) -> list[str]:
     Raises:
         ValueError: no suite, an unknown factor, or no such cell.
     """
-    record = read_object(suite / SUITE)
+    record = read_suite(suite / SUITE)
     for factor in where:
         if factor not in record["factors"]:
             raise ValueError(f"unknown factor {factor!r}: {nearest(factor, record['factors'])}")
     found = [
-        str(suite / cell["run"])
+        str(inside(suite, cell["run"]))
         for cell in record["cells"].values()
         if cell["job"] == "finetune"
         and all(str(cell["values"].get(k)) == str(v) for k, v in where.items())

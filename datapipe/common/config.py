@@ -24,6 +24,7 @@ def configure(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
             `where` is the dotted prefix of the section, for the message.
     """
     prefix = f"{where}." if where else ""
+    refuse_references(values, f"{where}: " if where else "")
     _check_sections(cls, values, prefix)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), dict(values))
@@ -39,6 +40,23 @@ def configure(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         if "is not a ListConfig" in reason:
             reason = f"give a list: {key}=[…]"
         raise ValueError(f"config key {key!r}: {reason}") from None
+
+
+def refuse_references(values: Any, where: str = "", key: str = "") -> None:
+    """Raises ValueError for a text that stands for something else, as `${oc.env:NAME}` does: one
+    that is not typed may send a secret away, and one that is typed has been looked up by now."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            refuse_references(name, where, key)
+            refuse_references(value, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            refuse_references(value, where, key)
+    elif isinstance(values, str) and "${" in values:
+        raise ValueError(
+            f"{where}{key or 'a setting'} refers to values elsewhere (${{…}}): write them out, or "
+            "type the setting on the command line"
+        )
 
 
 def _check_sections(cls: Any, values: Mapping[str, Any], prefix: str) -> None:

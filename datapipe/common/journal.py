@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from crysforge.datapipe.common.checked import checked
 from crysforge.datapipe.common.claims import claim_directory, empty_directory
 from crysforge.datapipe.common.files import remove_tree, write_text
+from crysforge.datapipe.common.safe_read import parse_json
 
 _SYNC = 10.0
 """Seconds between moments when a journal is surely on the disk, not only with the system."""
@@ -58,21 +60,25 @@ class Journal:
     """Records by key, appended to a file; those that were whole when a process was killed are
     there again.
 
+    Args:
+        form: of a record, see `datapipe.common.checked`; a line of another one ends the journal.
+
     Attributes:
         done: the records, by their key.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, form: Any = Any) -> None:
         self.done: dict[str, Any] = {}
         self._file = open(path, "a+b")  # noqa: SIM115  (closed by `close`)
         self._file.seek(0)
         whole = 0
         for line in self._file:
+            if not line.endswith(b"\n"):
+                break
             try:
-                key, record = json.loads(line) if line.endswith(b"\n") else (None, None)
-            except ValueError:
-                key = None
-            if key is None:  # a kill tore it, and what came after
+                entry = checked(list, parse_json(line, str(path)), str(path))
+                key, record = checked(str, entry[0], str(path)), checked(form, entry[1], str(path))
+            except (ValueError, IndexError):  # a kill tore it, and what came after
                 break
             self.done[key] = record
             whole += len(line)

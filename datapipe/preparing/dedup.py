@@ -15,12 +15,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from ase.data import chemical_symbols
 from tqdm import tqdm
 
+from crysforge.datapipe.common.checked import Count, Name
 from crysforge.datapipe.common.journal import Journal
 from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import Crystal
@@ -107,6 +108,17 @@ class Found:
     matches: list[dict[str, Any]] = field(default_factory=list)
     undecided: list[dict[str, Any]] = field(default_factory=list)
     pairs: Counter[str] = field(default_factory=Counter)
+
+
+OUTCOME = {
+    "matches": [{
+        "item": Count, "id": str, "formula": Name, "set": int, "other": Count, "other_id": str,
+        "by": Literal["structure", "id"], "rms": float | None, "largest": float | None,
+    }],
+    "undecided": [{"set": int, "id": str, "why": str}],
+    "pairs": dict[Literal["formula", "sites", "compared", "matched"], Count],
+}  # fmt: skip
+"""`Found` as it is kept, formula by formula."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +299,7 @@ def search(
         _check(reference)
     tasks = _tasks(dataset, references, settings, workers, progress)
     decide = Decide(dataset, references, settings)
-    log = Journal(Path(journal))
+    log = Journal(Path(journal), OUTCOME)
     todo = [task for task in tasks if task.key not in log.done]
     bar = tqdm(total=len(tasks), desc="comparing", unit=" formulas", disable=not progress)
     with contextlib.closing(log), bar, Workers(decide, workers) as pool:
@@ -298,12 +310,24 @@ def search(
     found = Found(pairs=Counter(formula=sum(t.pairs(settings.within) for t in tasks if not t.part)))
     for task in tasks:
         outcome = Found(**log.done[task.key])
+        _check_outcome(outcome, task, journal)
         found.matches += outcome.matches
         found.undecided += outcome.undecided
         found.pairs.update(outcome.pairs)
     found.matches.sort(key=lambda m: (m["item"], m["set"]))
     found.undecided.sort(key=lambda u: (u["set"], u["id"]))
     return found
+
+
+def _check_outcome(found: Found, task: Task, journal: str | os.PathLike) -> None:
+    """Raises ValueError if an outcome that was kept is not one of the task."""
+    sets = {n: {*items} for n, items in enumerate(task.references)} | {WITHIN: {*task.items}}
+    for match in found.matches:
+        own = match["item"] in sets[WITHIN]
+        if not own or match["other"] not in sets.get(match["set"], ()):
+            raise ValueError(f"{journal} is not of this search: remove its directory")
+    if any(u["set"] not in sets for u in found.undecided):
+        raise ValueError(f"{journal} is not of this search: remove its directory")
 
 
 def _check(reference: Reference) -> None:

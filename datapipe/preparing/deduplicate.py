@@ -6,7 +6,6 @@ is complete. So the same call goes on after a kill; a call with other settings o
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections import Counter
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from crysforge.datapipe.common.files import write_text
 from crysforge.datapipe.common.journal import WorkDirectory
+from crysforge.datapipe.common.tables import row_writer
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.preparing.config import PrepareConfig, Work
 from crysforge.datapipe.preparing.dedup import WITHIN, Duplicates, Found, Reference, search
@@ -234,5 +234,7 @@ def _rows(
 def _table(rows: Iterable[Sequence[Any]]) -> str:
     """Rows as CSV text."""
     text = io.StringIO()
-    csv.writer(text).writerows(rows)
+    write = row_writer(text)
+    for row in rows:
+        write(row)
     return text.getvalue()

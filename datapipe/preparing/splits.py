@@ -7,7 +7,6 @@ Every rule returns codes, [n] int8: 0 train, 1 val, 2 test, -1 none.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from crysforge.datapipe.common.checked import checked
+from crysforge.datapipe.common.safe_read import parse_json
 from crysforge.datapipe.storage.manifest import SPLITS
 
 NONE = -1
@@ -187,15 +188,17 @@ def read_ids(path: str) -> dict[str, list[str]]:
             raise ValueError(f"{path} holds none of train.txt, val.txt, test.txt")
         return found
     try:
-        lists = json.loads(place.read_text("utf-8"))
+        data = place.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"split_ids={path} does not exist") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    sound = isinstance(lists, dict) and all(isinstance(v, list) for v in lists.values())
-    if not sound:
-        raise ValueError(f'{path} must hold {{"train": […], "val": […], "test": […]}}')
-    return {k: [str(x) for x in v] for k, v in lists.items()}
+    lists = parse_json(data, path)
+    try:
+        found = checked(dict[str, list[str | int]], lists, path)
+    except ValueError:
+        raise ValueError(
+            f'{path} must hold {{"train": […], "val": […], "test": […]}}, lists of ids'
+        ) from None
+    return {k: [str(x) for x in v] for k, v in found.items()}
 
 
 def _lines(path: Path) -> list[str]:

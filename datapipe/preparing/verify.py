@@ -19,7 +19,7 @@ from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.graphs.stored import StoredGraphs
 from crysforge.datapipe.schema import GraphSpec
-from crysforge.datapipe.storage.dataset import INDEX, Dataset, fits
+from crysforge.datapipe.storage.dataset import INDEX, Dataset, misfit
 from crysforge.datapipe.storage.manifest import MANIFEST, SPLITS, Manifest, open_file
 from crysforge.datapipe.storage.remote import local_path
 
@@ -79,9 +79,8 @@ def _open(root: str, manifest: Manifest) -> tuple[Dataset | None, list[str]]:
         with open_file(root, INDEX) as file:
             data = file.read()
         index = safetensors.load(data)
-        if not fits(index, manifest):
-            shown = ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in sorted(index.items()))
-            return None, [f"{INDEX}: does not belong to the manifest: it holds {shown}"]
+        if problem := misfit(index, manifest):
+            return None, [f"{INDEX}: does not belong to the manifest: {problem}"]
     except (OSError, SafetensorError) as error:
         return None, [f"{INDEX}: {error}"]
     if hashlib.sha256(data).hexdigest() != manifest.index_sha256:

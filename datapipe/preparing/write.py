@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from crysforge.datapipe.common.files import replacing, sha256
 from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.common.tables import row_writer
 from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import describe
@@ -183,23 +183,24 @@ def _write(
     warned = 0
     with ExitStack() as files:
         file = files.enter_context(replacing(writer.directory / DROPPED))
-        table = csv.writer(file)
-        table.writerow(["id", "source", "reason", "message"])
+        drop = row_writer(file)
+        drop(["id", "source", "reason", "message"])
         for code, result in results:
             if isinstance(result, Crystal):
                 writer.add(SPLITS[code], result)
                 if result.notes:
                     if not warned:
-                        notes = csv.writer(
+                        note = row_writer(
                             files.enter_context(replacing(writer.directory / WARNINGS))
                         )
-                        notes.writerow(["id", "message"])
+                        note(["id", "message"])
                     warned += 1
-                    notes.writerows([result.id, note] for note in result.notes)
+                    for text in result.notes:
+                        note([result.id, text])
                 continue
             if result.bad and config.on_bad == "error":
                 raise ValueError(f"{result}; mend it, or give on_bad=drop to leave it out")
-            table.writerow([result.id, result.where, result.reason, result.message])
+            drop([result.id, result.where, result.reason, result.message])
             dropped[result.reason] += 1
             if len(examples) < 3:
                 examples.append(str(result))

@@ -1,19 +1,22 @@
 """Copies of shards on a local disk, shared by all processes of a machine.
 
 A copy is named by its size and sha256 and gets its name when both are found right, so a name is a
-promise, whatever URL it came from. Everything else is file locks, which the system drops when a
-process dies: who downloads holds its file exclusively, who reads holds it shared, and only what
-nobody holds is removed, the longest unused first, when there is no room. Where the file system has
-no locks, who downloads names itself beside its file, and what was opened within an hour is in use.
+promise, whatever URL it came from; where others can write as well, it is checked again. Everything
+else is file locks, which the system drops when a process dies: who downloads holds its file
+exclusively, who reads holds it shared, and only what nobody holds is removed, the longest unused
+first, when there is no room. Where the file system has no locks, who downloads names itself beside
+its file, and what was opened within an hour is in use.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,12 +27,14 @@ from crysforge.datapipe.common.files import DISK_FULL
 from crysforge.datapipe.common.locks import flock, is_at
 from crysforge.datapipe.common.owners import OwnerFile, owner_of
 from crysforge.datapipe.storage.manifest import Shard
-from crysforge.datapipe.storage.remote import Access, download, join_path, local_path
+from crysforge.datapipe.storage.remote import Access, download, join_path, local_path, open_local
 
 _ENTRY = re.compile(r"(\d+)-[0-9a-f]{64}\.(tar|partial)")
 """Final size in bytes, sha256, and whether it is all there."""
 IN_USE_S = 3600.0
 """Seconds from its last opening during which a copy counts as in use, where there are no locks."""
+TOUCH_S = 600.0
+"""Seconds after which a use of a copy that others can write to is noted again."""
 
 
 def open_shard(root: str | os.PathLike, shard: Shard, access: Access) -> BinaryIO:
@@ -43,12 +48,15 @@ def open_shard(root: str | os.PathLike, shard: Shard, access: Access) -> BinaryI
     url = join_path(root, shard.name)
     path = local_path(url)
     if path is not None and access.cache_dir is None:
-        return open(path, "rb")
+        return open_local(path)
     return ShardCache(access).open(url, shard)
 
 
 class ShardCache:
     """The copies in one directory.
+
+    Where others can write, a copy is held against the manifest's hash before its first use in a
+    process, and again whenever it was touched since; elsewhere its size is enough.
 
     Args:
         access: directory (None: `crysforge-USER` in the temporary directory), size, retries.
@@ -64,28 +72,59 @@ class ShardCache:
         self.directory = default if own else Path(access.cache_dir or "")
         try:
             self.directory.mkdir(mode=0o700 if own else 0o777, parents=True, exist_ok=True)
+            found = self.directory.lstat() if own else self.directory.stat()
         except OSError as error:
             raise ValueError(
                 f"cannot make the cache directory {self.directory}: {error.strerror}: set "
                 "loader.cache_dir to a directory on a local disk"
             ) from None
-        if own and self.directory.stat().st_uid != os.getuid():
+        if own and (found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode)):
             raise ValueError(f"{self.directory} is somebody else's: set loader.cache_dir")
+        self.shared = found.st_uid not in (0, os.getuid()) or bool(found.st_mode & 0o022)
+        """Whether somebody else can put files there."""
+        self.closed = not found.st_mode & 0o011
+        """Whether nobody else can reach what is in it."""
 
     def open(self, url: str, shard: Shard) -> BinaryIO:
         """A copy of the shard, made now if there is none. It stays while it is open."""
-        path = self.directory / f"{shard.bytes}-{shard.sha256}.tar"
+        name = f"{shard.bytes}-{shard.sha256}.tar"
+        assert _ENTRY.fullmatch(name), (
+            f"{name} is no copy's name"
+        )  # see `datapipe.storage.manifest`
+        path = self.directory / name
         while True:
             with contextlib.suppress(FileNotFoundError):
-                file = open(path, "rb")  # noqa: SIM115  (it is what we return)
+                file = _open(path, "rb")
                 flock(file.fileno(), fcntl.LOCK_SH)  # already removed? We read on without a name
-                if os.fstat(file.fileno()).st_size == shard.bytes:
-                    with contextlib.suppress(FileNotFoundError, PermissionError):
-                        os.utime(path)  # used last now
+                if self._is_sound(file, shard):
                     return file
                 file.close()
-                path.unlink()  # somebody tampered with it
+                try:
+                    path.unlink()  # somebody tampered with it
+                except PermissionError:
+                    raise ValueError(
+                        f"{path} is not what its name says, and somebody else's: set "
+                        "loader.cache_dir to another directory"
+                    ) from None
             self._make(path, url, shard)
+
+    def _is_sound(self, file: BinaryIO, shard: Shard) -> bool:
+        """Whether an open copy is what its name says; if so, it was used last now."""
+        found = os.fstat(file.fileno())
+        if found.st_size != shard.bytes:
+            return False
+        theirs = found.st_uid not in (0, os.getuid())
+        theirs |= bool(found.st_mode & 0o022) and not self.closed
+        doubted = self.shared or theirs
+        if doubted and _SEEN.get(shard.sha256) != _state(found):
+            if _digest(file) != shard.sha256:
+                return False
+            file.seek(0)
+        if not doubted or time.time() - found.st_mtime > TOUCH_S:  # the others read it again, too
+            with contextlib.suppress(PermissionError):
+                os.utime(file.fileno())
+        _SEEN[shard.sha256] = _state(os.fstat(file.fileno()))
+        return True
 
     def _make(self, path: Path, url: str, shard: Shard) -> None:
         """Downloads a shard, or waits until another process has done so, or given up."""
@@ -98,9 +137,11 @@ class ShardCache:
                 return
             try:
                 self._make_room(shard)
-                download(url, partial, self.access, lambda copy: check(copy, shard))
+                place = _place(file, partial)
+                download(url, place, self.access, lambda copy: check(copy, shard))
                 os.fsync(file.fileno())
-                partial.rename(path)
+                if is_at(file.fileno(), partial):
+                    partial.rename(path)
             except BaseException as error:
                 partial.unlink(missing_ok=True)
                 if isinstance(error, OSError) and error.errno in DISK_FULL:
@@ -132,15 +173,50 @@ class ShardCache:
                 total -= size if _remove_unused(path) else 0
 
 
+_SEEN: dict[str, tuple[int, ...]] = {}
+"""Copies by hash that this process has read as a whole, as they were then."""
+
+
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[BinaryIO]:
     """A file, made if need be, that one process at a time has; waits for it."""
-    with open(path, "ab") as file:
+    with _open(path, "ab") as file:
         if flock(file.fileno(), fcntl.LOCK_EX):
             yield file
             return
-    with OwnerFile.waited_for(owner_of(path)), open(path, "ab") as file:
+    with OwnerFile.waited_for(owner_of(path)), _open(path, "ab") as file:
         yield file
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written to, or is another one."""
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _open(path: Path, mode: str) -> BinaryIO:
+    """Opens a file, to read (`rb`) or append (`ab`), where others may have put a link or a pipe in
+    its place."""
+    flags = os.O_RDONLY if mode == "rb" else os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise ValueError(f"{path} is no file but a link or pipe: somebody tampers there") from None
+    return open(descriptor, mode)
+
+
+def _place(file: BinaryIO, path: Path) -> Path:
+    """A path that stands for an open file, whatever has its name now, where the system has one."""
+    own = Path(f"/proc/self/fd/{file.fileno()}")
+    return own if own.exists() else path
 
 
 def _remove_unused(path: Path) -> bool:
@@ -153,7 +229,7 @@ def _remove_unused(path: Path) -> bool:
             if free:
                 path.unlink()
             return free
-    except PermissionError:
+    except (PermissionError, ValueError):
         return False
     except FileNotFoundError:
         return True
@@ -173,13 +249,11 @@ def check(path: Path, shard: Shard) -> None:
     Raises:
         ValueError: it is not the shard.
     """
-    size, digest = path.stat().st_size, hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if (size, digest.hexdigest()) != (shard.bytes, shard.sha256):
+        size, digest = path.stat().st_size, _digest(file)
+    if (size, digest) != (shard.bytes, shard.sha256):
         raise ValueError(
-            f"got {size} bytes with sha256 {digest.hexdigest()[:12]}…, the manifest says "
+            f"got {size} bytes with sha256 {digest[:12]}…, the manifest says "
             f"{shard.bytes} and {shard.sha256[:12]}…: the shard is damaged or of another data "
             "set; upload it again"
         )

@@ -86,8 +86,8 @@ class Dataset:
             index = safetensors.load(data)
         except SafetensorError as error:
             raise ValueError(f"{url} is damaged: {error}") from None
-        if not fits(index, manifest):
-            raise ValueError(f"{url} does not belong to the manifest beside it")
+        if problem := misfit(index, manifest):
+            raise ValueError(f"{url} does not belong to the manifest beside it: {problem}")
         return cls(os.fspath(root), manifest, index, access)
 
     def through(self, access: Access) -> Dataset:
@@ -190,15 +190,24 @@ class Dataset:
             return BadCrystal(f"{self.where(item)}: {error}"), {}
 
 
-def fits(index: Mapping[str, np.ndarray], manifest: Manifest) -> bool:
-    """Whether an index is one of the crystals that a manifest tells of."""
+def misfit(index: Mapping[str, np.ndarray], manifest: Manifest) -> str:
+    """Why an index is not one of the crystals that a manifest tells of; empty if it is."""
     count = sum(manifest.splits.values())
     shapes = dict.fromkeys(COLUMNS, (count,)) | {"targets": (count, len(manifest.targets))}
-    return (
-        {name: array.shape for name, array in index.items()} == shapes
-        and all(index[name].dtype == np.dtype(code) for name, code in COLUMNS.items())
-        and not (index["offset"] < 0).any()
-    )
+    types = {name: np.dtype(code) for name, code in COLUMNS.items()}
+    if {name: (array.shape, array.dtype) for name, array in index.items()} != {
+        name: (shapes[name], types[name]) for name in COLUMNS
+    }:
+        held = ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in sorted(index.items()))
+        return f"it holds {held}"
+    sound = {
+        "atoms": index["atoms"] > 0,
+        "volume": np.isfinite(index["volume"]) & (index["volume"] > 0),
+        "offset": (index["offset"] >= 0) & (index["offset"] < 2**50),
+        "targets": ~np.isinf(index["targets"]).any(axis=1),
+    }
+    wrong = [name for name, rows in sound.items() if not rows.all()]
+    return f"{wrong[0]} of a crystal is out of range" if wrong else ""
 
 
 def _stop(error: Exception) -> bool:

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
-import re
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from crysforge.datapipe.common.checked import (
+    Count,
+    Finite,
+    Hash,
+    Line,
+    Name,
+    Number,
+    Rule,
+    Split,
+    between,
+    checked,
+    matching,
+    sized,
+)
+from crysforge.datapipe.common.safe_read import parse_json
 from crysforge.datapipe.storage.remote import DEFAULT, Access, join_path, open_file
 
 __all__ = ["MANIFEST", "SPLITS", "Manifest", "Shard", "Target", "join_path", "open_file"]
@@ -18,19 +32,26 @@ __all__ = ["MANIFEST", "SPLITS", "Manifest", "Shard", "Target", "join_path", "op
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
 MANIFEST = "manifest.json"
-SHARD_NAME = re.compile(r"(train|val|test)-\d{6}\.tar")
+MAX_MANIFEST = 1 << 26
+"""Bytes of the longest manifest: about 400,000 shards."""
+_Spread = Annotated[float, Rule("finite and not negative", lambda x: 0 <= x < math.inf)]
+_Plain = Line | int | float | bool | None
 
 
 @dataclass(frozen=True)
 class Shard:
     """One tar of a data set."""
 
-    name: str
-    split: str
-    count: int
+    name: Annotated[str, matching(r"(train|val|test)-\d{6}\.tar", "a shard's name")]
+    split: Split
+    count: Annotated[int, between(1, 2**40)]
     """Crystals in it."""
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, between(1, 2**50)]
+    sha256: Hash
+
+    def __post_init__(self) -> None:
+        if not self.name.startswith(f"{self.split}-"):
+            raise ValueError(f"{self.name} is not of the {self.split} split")
 
 
 @dataclass(frozen=True)
@@ -38,10 +59,10 @@ class Target:
     """What is known of a label. Mean and population standard deviation are those of the labelled
     training crystals; None without any."""
 
-    unit: str | None
-    mean: float | None
-    std: float | None
-    labelled: dict[str, int]
+    unit: Line | None
+    mean: Finite | None
+    std: _Spread | None
+    labelled: dict[Split, Count]
     """Labelled crystals per split."""
 
 
@@ -49,21 +70,38 @@ class Target:
 class Manifest:
     """`manifest.json`: the completeness marker of a data set and all that is known about it."""
 
-    schema_version: int
-    created_by: str
-    splits: dict[str, int]
+    schema_version: Literal[1]
+    created_by: Line
+    splits: Annotated[dict[Split, Annotated[int, between(0, 2**40)]], sized(3, 3)]
     """Crystals per split."""
     shards: list[Shard]
     """All of train, then val, then test: this is the order of item numbers and of the index."""
-    index_sha256: str
-    elements: list[int]
+    index_sha256: Hash
+    elements: list[Number]
     """Atomic numbers that occur, ascending."""
-    targets: dict[str, Target]
+    targets: dict[Name, Target]
     provenance: dict[str, Any]
     """Where the crystals came from: source files with hashes, filters, counts of what was
     dropped."""
-    graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    graphs: dict[Annotated[str, matching("[0-9a-f]{12}", "a graph's key")], dict[Name, _Plain]] = (
+        field(default_factory=dict)
+    )
     """Graph specs by key, of the graphs that are stored with the crystals (preparing/bake.py)."""
+
+    def __post_init__(self) -> None:
+        order = [(SPLITS.index(s.split), s.name) for s in self.shards]
+        if any(a >= b for a, b in pairwise(order)):
+            raise ValueError("shards are not in order: train, val, test, each by number")
+        for split in SPLITS:
+            held = sum(s.count for s in self.shards if s.split == split)
+            if held != self.splits[split]:
+                raise ValueError(f"{split} shards hold {held} crystals, splits say otherwise")
+        if any(a >= b for a, b in pairwise(self.elements)):
+            raise ValueError("elements do not ascend")
+
+    def check(self) -> None:
+        """Raises ValueError for a value that `load` would refuse: a name or unit of many lines."""
+        checked(Manifest, asdict(self), "the data set")
 
     @property
     def fingerprint(self) -> str:
@@ -82,47 +120,24 @@ class Manifest:
         """
         try:
             with open_file(root, MANIFEST, access, _check_json) as file:
-                data = file.read()
+                data = file.read(MAX_MANIFEST + 1)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{root} is not a data set: it has no complete {MANIFEST}") from None
         except OSError as error:
             raise ValueError(f"{root}: {error}") from None
-        try:
-            values = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{join_path(root, MANIFEST)} is not JSON: {error}") from None
+        where = join_path(root, MANIFEST)
+        if len(data) > MAX_MANIFEST:
+            raise ValueError(f"{where} has more than {MAX_MANIFEST} bytes")
+        values = parse_json(data, where)
         found = values.get("schema_version") if isinstance(values, dict) else None
         if found != SCHEMA_VERSION:
             raise ValueError(
-                f"{root} has data-set schema version {found!r}, this code reads "
+                f"{root} has data-set schema version {repr(found)[:40]}, this code reads "
                 f"{SCHEMA_VERSION}: prepare the data again or use the matching release"
             )
-        try:
-            _check_keys(cls, values, "")
-            for shard in values["shards"]:
-                _check_keys(Shard, shard, "shards.")
-                if not SHARD_NAME.fullmatch(shard["name"]):
-                    raise ValueError(f"bad shard name {shard['name']!r}")
-            for name, target in values["targets"].items():
-                _check_keys(Target, target, f"targets.{name}.")
-            values["shards"] = [Shard(**x) for x in values["shards"]]
-            values["targets"] = {k: Target(**x) for k, x in values["targets"].items()}
-            manifest = cls(**values)
-            for split in SPLITS:
-                held = sum(s.count for s in manifest.shards if s.split == split)
-                if held != manifest.splits[split]:
-                    raise ValueError(f"{split} shards hold {held} crystals, splits say otherwise")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{join_path(root, MANIFEST)} is damaged: {error}") from None
-        return manifest
+        return checked(cls, values, where)
 
 
 def _check_json(path: Path) -> None:
-    json.loads(path.read_bytes())
-
-
-def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
-    known = {f.name: f.default_factory is MISSING for f in fields(cls)}  # name: is it required
-    for key in known.keys() ^ values.keys():
-        if known.get(key, True):
-            raise ValueError(f"{'missing' if key in known else 'unknown'} key {where + key!r}")
+    with open(path, "rb") as file:
+        parse_json(file.read(MAX_MANIFEST + 1), MANIFEST)

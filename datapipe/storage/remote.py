@@ -13,12 +13,15 @@ A remote file is complete and checked before anything of it is used.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -38,6 +41,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds before the second try, doubled from try to try, and the most; up to half is random."""
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
+_PLAIN = re.compile(r"[A-Za-z0-9._=+,-]+")
+"""A part of a path that means nothing else in any URL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,21 @@ def local_path(url: str | os.PathLike) -> str | None:
     if text.startswith("file:"):
         return text.removeprefix("file:").removeprefix("//")
     return None if text.startswith("pipe:") or "://" in text else text
+
+
+def is_remote(url: str | os.PathLike) -> bool:
+    """Whether a URL or command stands for files elsewhere."""
+    return local_path(url) is None
+
+
+def is_below(url: str, root: str) -> bool:
+    """Whether a URL is that of `root` or leads to something below it, and nowhere else."""
+    if not is_remote(url) or not is_remote(root) or root.startswith("pipe:"):
+        return False
+    rest = url.removeprefix(root.rstrip("/"))
+    parts = rest.split("/")
+    plain = all(_PLAIN.fullmatch(part) and part.strip(".") for part in parts[1:] if part)
+    return rest != url and parts[0] == "" and plain
 
 
 def join_path(root: str | os.PathLike, name: str) -> str:
@@ -92,11 +112,25 @@ def open_file(
     url = join_path(root, name)
     path = local_path(url)
     if path is not None:
-        return open(path, "rb")
+        return open_local(path)
     with tempfile.TemporaryDirectory(prefix="crysforge-") as folder:
         copy = Path(folder) / name
         download(url, copy, access, check)
         return open(copy, "rb")
+
+
+def open_local(path: str) -> BinaryIO:
+    """A file opened for reading. Raises OSError if it is missing, or a pipe or device, which might
+    never end."""
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  (it is what we return)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "no regular file", path)
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def download(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy as safetensors
 
+from crysforge.datapipe.common.checked import Line, Name, checked
 from crysforge.datapipe.common.claims import LOCK, claim_directory, empty_directory
 from crysforge.datapipe.common.files import DISK_FULL, remove_tree, sync_directory, write_bytes
 from crysforge.datapipe.crystals.crystal import MAX_Z, Crystal
@@ -105,6 +106,8 @@ class DatasetWriter:
             raise ValueError(f"shard_size must be at least 1, got {shard_size}")
         if len(set(targets)) < len(targets) or not set(units) <= set(targets):
             raise ValueError(f"targets {list(targets)} must be unique and name every unit {units}")
+        checked(list[Name], list(targets), "targets")
+        checked(dict[Name, Line | None], units, "units")
         self.root = Path(root).resolve()
         self.targets, self.units, self.shard_size = list(targets), units, shard_size
         self.directory = self.root.parent / f".{self.root.name}.partial"
@@ -226,6 +229,7 @@ class DatasetWriter:
             provenance=dict(provenance),
             graphs=dict(graphs or {}),
         )
+        manifest.check()
         text = json.dumps(asdict(manifest), indent=1, allow_nan=False, ensure_ascii=False)
         write_bytes(self.directory / MANIFEST, text.encode())
         if not self._lock.held:  # frozen for too long, where there are no locks

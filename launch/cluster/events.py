@@ -12,10 +12,30 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from crysforge.datapipe.common.files import make_directory, open_append, read_json_lines
+from crysforge.datapipe.common.checked import Count, Line, Name, Seconds, between, matching
+from crysforge.datapipe.common.files import make_directory, open_append
+from crysforge.datapipe.common.safe_read import read_lines
 
+JobId = Annotated[str, matching(r"\d{1,18}(_\d{1,18})?|debug", "the id of a job")]
+EVENT = {
+    "event": Name,
+    "time": Seconds,
+    "job?": JobId,
+    "turn?": Count,
+    "rank?": Count,
+    "node?": Line,
+    "pid?": Count,
+    "code?": Annotated[int, between(-255, 255)],
+    "progress?": Line,
+    "ends?": Seconds | None,
+    "in_vain?": bool,
+    "reason?": Line,
+}
+"""A line of the file of a cell's job."""
+PROCESS = {**EVENT, "job": JobId, "turn": Count, "rank": Count, "node": Line}
+"""A line of the file of one of its processes."""
 REQUEUE = 75
 """Exit code of a job that stopped before its end and can be continued (trainer/base/signals.py)."""
 
@@ -52,18 +72,16 @@ class EventLog:
 
     def read(self) -> list[dict[str, Any]]:
         """All events, oldest first; lines that a kill cut off are left out."""
-        if not self.path.is_file():
-            return []
-        return [event for _, event in read_json_lines(self.path)]
+        return [event for _, event in read_lines(self.path, EVENT)]
 
     def starts(self, job: str) -> list[dict[str, Any]]:
         """The turns of a job so far."""
-        return [e for e in self.read() if e["event"] == "start" and e["job"] == job]
+        return [e for e in self.read() if e["event"] == "start" and e.get("job") == job]
 
     def in_vain(self, job: str) -> int:
         """Turns of a job in a row, up to the last, that their time limit ended before they gained
         anything."""
-        ends = [e for e in reversed(self.read()) if "code" in e and e["job"] == job]
+        ends = [e for e in reversed(self.read()) if "code" in e and e.get("job") == job]
         return sum(1 for _ in itertools.takewhile(lambda e: e.get("in_vain"), ends))
 
     def crashes(self, progress: str) -> int:
@@ -74,7 +92,7 @@ class EventLog:
             if event["event"] in ("stopped", "finished"):
                 break
             if event["event"] == "start":
-                if event["progress"] != progress:
+                if event.get("progress") != progress:
                     break
                 count += 1
         return count
@@ -84,7 +102,7 @@ def ends_of_turn(folder: str | Path, cell: str, job: str, turn: int) -> list[dic
     """How the processes of a job ended in a turn, those that have said so, in order of time."""
     ends = []
     for path in (Path(folder) / "events" / cell).glob("rank-*.jsonl"):
-        events = EventLog(folder, cell, int(path.stem.removeprefix("rank-"))).read()
+        events = [event for _, event in read_lines(path, PROCESS)]
         ends += [e for e in events if (e["job"], e["turn"]) == (job, turn) and "code" in e]
     return sorted(ends, key=lambda e: e["time"])
 

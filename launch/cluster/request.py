@@ -3,17 +3,15 @@ job's cells."""
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from crysforge.datapipe.common.claims import is_unused
 from crysforge.datapipe.common.config import configure
+from crysforge.datapipe.common.files import sha256
 from crysforge.datapipe.common.names import nearest
 from crysforge.launch.cluster import status, sweep
 from crysforge.launch.cluster.config import SubmitConfig
@@ -21,7 +19,13 @@ from crysforge.launch.cluster.jobs import JOBS, Cell, Job, check, check_names
 from crysforge.launch.cluster.submission import Submission
 from crysforge.launch.cluster.suite import Suite
 from crysforge.launch.cluster.worker import Task
-from crysforge.trainer.base.command_line import help_text, merge_sources, split_arguments
+from crysforge.trainer.base.command_line import (
+    RECORDED,
+    help_text,
+    merge_sources,
+    read_plain,
+    split_arguments,
+)
 
 _ACTIONS = ("status", "collect", "cancel")
 _OWN = {f.name for f in fields(SubmitConfig)} | {"site"}
@@ -169,7 +173,10 @@ class Request:
             tasks.append(
                 Task(
                     cell=cell.name,
-                    argv=(str(code / JOBS[cell.job].script), "--config", str(config)),
+                    argv=(
+                        str(code / JOBS[cell.job].script),
+                        *("--config", str(config), f"{RECORDED}{sha256(config)}"),
+                    ),
                     folder=str(submission.folder),
                     output=str(submission.output(cell.name)),
                     max_requeues=self.config.max_requeues,
@@ -199,24 +206,10 @@ class Request:
 def _read_site(path: str) -> dict[str, Any]:
     """Settings of `submit` from a YAML file, as they are written there: `12:00:00` and `007` are no
     numbers."""
-    try:
-        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise ValueError(f"site file {path!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"site file {path!r}: {' '.join(str(error).split())}") from None
-    settings = _as_written(node) if node is not None else {}
+    settings = read_plain(path, "site file", as_written=True) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"site file {path!r} must hold a mapping of settings")
     for key in settings:
-        if key not in _OWN - {"site", "job", *_ACTIONS}:
+        if key not in _OWN - {"site", "job", "suite", "sweep", *_ACTIONS}:
             raise ValueError(f"site file {path!r}: unknown setting {key!r}: {nearest(key, _OWN)}")
     return settings
-
-
-def _as_written(node: yaml.Node) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return {str(_as_written(k)): _as_written(v) for k, v in node.value}
-    if isinstance(node, yaml.SequenceNode):
-        return [_as_written(v) for v in node.value]
-    return typing.cast(yaml.ScalarNode, node).value

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crysforge.datapipe.common.files import read_json_lines
+from crysforge.datapipe.common.safe_read import read_lines, read_mapping
 from crysforge.launch.cluster.submission import SUFFIX
+from crysforge.trainer.runs.forms import EVENT, HEARTBEAT, LOGGED, SHOWN
 
 SILENT_S = 900.0
 """Seconds without a step after which a run that should be training is named."""
@@ -48,7 +49,7 @@ def read_run(run: Path) -> RunState:
     """The state of a run directory, as far as its files can be understood."""
     state = RunState()
     for read in (_from_metrics, _from_events, _from_heartbeat, _from_results):
-        with contextlib.suppress(AttributeError, KeyError, OSError, TypeError, ValueError):
+        with contextlib.suppress(ArithmeticError, KeyError, OSError, TypeError, ValueError):
             read(run, state)
     return state
 
@@ -57,9 +58,9 @@ def _from_metrics(run: Path, state: RunState) -> None:
     """The newest stage's newest numbers: validation MAE before validation loss before loss."""
     stage: str = ""
     last: dict[str, Any] = {}
-    for _, line in read_json_lines(run / "metrics.jsonl", last=_TAIL):
-        if line.get("stage") != stage:
-            stage, last = line.get("stage", ""), {}
+    for line in _tail(run / "metrics.jsonl"):
+        if line["stage"] != stage:
+            stage, last = line["stage"], {}
         last.update(line)
     if not last:
         return
@@ -87,7 +88,7 @@ def _from_events(run: Path, state: RunState) -> None:
     starts: dict[int, dict[str, Any]] = {}
     bad = set()
     for path in (run / "events").glob("rank-*.jsonl"):
-        for _, event in read_json_lines(path):
+        for _, event in read_lines(path, EVENT):
             if event["event"] in ("start", "resume"):
                 starts[event["rank"]] = event
             elif event["event"] == "quarantine":
@@ -101,19 +102,18 @@ def _from_events(run: Path, state: RunState) -> None:
 
 
 def _from_heartbeat(run: Path, state: RunState) -> None:
-    beat = read_json(run / "heartbeat.json")
-    if beat:
-        state.step = f"{beat['stage']} {beat['step']}/{beat['total']}"
-        if beat["status"] == "running":
-            state.silent = max(0.0, time.time() - beat["time"])
+    beat = read_mapping(run / "heartbeat.json", HEARTBEAT)
+    state.step = f"{beat['stage']} {beat['step']}/{beat['total']}"
+    if beat["status"] == "running":
+        state.silent = max(0.0, time.time() - beat["time"])
 
 
 def _from_results(run: Path, state: RunState) -> None:
     """The final MAE of a finetuning, with its unit."""
-    metrics = read_json(run / "metrics.json")
+    metrics = read_mapping(run / "metrics.json", SHOWN)
     for split in ("val", "test"):
         if "mae" in metrics.get(split, {}):
-            unit = " ".join(metrics.get("units", {}).values())
+            unit = " ".join(metrics["units"].values())
             state.value = f"{split} MAE {metrics[split]['mae']:.4g} {unit}".strip()
 
 
@@ -129,10 +129,8 @@ def run_directories(path: Path) -> dict[str, Path]:
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty if there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-    return {}
+def _tail(path: Path, size: int = 65536) -> Iterator[dict[str, Any]]:
+    """The last lines of a log of numbers, as many as fit the size."""
+    with contextlib.suppress(OSError):
+        for _, line in read_lines(path, LOGGED, max(0, path.stat().st_size - size)):
+            yield line

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from crysforge.datapipe.common.escape import one_line
 from crysforge.datapipe.common.files import replacing, write_text
+from crysforge.datapipe.common.safe_read import own_file, read_mapping
+from crysforge.datapipe.common.tables import row_writer
 from crysforge.launch.cluster.events import EventLog, ends_of_turn, verdict
 from crysforge.launch.cluster.executors import end_local
-from crysforge.launch.cluster.runs import (
-    SILENT_S,
-    RunState,
-    read_json,
-    read_run,
-    run_directories,
-)
+from crysforge.launch.cluster.runs import SILENT_S, RunState, read_run, run_directories
 from crysforge.launch.cluster.submission import Submission, run_finished, slurm_states
 from crysforge.launch.cluster.worker import cancelled
 
@@ -100,7 +96,7 @@ def _of_cell(
     cluster, id = submission.job_id(cell)
     slurm_state, node = (known or {}).get(id, ("", "")) if cluster == "slurm" else ("", "")
     status = CellStatus(cell, "", read_run(submission.output(cell)))
-    status.node = node or (starts[-1]["node"] if starts else "")
+    status.node = node or (starts[-1].get("node", "") if starts else "")
     status.retries = str(len(starts) - 1) if len(starts) > 1 else ""
     status.state = _state(submission, cell, slurm_state, known is not None)
     if status.state in ("failed", "crashed"):
@@ -193,7 +189,9 @@ def collect(path: str | Path) -> tuple[Path, int, int]:
             values = submission.cells[status.cell]["values"]
         else:
             run, values = run_directories(Path(path))[status.cell], {}
-        metrics = read_json(run / "metrics.json")
+        metrics: dict[str, Any] = {}
+        with contextlib.suppress(ValueError):
+            metrics = read_mapping(run / "metrics.json")
         done += bool(metrics)
         row = {"cell": status.cell, "state": status.state, **dict(_flat(values))}
         rows.append({**row, **{k: v for k, v in _flat(metrics) if k not in row}})
@@ -202,9 +200,10 @@ def collect(path: str | Path) -> tuple[Path, int, int]:
     output = Path(path) / "results.csv"
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with replacing(output) as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+        write = row_writer(file)
+        write(columns)
+        for row in rows:
+            write([row.get(column, "") for column in columns])
     return output, len(rows), done
 
 
@@ -245,18 +244,18 @@ def _reason(submission: Submission, cell: str, id: str) -> str:
     end: dict[str, Any] = next((e for e in reversed(events) if "code" in e), {})
     words = []
     if end.get("rank"):
-        words.append(f"rank {end['rank']} on {end['node']}")
+        words.append(f"rank {end['rank']} on {end.get('node', '')}")
     if end.get("code", 0) < 0:
         words.append(f"killed by signal {-end['code']}")
     pattern = f"{id}_{end.get('rank', '*')}_log.out"
     lines: list[str] = []
     for path in sorted((submission.folder / "logs").glob(pattern)):
-        with open(path, "rb") as file:
+        with open(own_file(path), "rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))
             text = file.read().decode("utf-8", errors="replace")
         lines += [x.strip() for x in text.replace("\r", "\n").splitlines() if x.strip()]
     named = [x for x in lines if x.startswith("error: ")]
-    words.append((named or lines or [f"no output in {submission.folder / 'logs'}"])[-1])
+    words.append(one_line((named or lines or [f"no output in {submission.folder / 'logs'}"])[-1]))
     return ": ".join(words)
 
 

@@ -14,7 +14,6 @@ and the logs.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -22,16 +21,37 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
-
+from crysforge.datapipe.common.checked import Line, Name, Part, Seconds, checked, mapped, matching
 from crysforge.datapipe.common.claims import claim_directory
 from crysforge.datapipe.common.files import remove_tree, write_json, write_text
+from crysforge.datapipe.common.safe_read import read_mapping, to_yaml
 from crysforge.launch.cluster.code import code_files, commit
+from crysforge.launch.cluster.events import JobId
+from crysforge.trainer.runs.forms import RUN
 
 SCHEMA = 1
 SUFFIX = ".submit"
+MAX_RECORD = 1 << 26
+"""Bytes of the longest record."""
+JOB = Literal["pretrain", "finetune", "prepare", "predict", "suite"]
+_Output = Annotated[str, matching(r"\.\./[^\0-\x1f]{1,4000}", "a path beside the folder")]
+FORM = {
+    "schema": int,
+    "job": JOB,
+    "cells": mapped(Part, {"output": _Output, "values": dict[Name, Any], "job?": JOB}),
+    "attempts": [
+        {
+            "cluster": Literal["slurm", "local", "debug"],
+            "time": Seconds,
+            "code": Part,
+            "commit": Line,
+            "ids": dict[Part, JobId],
+        }
+    ],
+}
+"""submission.json."""
 
 
 @dataclass
@@ -64,13 +84,12 @@ class Submission:
     def read(cls, folder: Path) -> Submission:
         """Raises ValueError if the folder's record cannot be understood."""
         path = folder / "submission.json"
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if record["schema"] != SCHEMA:
-                raise ValueError(f"{path} has schema {record['schema']!r}, this version reads 1")
-            return cls(folder, record["job"], record["cells"], record["attempts"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a submission's record: {error!r}") from None
+        record = read_mapping(path, FORM, MAX_RECORD, SCHEMA)
+        found = cls(folder, record["job"], record["cells"], record["attempts"])
+        for cell in found.cells:
+            if not found.output(cell).is_relative_to(folder.parent):
+                raise ValueError(f"{path} is damaged: the output of {cell} is not beside it")
+        return found
 
     def write(self) -> None:
         """Replaces the record in one step."""
@@ -90,6 +109,12 @@ class Submission:
         self, cell: str, output: str, values: Mapping[str, Any], config: Mapping, job: str = ""
     ) -> Path:
         """Notes a cell and writes its config; returns the config's path."""
+        checked(Part, cell, "the submission", "the name of a cell")
+        if not Path(os.path.abspath(output)).is_relative_to(os.path.abspath(self.folder.parent)):
+            raise ValueError(
+                f"{output} lies elsewhere than {self.folder.parent}: submit what is to lie in "
+                "another directory on its own"
+            )
         self.cells[cell] = {
             "output": os.path.relpath(output, self.folder),
             "values": dict(values),
@@ -97,7 +122,7 @@ class Submission:
         }
         path = self.folder / "cells" / f"{cell}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+        write_text(path, to_yaml(dict(config)))
         return path
 
     def job_id(self, cell: str) -> tuple[str, str]:
@@ -145,10 +170,10 @@ class Submission:
 def run_finished(path: Path) -> bool:
     """Whether a run directory's record names all its stages as finished."""
     try:
-        run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        run = read_mapping(path / "run.json", RUN)
         stages = run["identity"].get("stages", ["finetune"])
         return set(stages) <= set(run["finished"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError):
         return False
 
 

@@ -33,14 +33,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from crysforge.datapipe.common.checked import Name, checked
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.common.names import nearest
-from crysforge.datapipe.storage.remote import local_path
+from crysforge.datapipe.storage.remote import is_below, is_remote, local_path
 from crysforge.launch.cluster import sweep
 from crysforge.launch.cluster.jobs import JOBS, Cell, check
-from crysforge.trainer.base.command_line import merge_sources, read_yaml
-from crysforge.trainer.evaluation.suite import SCHEMA, SUITE
+from crysforge.trainer.base.command_line import merge_sources, read_yaml, refuse_locations
+from crysforge.trainer.evaluation.suite import SCHEMA, SUITE, read_suite
 
 _NONE = "none"
 
@@ -148,12 +149,20 @@ class Suite:
 
     def path(self, data: str) -> str:
         """Where a data set lies."""
-        return self._data[data].path or str(Path(self.config.data_dir) / data)
+        if self._data[data].path:
+            return self._data[data].path
+        folder = self.config.data_dir
+        if not is_remote(folder):
+            return str(Path(folder) / data)
+        path = f"{folder.rstrip('/')}/{data}"
+        if not is_below(path, folder):
+            raise ValueError(f"data: {data!r} is no plain name below {folder}: give its path")
+        return path
 
     def write(self) -> None:
         """Writes what `evaluate` has to know; cells of earlier submissions stay."""
         path = self.output / SUITE
-        known = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else {}
+        known = read_suite(path)["cells"] if path.is_file() else {}
         cells = {c.name: {"run": c.name, "job": c.job, "values": c.values} for c in self.cells}
         record = {
             "schema": SCHEMA,
@@ -189,6 +198,7 @@ class Suite:
         config = sweep.merge(base, dict(sweep.dotted(settings)))  # no more than they name
         if "data" not in config:
             raise ValueError(f"{name}: no factor or setting says which data set")
+        refuse_locations(config)  # put together from parts, perhaps
         config["data"] = self.path(self._known("data", str(config["data"]), self._data))
         start = str(config.get("init_from") or _NONE)
         after: tuple[str, ...] = ()
@@ -290,11 +300,13 @@ def _checked(cell: Cell) -> str:
     return json.dumps([cell.job, bool(cell.after), config | seed], sort_keys=True)
 
 
-def _with_included(file: str) -> list[str]:
+def _with_included(file: str, above: tuple[str, ...] = ()) -> list[str]:
     """The files that a suite's file includes, then itself."""
-    names = read_yaml(file).get("include") or []
+    if file in above or len(above) > 20:
+        raise ValueError(f"suite file {file!r} includes itself, or too many others")
+    names = checked(list[Name], read_yaml(file).get("include") or [], file, "include")
     included = [str(Path(file).parent / name) for name in names]
-    return [f for path in included for f in _with_included(path)] + [file]
+    return [f for path in included for f in _with_included(path, (*above, file))] + [file]
 
 
 def _values(factor: str, values: Any) -> dict[Any, dict[str, Any]]:

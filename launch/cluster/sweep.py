@@ -14,6 +14,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from crysforge.datapipe.common.config import refuse_references
+from crysforge.trainer.base.command_line import read_plain
+
 Cell = dict[str, Any]
 """Settings of one run: dotted key → value."""
 
@@ -77,6 +80,7 @@ def merge(base: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
         OmegaConf.update(merged, key, value, merge=False)
     result = OmegaConf.to_container(merged, resolve=True)
     assert isinstance(result, dict)
+    refuse_references(result)
     return {str(k): v for k, v in result.items()}
 
 
@@ -120,10 +124,7 @@ def _split(text: str) -> list[str]:
 
 
 def _from_file(path: Path) -> list[Cell]:
-    try:
-        value = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"sweep file {path}: {' '.join(str(error).split())}") from None
+    value = read_plain(path, "sweep file")
     if isinstance(value, dict):
         return grid({str(k): v for k, v in value.items()})
     cells = []

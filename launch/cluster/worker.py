@@ -30,7 +30,9 @@ from typing import Any
 from submitit.core.job_environment import JobEnvironment
 from submitit.core.utils import DelayedSubmission, JobPaths
 
+from crysforge.datapipe.common.checked import Name
 from crysforge.datapipe.common.processes import Parent, Process, start_watching
+from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.launch.cluster.events import EventLog, ends_of_turn, outcome_of, verdict
 
 _STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -93,7 +95,7 @@ class Task:
         """
         log = EventLog(self.folder, self.cell)
         here = {"job": env.job_id, "turn": turn}
-        start = next((e for e in log.starts(env.job_id) if e["turn"] == turn), None)
+        start = next((e for e in log.starts(env.job_id) if e.get("turn") == turn), None)
         if start is None:  # rank 0 never began
             self._note_start(env, here)
         end = verdict(ends_of_turn(self.folder, self.cell, env.job_id, turn), code)
@@ -104,7 +106,7 @@ class Task:
         end |= {**here, "progress": progress(self.output)}
         if wanted and end["event"] == "stopped" and start is not None:
             late = time.time() > (start.get("ends") or math.inf) - LATE_S
-            end["in_vain"] = late and end["progress"] == start["progress"]
+            end["in_vain"] = late and end["progress"] == start.get("progress")
         log.note(**end)
         if wanted and (end["event"] == "stopped" or self._may_restart(log)):
             self._requeue(env, log)
@@ -235,8 +237,8 @@ def progress(output: str) -> str:
     under way (those of finished stages may stay, and some are set aside)."""
     path = Path(output)
     finished: list[str] = []
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        finished = json.loads((path / "run.json").read_text(encoding="utf-8"))["finished"]
+    with contextlib.suppress(ValueError, KeyError):
+        finished = read_mapping(path / "run.json", {"finished": list[Name]})["finished"]
     tags = [_TAG.fullmatch(p.parent.name) for p in path.glob("checkpoints/*/COMPLETE")]
     complete = sorted(t[0] for t in tags if t and t[1] not in finished)
     return ",".join([*finished, *complete[-1:]])

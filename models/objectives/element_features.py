@@ -11,7 +11,6 @@ there.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.datapipe.schema import MAX_Z
 
 CLASSES: dict[str, list[Any]] = {
@@ -69,9 +69,9 @@ def column(name: str, value: Any) -> int:
 @functools.cache
 def element_features() -> Tensor:
     """[119, 92] float32 of zeros and ones, a row for each atomic number; row 0 (masked) is zero."""
-    text = Path(__file__).with_name("elements.json").read_text(encoding="utf-8")
+    elements = read_mapping(Path(__file__).with_name("elements.json"))
     table = torch.zeros(MAX_Z + 1, NUM_FEATURES)
-    for number, properties in json.loads(text).items():
+    for number, properties in elements.items():
         start = 0
         for name in ORDER:
             if properties[name] is not None:

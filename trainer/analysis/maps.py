@@ -10,6 +10,7 @@ import numpy as np
 from ase.data import chemical_symbols
 from ase.formula import Formula
 
+from crysforge.datapipe.common.escape import one_line
 from crysforge.trainer.analysis.latents import Latents
 from crysforge.trainer.figures.style import STYLE, new_figure, save_png, with_unit
 
@@ -67,7 +68,7 @@ def projector(found: Latents, targets: list[str], path: str | Path) -> None:
     them: `tensorboard --logdir PATH`."""
     rows = [
         [
-            c.id,
+            one_line(c.id),
             Formula.from_list([chemical_symbols[z] for z in c.numbers]).format("reduce"),
             len(c),
             *(f"{c.targets.get(name, np.nan):.6g}" for name in targets),
@@ -80,7 +81,7 @@ def projector(found: Latents, targets: list[str], path: str | Path) -> None:
         writer.add_embedding(
             found.pooled.astype(np.float32),
             metadata=rows,
-            metadata_header=["id", "formula", "atoms", *targets],
+            metadata_header=["id", "formula", "atoms", *map(one_line, targets)],
             tag=TAG,
         )
 

@@ -1,26 +1,37 @@
 """Command lines and config files: YAML files, then `key=value` overrides, checked against a
-dataclass."""
+dataclass.
+
+What is typed on the command line is the user's own. A config file travels, so it is data: its
+values are taken as they are (`${…}` is refused), and a URL or command in it is opened only if it is
+typed. The config that a submitted job was given (`--recorded`) counts as typed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import crysforge
-from crysforge.datapipe.common.config import configure
+from crysforge.datapipe.common.config import configure, refuse_references
 from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.common.safe_read import MAX_TEXT, as_text, parse_yaml
+from crysforge.datapipe.storage.remote import is_remote
 from crysforge.trainer.base.help import help_text, show
 
 T = TypeVar("T")
+
+PROSE = {"license", "metadata", "source", "title"}
+"""Settings that are shown, never opened."""
 
 
 def parse(schema: type[T], doc: str | None, argv: Sequence[str] | None = None) -> T:
@@ -30,17 +41,25 @@ def parse(schema: type[T], doc: str | None, argv: Sequence[str] | None = None) -
         schema: dataclass of all settings.
         doc: help text; printed with the settings and their defaults on `--help`.
         argv: `--config FILE` (repeatable, later files win), overrides `key=value`, `--key=value`
-            or `--key value` with dots for nested keys, `--dry-run` for `dry_run=true`. Default: the
-            process's arguments.
+            or `--key value` with dots for nested keys, `--dry-run` for `dry_run=true`;
+            `--recorded=SHA256`: the hash of a file that holds what was typed (launch/submit.py).
+            Default: the process's arguments.
 
     Raises:
-        ValueError: an unreadable file, a malformed argument, an unknown key or a wrong type.
+        ValueError: an unreadable file, a malformed argument, an unknown key or a wrong type; a URL
+            or command that was not typed.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if "-h" in args or "--help" in args:
         show(help_text(schema, doc))
         raise SystemExit(0)
-    return from_sources(schema, *split_arguments(args))
+    recorded = [a.removeprefix(RECORDED) for a in args if a.startswith(RECORDED)]
+    args = [a for a in args if not a.startswith(RECORDED)]
+    return configure(schema, merge_sources(*split_arguments(args), recorded))
+
+
+RECORDED = "--recorded="
+"""Comes before the hash of a config file whose values count as typed."""
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -84,17 +103,70 @@ def from_sources(schema: type[T], files: Sequence[str] = (), overrides: Sequence
     return configure(schema, merge_sources(files, overrides))
 
 
-def merge_sources(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What YAML files and dotlist overrides say, in that order, before any schema."""
+def merge_sources(
+    files: Sequence[str] = (), overrides: Sequence[str] = (), recorded: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What YAML files and dotlist overrides say, in that order, before any schema.
+
+    Args:
+        recorded: hashes of files whose values count as typed.
+
+    Raises:
+        ValueError: see `parse`.
+    """
     merged: Any = OmegaConf.create({})
+    typed: set[str] = set()
     for name in files:
-        merged = OmegaConf.merge(merged, read_yaml(name))
+        data = _read(name)
+        values = _mapping(name, data)
+        own = {key for key, _ in leaves(values)}
+        trusted = hashlib.sha256(data).hexdigest() in recorded
+        typed = typed | own if trusted else typed - own
+        merged = OmegaConf.merge(merged, values)
     try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
+        given = OmegaConf.from_dotlist(list(overrides))
+        typed |= {key for key, _ in leaves(OmegaConf.to_container(given))}
+        found = OmegaConf.to_container(OmegaConf.merge(merged, given), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"overrides {list(overrides)}: {str(error).splitlines()[0]}") from None
-    return {str(k): v for k, v in values.items()}  # type: ignore[union-attr]
+    out = {str(k): v for k, v in found.items()}  # type: ignore[union-attr]
+    refuse_references(out)
+    refuse_locations(out, typed)
+    return out
+
+
+def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of nested mappings, with their values: no mappings, but perhaps lists."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def refuse_locations(values: Mapping[str, Any], typed: Collection[str] = ()) -> None:
+    """Raises ValueError for a URL or command to open among settings, but those of the `typed` keys
+    and those that are shown only."""
+    for key, value in leaves(values):
+        if key in typed or PROSE & {*key.split(".")}:
+            continue
+        for text in _texts(value):
+            if is_remote(text):
+                raise ValueError(
+                    f"{key} is {text!r} in a config file: a URL or command is opened only if it is "
+                    f"typed, so give {key}=… on the command line"
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
 
 
 def find_config(name: str | Path) -> Path:
@@ -120,23 +192,60 @@ def shipped_configs() -> list[str]:
     return sorted(found)
 
 
-def read_yaml(name: str | Path) -> DictConfig:
-    """A YAML mapping from a file, or from a shipped config (see `find_config`); runs no code
-    whatever the file holds."""
+def read_yaml(name: str | Path) -> dict[str, Any]:
+    """The settings in a config file that the user names, or in a shipped config (see
+    `find_config`): plain values, taken as they are.
+
+    Raises:
+        ValueError: no such file, no mapping of settings, or one that refers to something elsewhere;
+            see `datapipe.common.safe_read.parse_yaml`.
+    """
     path = find_config(name)
+    return _mapping(path, _read(path))
+
+
+def _read(path: str | Path, what: str = "config file") -> bytes:
+    """A pipe and a link are files as well: the user has named it."""
     try:
-        config = OmegaConf.load(path)
+        with open(path, "rb") as file:
+            data = file.read(MAX_TEXT + 1)
     except FileNotFoundError:
-        hint = nearest(str(name), shipped_configs())
-        raise ValueError(f"config file {str(name)!r} does not exist; shipped: {hint}") from None
+        hint = ""
+        if what == "config file":
+            hint = f"; shipped: {nearest(str(path), shipped_configs())}"
+        raise ValueError(f"{what} {str(path)!r} does not exist{hint}") from None
     except OSError as error:
-        raise ValueError(f"config file {str(path)!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"config file {str(path)!r} is not valid YAML: {reason}") from None
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"config file {str(path)!r} must hold a mapping of keys to values")
-    return config
+        raise ValueError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from None
+    if len(data) > MAX_TEXT:
+        raise ValueError(f"{what} {str(path)!r} has more than {MAX_TEXT} bytes")
+    return data
+
+
+def _mapping(path: str | Path, data: bytes) -> dict[str, Any]:
+    where = f"config file {str(path)!r}"
+    values = parse_yaml(as_text(data, where), where, aliases=True)
+    values = {} if values is None else values
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{where} must hold a mapping of keys to values")
+    refuse_references(values, f"{where}: ")
+    return values
+
+
+def read_plain(path: str | Path, what: str, as_written: bool = False) -> Any:
+    """Whatever values a file that the user names holds, of which none is a URL or command or refers
+    to anything.
+
+    Args:
+        what: the file is, for messages. as_written: see `datapipe.common.safe_read.parse_yaml`.
+
+    Raises:
+        ValueError: see `read_yaml`.
+    """
+    where = f"{what} {str(path)!r}"
+    value = parse_yaml(as_text(_read(path, what), where), where, as_written, aliases=True)
+    refuse_references(value, f"{where}: ")
+    refuse_locations(value if isinstance(value, dict) else {f"a setting of {where}": value})
+    return value
 
 
 def to_yaml(config: Any) -> str:

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from crysforge.trainer.base.command_line import read_yaml
+from crysforge.datapipe.common.safe_read import parse_yaml
 from crysforge.trainer.evaluation.compare import Arm
 from crysforge.trainer.evaluation.suite import shown
 
@@ -169,8 +167,8 @@ def plain(name: str) -> str:
 @functools.cache
 def published() -> Published:
     """What published.yaml holds."""
-    record = OmegaConf.to_container(read_yaml(PATH))
-    assert isinstance(record, dict) and record["schema"] == 1
+    record = parse_yaml(PATH.read_text(encoding="utf-8"), str(PATH), aliases=True)  # ours
+    assert record["schema"] == 1
     sets = record["datasets"]
     properties = {
         key: Property(

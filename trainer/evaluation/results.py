@@ -5,7 +5,6 @@ A run that predicts several targets is several results, told apart by the factor
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from crysforge.datapipe.common.files import read_json
-from crysforge.trainer.base.command_line import read_yaml
+from crysforge.datapipe.common.safe_read import read_mapping
+from crysforge.datapipe.common.tables import number, read_rows
 from crysforge.trainer.evaluation.suite import TARGET, Cell, Suite
+from crysforge.trainer.runs.forms import HEARTBEAT, METRICS, RUN
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Result:
     labels: int
     """Training crystals with a label."""
     data: str
-    """Where the data set was."""
+    """Where the run says that the data set was."""
     fingerprint: str
     """Identifies the data set."""
     scores: Mapping[str, float]
@@ -98,11 +98,12 @@ def _results(cell: Cell, split: str) -> list[Result]:
     run = cell.run
     if not (run / "run.json").is_file():
         raise ValueError("not started" if not run.is_dir() else "no run.json")
-    if "finetune" not in read_json(run / "run.json").get("finished", []):
+    if "finetune" not in read_mapping(run / "run.json", RUN).get("finished", []):
         raise ValueError(_progress(run))
-    metrics = read_json(run / "metrics.json")
+    metrics = read_mapping(run / "metrics.json", METRICS)
     if split not in metrics:
         raise ValueError(f"its data has no {split} split")
+    data = read_mapping(run / "config.yaml").get("data")
     found = []
     try:
         several = len(metrics["targets"]) > 1
@@ -121,7 +122,7 @@ def _results(cell: Cell, split: str) -> list[Result]:
                     unit=metrics["units"][name],
                     encoder=metrics["encoder"],
                     labels=metrics["labels"],
-                    data=str(read_yaml(run / "config.yaml").get("data", "")),
+                    data=data if isinstance(data, str) else "",
                     fingerprint=metrics["data"],
                     scores={**scores, "val_mae": val.get("mae", math.nan)}
                     | classification_scores(predictions.label, predictions.prediction),
@@ -143,22 +144,21 @@ def _results(cell: Cell, split: str) -> list[Result]:
 def _progress(run: Path) -> str:
     """How far an unfinished run got, by its heartbeat."""
     try:
-        beat = read_json(run / "heartbeat.json")
-        return f"not finished: {beat['status']} at step {beat['step']} of {beat['total']}"
-    except (ValueError, OSError, KeyError, TypeError):
+        beat = read_mapping(run / "heartbeat.json", HEARTBEAT)
+    except ValueError:
         return "not finished"
+    return f"not finished: {beat['status']} at step {beat['step']} of {beat['total']}"
 
 
 def _read_predictions(path: Path, suffix: str) -> Predictions:
     """The labelled rows of a predictions CSV; see `trainer.jobs.tables.write_predictions`."""
     columns = ("id", f"target{suffix}", f"prediction{suffix}")
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [[row[c] for c in columns] for row in csv.DictReader(file)]
-        known = [row for row in rows if row[1] != ""]
-        label, prediction = (np.array([float(row[i]) for row in known]) for i in (1, 2))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path.name} cannot be read: {error!r}") from None
+        rows = [[row[c] for c in columns] for row in read_rows(path)]
+    except KeyError as error:
+        raise ValueError(f"{path.name} cannot be read: it has no column {error}") from None
+    known = [row for row in rows if row[1] != ""]
+    label, prediction = (np.array([number(row[i], path) for row in known]) for i in (1, 2))
     if len(known) == 0 or not (np.isfinite(label).all() and np.isfinite(prediction).all()):
         raise ValueError(f"{path.name} has no labelled crystal or a prediction that is no number")
     return Predictions([row[0] for row in known], label, prediction)

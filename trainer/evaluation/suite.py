@@ -1,7 +1,7 @@
 """What a suite is: cells (runs) told apart by the values of factors.
 
     SUITE/suite.json   {"schema": 1, "title": …, "baseline": "pretraining=none", "factors": […],
-                        "paper": … or null, "cells": {name: {"run": path relative to SUITE,
+                        "paper": … or null, "cells": {name: {"run": path below SUITE,
                         "job": "finetune" or "pretrain", "values": {factor: value}}}}
 
 `seed` is always the replicate. Cells that lack a factor are runs that others start from.
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from crysforge.datapipe.common.files import read_json
-from crysforge.trainer.base.command_line import read_yaml
+from crysforge.datapipe.common.safe_read import inside, read_mapping
+from crysforge.trainer.runs.forms import SUITE as FORM
 
 SCHEMA = 1
 SUITE = "suite.json"
+MAX_SUITE = 1 << 26
+"""Bytes of the longest suite.json."""
 SEED, TARGET, DATA = "seed", "target", "data"
 
 _LEADING = (TARGET, "targets", DATA, "label_fraction", "label_count", "encoder.name", "init_from")
@@ -73,23 +73,19 @@ class Suite:
             ValueError: no such file, or one that does not say what it must.
         """
         root = Path(root)
-        path = root / SUITE
-        record = read_json(path)
+        record = read_suite(root / SUITE)
         try:
-            if record["schema"] != SCHEMA:
-                raise ValueError(f"it has schema {record['schema']!r}, this version reads {SCHEMA}")
             alike = record.get("replicate") or SEED
             cells = [
-                Cell(name, root / c["run"], c["job"], _replicated(c["values"], alike))
+                Cell(name, inside(root, c["run"]), c["job"], _replicated(c["values"], alike))
                 for name, c in record["cells"].items()
             ]
             factors = list(_replicated(dict.fromkeys(record["factors"]), alike))
             suite = cls(root, record["title"], factors, cells)
             suite.compare_with(record["baseline"] or "")
             suite.paper = record.get("paper") or ""
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path} does not describe a suite: {reason}") from None
+        except ValueError as error:
+            raise ValueError(f"{root / SUITE} does not describe a suite: {error}") from None
         return suite
 
     @classmethod
@@ -105,8 +101,7 @@ class Suite:
         without those that an earlier one implies."""
         cells = []
         for name, run in runs.items():
-            config = OmegaConf.to_container(read_yaml(run / "config.yaml"))
-            assert isinstance(config, dict)
+            config = read_mapping(run / "config.yaml")
             job = "pretrain" if "stages" in config else "finetune"
             settings = dict(_flat(config))
             if settings.get(TARGET):
@@ -171,6 +166,12 @@ class Suite:
             )
 
 
+def read_suite(path: Path) -> dict[str, Any]:
+    """What a suite.json says. Raises ValueError for another schema, or one that does not say what
+    it must."""
+    return read_mapping(path, FORM, MAX_SUITE, SCHEMA)
+
+
 def _replicated(values: Mapping[str, Any], replicate: str) -> dict[str, Any]:
     """Values by factor, in which the replicate is called seed."""
     return {SEED if key == replicate else key: value for key, value in values.items()}
@@ -184,8 +185,9 @@ def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if key in ("init_from", DATA) and isinstance(value, str):
             values[key] = value.rstrip("/").rsplit("/", 1)[-1] or "none"
-    if stage and values.get("init_from", "none") != "none":
-        values["init_from"] += f"/{stage}"
+    start = values.get("init_from", "none")
+    if stage and isinstance(start, str) and start != "none":
+        values["init_from"] = f"{start}/{stage}"
     return values
 
 

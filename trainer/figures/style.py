@@ -31,6 +31,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "image.cmap": "viridis",
+    "text.parse_math": False,  # names and units are data, and a $ among them is one
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from crysforge.datapipe.common.escape import file_part
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.datapipe.storage.dataset import Dataset
@@ -83,7 +84,7 @@ def finetuned(
         }
         out[split] = by_target[config.targets[0]] if len(by_target) == 1 else by_target
         for i, name in enumerate(config.targets):
-            suffix = "" if len(config.targets) == 1 else f"_{name}"
+            suffix = "" if len(config.targets) == 1 else f"_{file_part(name)}"
             plots.parity_plot(
                 label[:, i],
                 prediction[:, i],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from crysforge.datapipe.common.files import replacing
+from crysforge.datapipe.common.tables import row_writer
 
 if TYPE_CHECKING:
     pass
@@ -46,10 +46,10 @@ def write_predictions(
 def write_table(path: Path, ids: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
     """A CSV of numbers for each crystal, in one step; NaN stays empty."""
     with replacing(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", *columns])
+        write = row_writer(file)
+        write(["id", *columns])
         for id, *values in zip(ids, *columns.values(), strict=True):
-            writer.writerow([id, *map(cell, values)])
+            write([id, *map(cell, values)])
 
 
 def suffixes(targets: Sequence[str]) -> list[str]:

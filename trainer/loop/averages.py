@@ -116,6 +116,8 @@ class Meter:
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Takes what `state_dict` gave."""
         self.names = tuple(state["names"])
+        if len(state["sums"]) not in (0, 2 * len(self.names)):
+            raise ValueError(f"{len(state['sums'])} sums are not those of {len(self.names)} terms")
         self.sums = None
         if state["sums"]:
             self.sums = torch.tensor(state["sums"], dtype=torch.float64, device=device)

@@ -18,6 +18,7 @@ from crysforge.trainer.loop.saver import newest
 from crysforge.trainer.loop.session import Result, Session
 from crysforge.trainer.loop.training import Training
 from crysforge.trainer.runs.facts import stage_facts
+from crysforge.trainer.runs.forms import STATE
 from crysforge.trainer.runs.logger import Logger
 
 
@@ -36,7 +37,7 @@ def fit(session: Session) -> tuple[Engine, Result]:
     checkpoint = newest(session.run, stage.name, world)
     if checkpoint is not None:
         load_into(stage, checkpoint.model, f"checkpoint {checkpoint.tag}")
-        with checkpoint.read_state() as state:
+        with checkpoint.read_state(STATE) as state:
             session.train.load_state_dict(state["stream"])
     total = session.train.total_steps // trainer.accumulation
     if config.max_steps is not None:

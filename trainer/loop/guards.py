@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from crysforge.datapipe.common.checked import checked
 from crysforge.datapipe.common.files import make_directory
+from crysforge.datapipe.common.safe_read import parse_json
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.trainer.base.tensors import load_tensors, save_tensors
 from crysforge.trainer.engines.base import Engine
@@ -42,7 +44,8 @@ def load_batch(path: Path) -> CrystalBatch:
         else:
             values[key] = value
     with safe_open(path, "pt") as file:
-        values["ids"] = json.loads((file.metadata() or {}).get("ids", "[]"))
+        ids = parse_json((file.metadata() or {}).get("ids", "[]"), f"{path}: ids")
+    values["ids"] = checked(list[str], ids, str(path), "ids")
     try:
         return CrystalBatch(**values)
     except TypeError as error:

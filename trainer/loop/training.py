@@ -35,6 +35,7 @@ from crysforge.trainer.loop.saver import Saver
 from crysforge.trainer.loop.session import Result, Session
 from crysforge.trainer.loop.watchdog import Watchdog
 from crysforge.trainer.runs.checkpoint import Checkpoint
+from crysforge.trainer.runs.forms import STATE
 from crysforge.trainer.runs.logger import Logger
 
 
@@ -91,7 +92,7 @@ class Training:
             self.logger.event("start", step=0, **about)
             return
         self.engine.load_optimizer(checkpoint.optimizer)
-        with checkpoint.read_state() as state:
+        with checkpoint.read_state(STATE) as state:
             self.best = _Best(float(state["best"]), checkpoint.best)
             self.result = Result(**state["result"])
             self.meter.load_state_dict(state["meter"], world.device)

@@ -26,6 +26,8 @@ class EvaluateConfig:
     """Published tables to set beside (`crysldnet-unified`, `dpf`, …); default the suite's."""
     data: list[str] = field(default_factory=list)
     """Where to look for data sets that are no longer where the runs found them."""
+    data_dir: str = ""
+    """URL below which data sets may be opened where the runs found them; elsewhere only paths."""
     confidence: float = 0.95
     """Of the intervals."""
     resamples: int = 10_000

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from crysforge.datapipe.common.config import configure
-from crysforge.datapipe.common.files import read_json
+from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.trainer.evaluation.suite import Cell, Suite, shown
 from crysforge.trainer.reports.formats import NOTHING, Entry, Number, Table
+from crysforge.trainer.runs.forms import RUN
 from crysforge.trainer.runs.logger import read_metrics
 from crysforge.trainer.runs.model_directory import Exported, open_model
 from crysforge.trainer.stages.base import STAGES, Stage, count_parameters
@@ -49,9 +50,9 @@ def costs_table(suite: Suite, published: Sequence[dict[str, Any]] = ()) -> Table
 def _stages(cell: Cell) -> list[list[Entry]]:
     """Rows of a run, one for each stage; a stage that did not finish says so."""
     try:
-        run = read_json(cell.run / "run.json")
+        run = read_mapping(cell.run / "run.json", RUN)
         stages, finished = run["identity"]["stages"], run["finished"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError):
         return [["not started", *[NOTHING] * 6]]
     return [_stage(cell.run, name, name in finished) for name in stages]
 

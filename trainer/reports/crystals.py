@@ -11,6 +11,7 @@ from tqdm import tqdm
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.symmetry import space_group
 from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.datapipe.storage.remote import is_below, is_remote
 from crysforge.trainer.evaluation.compare import Arm, lines_of, varying
 from crysforge.trainer.evaluation.results import Result
 from crysforge.trainer.evaluation.statistics import improvement, summarise
@@ -55,23 +56,28 @@ class Facts:
 
 
 def facts_of(
-    results: Sequence[Result], folders: Iterable[str], split: str, groups: bool
+    results: Sequence[Result], folders: Iterable[str], below: str, split: str, groups: bool
 ) -> tuple[dict[str, Facts], list[str]]:
     """Facts by fingerprint of the data sets behind results, and a note on each that is not there.
 
-    A data set is looked for where its runs found it, then in `folders`.
+    A data set is looked for where its runs found it, if that is a path or a URL `below` one that
+    the user has typed, then in `folders`.
     """
     found: dict[str, Facts] = {}
     notes: list[str] = []
     for fingerprint in dict.fromkeys(r.fingerprint for r in results):
         ours = [r for r in results if r.fingerprint == fingerprint]
-        places_to_look = [*dict.fromkeys(r.data for r in ours), *folders]
+        named = [r.data for r in ours if not is_remote(r.data) or is_below(r.data, below)]
+        places_to_look = [*dict.fromkeys(named), *folders]
         dataset = next(filter(None, (_opened(p, fingerprint) for p in places_to_look)), None)
         if dataset is None:
+            where, say = f"is no longer at {ours[0].data or '(unknown)'}", "data=[DIR]"
+            if is_remote(ours[0].data) and not is_below(ours[0].data, below):
+                where = f"was at {ours[0].data}, which is not opened unless you say so"
+                say = "data_dir=URL of what is above it"
             notes.append(
-                f"the data set of {ours[0].cell.name} is no longer at {ours[0].data or '(unknown)'}"
-                ": errors by atoms, element and space group are left out (say where it is with "
-                "data=[DIR])"
+                f"the data set of {ours[0].cell.name} {where}: errors by atoms, element and space "
+                f"group are left out (say where it is with {say})"
             )
             continue
         wanted = {id for r in ours for id in r.predictions.ids}

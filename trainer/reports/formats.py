@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from crysforge.datapipe.common.escape import markdown, one_line
 from crysforge.datapipe.common.files import write_text
+from crysforge.datapipe.common.tables import row_writer
 
 NOTHING = "–"
 
@@ -82,14 +82,16 @@ class Table:
 
     def write(self, folder: Path) -> None:
         """Writes NAME.md, NAME.csv and NAME.tex."""
-        write_text(folder / f"{self.name}.md", f"# {self.title}\n\n{self.markdown()}\n", False)
+        write_text(
+            folder / f"{self.name}.md", f"# {markdown(self.title)}\n\n{self.markdown()}\n", False
+        )
         write_text(folder / f"{self.name}.csv", self.csv(), False)
         write_text(folder / f"{self.name}.tex", self.latex(), False)
 
     def markdown(self) -> str:
         """The table and its notes; columns are padded so that it reads well as it is."""
         rows = [list(map(_markdown, row)) for row in self.rows]
-        head = list(map(_escape_markdown, self.columns))
+        head = list(map(markdown, self.columns))
         widths = [max([3, len(c), *(len(r[i]) for r in rows)]) for i, c in enumerate(head)]
         numbers = range(self.heads, len(head))
         rule = ["-" * (w - 1) + ":" if i in numbers else "-" * w for i, w in enumerate(widths)]
@@ -102,20 +104,16 @@ class Table:
             return f"| {' | '.join(padded)} |"
 
         text = "\n".join(map(line, [head, rule, *rows]))
-        return "\n\n".join([text, *map(_escape_markdown, self.notes)])
+        return "\n\n".join([text, *map(markdown, self.notes)])
 
     def csv(self) -> str:
         """All digits; a spread, and the ends of an interval, have columns of their own."""
         shapes = [self._shape(i) for i in range(len(self.columns))]
         file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            [c + s for c, shape in zip(self.columns, shapes, strict=True) for s in shape]
-        )
+        write = row_writer(file, lineterminator="\n")
+        write([c + s for c, shape in zip(self.columns, shapes, strict=True) for s in shape])
         for row in self.rows:
-            writer.writerow(
-                [x for e, shape in zip(row, shapes, strict=True) for x in _plain(e, shape)]
-            )
+            write([x for e, shape in zip(row, shapes, strict=True) for x in _plain(e, shape)])
         return file.getvalue()
 
     def latex(self) -> str:
@@ -161,13 +159,9 @@ def places(values: Sequence[float], digits: int = 3) -> int:
 
 
 def _markdown(entry: Entry) -> str:
-    text = _escape_markdown(entry.text if not isinstance(entry, (str, int)) else str(entry))
-    return f"**{text}**" if isinstance(entry, Number) and entry.bold else text
-
-
-def _escape_markdown(text: str) -> str:
-    text = text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*")
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    if isinstance(entry, (str, int)):
+        return markdown(str(entry))
+    return f"**{entry.text}**" if isinstance(entry, Number) and entry.bold else entry.text
 
 
 def _plain(entry: Entry, shape: Sequence[str]) -> list[str]:
@@ -198,7 +192,7 @@ _LATEX = {
 
 def escape_latex(text: str) -> str:
     """Text as LaTeX prints it."""
-    return "".join(_LATEX.get(c, c) for c in text)
+    return "".join(_LATEX.get(c, c) for c in one_line(text))
 
 
 def _latex(entry: Entry) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from crysforge.datapipe.common.escape import file_part, markdown
 from crysforge.datapipe.common.files import replacing_directory, write_text
 from crysforge.trainer.base.tensors import code_version
 from crysforge.trainer.evaluation.compare import (
@@ -77,7 +78,9 @@ def evaluate(suite: Suite, config: EvaluateConfig) -> Report:
     if comparisons:
         tables.append(comparisons_table(suite, arms, comparisons, config.confidence))
     tables.append(scores_table(suite, arms, known, config.split, config.confidence))
-    facts, notes = facts_of(results, config.data, config.split, config.space_groups)
+    facts, notes = facts_of(
+        results, config.data, config.data_dir, config.split, config.space_groups
+    )
     by_atoms = atoms_table(suite, arms, facts)
     tables += [by_atoms] if by_atoms.rows else []
     tables += [published_table(suite, arms, known, t) for t in known.tables]
@@ -153,7 +156,8 @@ def _draw(
 
 def _slug(*words: str) -> str:
     """Words as a file's name."""
-    return "-".join(filter(None, (re.sub(r"[^A-Za-z0-9._]+", "-", w).strip("-") for w in words)))
+    text = "-".join(filter(None, (re.sub(r"[^A-Za-z0-9._]+", "-", w).strip("-") for w in words)))
+    return file_part(text)
 
 
 def _text(
@@ -166,13 +170,16 @@ def _text(
     planned: int,
     missing: int,
 ) -> str:
-    parts = [f"# {suite.title}", f"{planned - missing} of {planned} finetunings have finished."]
+    parts = [
+        f"# {markdown(suite.title)}",
+        f"{planned - missing} of {planned} finetunings have finished.",
+    ]
     if missing:
         parts[-1] += " Those that have not are listed at the end and marked in the tables."
-    parts += [f"Note: {note}." for note in notes]
+    parts += [f"Note: {markdown(note)}." for note in notes]
     for table in tables:
         files = ", ".join(f"[{x}](tables/{table.name}.{x})" for x in ("md", "csv", "tex"))
-        title = table.title.removeprefix(f"{suite.title}: ")
+        title = markdown(table.title.removeprefix(f"{suite.title}: "))
         parts += [f"## {title[0].upper()}{title[1:]}", table.markdown(), f"Files: {files}"]
     if known.improvements:
         parts.append("## Published mean gains over no pretraining")
@@ -183,10 +190,8 @@ def _text(
     if drawn:
         parts.append("## Figures")
         for figure in drawn:
-            file = f"figures/{figure.name}"
-            parts.append(
-                f"### {figure.title}\n\n![{figure.title}]({file}.png)\n\n[SVG]({file}.svg)"
-            )
+            file, title = f"figures/{figure.name}", markdown(figure.title)
+            parts.append(f"### {title}\n\n![{title}]({file}.png)\n\n[SVG]({file}.svg)")
     version = code_version()
     parts += [_METHODS.format(percent=f"{100 * config.confidence:g}", resamples=config.resamples)]
     parts += [f"Made by Crysforge {version['version']} (sources {version['sources']})."]

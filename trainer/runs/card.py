@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from crysforge.datapipe.common.escape import code_block, code_span, markdown
 from crysforge.datapipe.common.files import new_directory, write_json, write_text
-from crysforge.trainer.base.safe_read import read_mapping, read_object
+from crysforge.datapipe.common.safe_read import read_mapping, to_yaml
 from crysforge.trainer.base.tensors import save_tensors
+from crysforge.trainer.runs.forms import METRICS
 from crysforge.trainer.runs.logger import read_metrics
 from crysforge.trainer.runs.model_directory import (
     SCALER,
@@ -106,7 +106,7 @@ def _training(run: Path) -> dict[str, Any]:
 def _results(run: Path, exported: Exported, checkpoint: str) -> dict[str, Any]:
     """Errors of a finished finetuning; else the last averages of validation and training."""
     if exported.finetuned and not checkpoint and (run / "metrics.json").is_file():
-        metrics = read_object(run / "metrics.json")
+        metrics = read_mapping(run / "metrics.json", METRICS)
         return {k: metrics[k] for k in ("labels", "val", "test", "baselines") if k in metrics}
     if not (run / "metrics.jsonl").is_file():
         return {}
@@ -130,8 +130,8 @@ def model_card(name: str, config: Mapping[str, Any], scaler: Scaler | None) -> s
         "tags": ["crystals", "materials-science", encoder["name"], config["stage"]],
     }
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {name}",
+        f"---\n{to_yaml(head)}---",
+        f"# {markdown(name)}",
         _purpose(config, scaler),
         _unfinished(config["checkpoint"]),
         "## Use",
@@ -163,7 +163,8 @@ def _purpose(config: Mapping[str, Any], scaler: Scaler | None) -> str:
             "start for finetuning."
         )
     named = [
-        f"`{t}` in {u or 'no unit'}" for t, u in zip(scaler.targets, scaler.units, strict=True)
+        f"{code_span(t)} in {markdown(u) or 'no unit'}"
+        for t, u in zip(scaler.targets, scaler.units, strict=True)
     ]
     return f"Predicts {', '.join(named)} from a crystal structure (cell, elements, positions)."
 
@@ -199,7 +200,7 @@ def _start(start: Mapping[str, Any] | None) -> str:
 def _data(data: Mapping[str, Any]) -> str:
     provenance = data.get("provenance") or {}
     rows = {
-        "fingerprint": f"`{data['fingerprint']}`" if "fingerprint" in data else "not recorded",
+        "fingerprint": data.get("fingerprint", "not recorded"),
         "crystals": _pairs(data.get("splits")),
         "labelled crystals used": data.get("labels"),
         "elements": " ".join(chemical_symbols[z] for z in data.get("elements", [])),
@@ -218,20 +219,25 @@ def _results_text(results: Mapping[str, Any], scaler: Scaler | None) -> str:
         return "Averages:\n\n" + _table({names[k]: _pairs(v) for k, v in results.items()})
     lines = ["| target | split | crystals | MAE | RMSE | R² |", "|---|---|---|---|---|---|"]
     for i, target in enumerate(scaler.targets):
-        shown = f"`{target}`" + (f" ({scaler.units[i]})" if scaler.units[i] else "")
+        shown = code_span(target) + (f" ({markdown(scaler.units[i])})" if scaler.units[i] else "")
         for split in ("val", "test"):
             row = results.get(split, {})
             row = row if "mae" in row else row.get(target)
             if row:
-                numbers = " | ".join(_number(row[k]) for k in ("n", "mae", "rmse", "r2"))
+                numbers = " | ".join(_number(row.get(k, "")) for k in ("n", "mae", "rmse", "r2"))
                 lines.append(f"| {shown} | {split} | {numbers} |")
         for kind, mae in results.get("baselines", {}).get(target, {}).items():
-            lines.append(f"| {shown} | test, {kind} (composition only) | | {_number(mae)} | | |")
+            name = f"test, {markdown(kind)} (composition only)"
+            lines.append(f"| {shown} | {name} | | {_number(mae)} | | |")
     return "\n".join(lines)
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    shown = [f"| {key} | {value} |" for key, value in rows.items() if value not in (None, "")]
+    shown = [
+        f"| {markdown(key)} | {markdown(str(value))} |"
+        for key, value in rows.items()
+        if value not in (None, "")
+    ]
     return "\n".join(["| | |", "|---|---|", *shown])
 
 
@@ -244,5 +250,4 @@ def _number(value: Any) -> str:
 
 
 def _yaml(values: Mapping[str, Any]) -> str:
-    plain = json.loads(json.dumps(values))
-    return f"```yaml\n{yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)}```"
+    return code_block(to_yaml(values), "yaml")

@@ -35,24 +35,24 @@ from typing import Any
 from torch import Tensor
 
 from crysforge import __version__
-from crysforge.datapipe.common.claims import (
-    claim_directory,
-    is_lock_or_temporary,
-    is_unused,
-)
+from crysforge.datapipe.common.checked import checked
+from crysforge.datapipe.common.claims import claim_directory, is_lock_or_temporary, is_unused
 from crysforge.datapipe.common.files import (
     check_space,
     make_directory,
     new_directory,
-    read_json,
     remove_tree,
     sha256,
     write_json,
     write_text,
 )
+from crysforge.datapipe.common.safe_read import own_file, read_mapping
 from crysforge.trainer.base.tensors import code_version, load_tensors, save_tensors
+from crysforge.trainer.runs.forms import COMPLETE, OWNER, RUN
 
 SCHEMA = 1
+MAX_RECORD = 1 << 24
+"""Bytes of the longest run.json or state.json."""
 TAG = re.compile(r"^([a-z][a-z0-9_]*)-(\d{8})$")
 """Name of a checkpoint: stage and step."""
 START_S = 60.0
@@ -90,14 +90,17 @@ class Checkpoint:
         return {name: getattr(self, name) for name in ("model", "optimizer", "best", "average")}
 
     @contextlib.contextmanager
-    def read_state(self) -> Iterator[dict[str, Any]]:
+    def read_state(self, form: Any = dict) -> Iterator[dict[str, Any]]:
         """`state`, for a block that takes something up from it.
+
+        Args:
+            form: what it must be, see `datapipe.common.checked`.
 
         Raises:
             ValueError: it is not what a run saves.
         """
         try:
-            yield self.state
+            yield checked(form, self.state, "state.json")
         except (AttributeError, KeyError, OverflowError, TypeError) as error:
             raise ValueError(
                 f"state.json of checkpoint {self.tag} is not what this version saves "
@@ -214,6 +217,7 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} has no checkpoint {target!r}; it has: {', '.join(there) or 'none'}"
             )
+        self._refuse_links()
         self._own()
         self._sweep()
         if target != run.get("rewound"):
@@ -225,6 +229,19 @@ class RunDirectory:
         if not config.is_file() or config.read_text(encoding="utf-8") != config_yaml:
             write_text(config, config_yaml)
         return run
+
+    def _refuse_links(self) -> None:
+        """Raises ValueError for a link that leads out of the run: what is written, and what is
+        removed, must be its own."""
+        root = self.path.resolve()
+        for folder, directories, files in os.walk(root):
+            for name in (*directories, *files):
+                path = Path(folder, name)
+                if path.is_symlink() and not path.resolve().is_relative_to(root):
+                    raise ValueError(
+                        f"{path} is a link out of the run, where it would write: put what it leads "
+                        "to in its place"
+                    )
 
     def _own(self) -> None:
         self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "id": secrets.token_hex(8)}
@@ -243,15 +260,13 @@ class RunDirectory:
             return
         owner = self._owner
         try:
-            owner = read_json(self.path / "owner.json")
-        except FileNotFoundError:
+            owner = read_mapping(self.path / "owner.json", OWNER)
+        except (OSError, ValueError):  # the next look may tell, unless there is nothing left
             if not (self.path / "run.json").exists():
                 raise ValueError(
                     f"{self.path} was deleted or renamed while the run was going on: the same "
                     "command starts it anew, or continues it once it is back in its place"
                 ) from None
-        except (OSError, ValueError):  # the next look may tell
-            pass
         if owner["id"] != self._owner["id"]:
             raise ValueError(
                 f"{self.path} was started again, by process {owner['pid']} on {owner['host']}: "
@@ -283,7 +298,7 @@ class RunDirectory:
         marker = self.path / "run.json"
         if not marker.is_file():
             raise ValueError(f"{self.path} is not a run directory (it has no run.json)")
-        return read_json(marker)
+        return {"identity": {}, "finished": [], **read_mapping(marker, RUN, MAX_RECORD)}
 
     def finish(self, stage: str) -> None:
         """Notes that a stage is done, and drops its checkpoints but milestones: what it made is
@@ -377,25 +392,23 @@ class RunDirectory:
             raise ValueError(f"{path} is not complete, or being deleted: {error}") from None
 
     def _load(self, path: Path, match: re.Match[str]) -> Checkpoint:
-        hashes = read_json(path / "COMPLETE") if (path / "COMPLETE").stat().st_size else {}
-        if not isinstance(hashes, dict):
-            raise ValueError(f"{path / 'COMPLETE'} is damaged: it must hold the files' hashes")
-        for name, digest in hashes.items():
-            if not (path / name).is_file() or sha256(path / name) != digest:
-                raise ValueError(f"{path / name} is damaged: its content is not what was written")
+        hashes = read_mapping(path / "COMPLETE", COMPLETE)
+        for name in COMPLETE:
+            file, digest = path / name.removesuffix("?"), hashes.get(name.removesuffix("?"))
+            if digest is None and file.exists():
+                raise ValueError(f"{file} is damaged: COMPLETE has no hash of it")
+            if digest is not None and (not file.is_file() or sha256(own_file(file)) != digest):
+                raise ValueError(f"{file} is damaged: its content is not what was written")
 
-        def tensors(name: str, optional: bool = False) -> dict[str, Tensor]:
-            file = path / f"{name}.safetensors"
-            return {} if optional and not file.is_file() else load_tensors(file)
+        def tensors(name: str) -> dict[str, Tensor]:
+            file = f"{name}.safetensors"
+            return load_tensors(path / file) if file in hashes else {}
 
         return Checkpoint(
             stage=match[1],
             step=int(match[2]),
-            state=read_json(path / "state.json"),
-            model=tensors("model"),
-            optimizer=tensors("optimizer", optional=True),
-            best=tensors("best", optional=True),
-            average=tensors("average", optional=True),
+            state=read_mapping(path / "state.json", limit=MAX_RECORD),
+            **{name: tensors(name) for name in ("model", "optimizer", "best", "average")},
         )
 
 

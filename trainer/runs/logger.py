@@ -16,14 +16,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from crysforge.datapipe.common.escape import tag
 from crysforge.datapipe.common.files import (
     make_directory,
     open_append,
-    read_json_lines,
     write_json,
     write_text,
 )
+from crysforge.datapipe.common.safe_read import read_lines
 from crysforge.trainer.base.distributed import World
+from crysforge.trainer.runs.forms import LOGGED
 
 BEAT_S = 5.0
 """Least time between two heartbeats, in seconds."""
@@ -75,14 +77,14 @@ class Logger:
 
         def add(board: Any) -> None:
             for name, value in values.items():
-                board.add_scalar(name, value, step)
+                board.add_scalar(tag(name), value, step)
 
         self._to_board(add)
 
     def figure(self, step: int, name: str, figure: Any) -> None:
         """Records a matplotlib figure."""
         if self.enabled:
-            self._to_board(lambda board: board.add_figure(name, figure, step, close=False))
+            self._to_board(lambda board: board.add_figure(tag(name), figure, step, close=False))
 
     def _new_board(self, purge_step: int | None = None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
@@ -171,7 +173,7 @@ def _drop_lines(path: Path, stage: str, start: int) -> None:
         return
     kept = [
         f"{text}\n"
-        for text, line in read_json_lines(path)
+        for text, line in read_lines(path, LOGGED)
         if line["stage"] != stage or line["step"] <= start
     ]
     write_text(path, "".join(kept))
@@ -180,7 +182,7 @@ def _drop_lines(path: Path, stage: str, start: int) -> None:
 def read_metrics(run: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
     """The curves of a stage from RUN/metrics.jsonl: name → [(step, value), …]."""
     curves: dict[str, list[tuple[int, float]]] = {}
-    for _, line in read_json_lines(run / "metrics.jsonl"):
+    for _, line in read_lines(run / "metrics.jsonl", LOGGED):
         if line.pop("stage") == stage:
             step = line.pop("step")
             for name, value in line.items():

@@ -14,39 +14,33 @@ RUN itself; it is read as well.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from crysforge import __version__
+from crysforge.datapipe.common.checked import Finite, Line, Name, between, checked
+from crysforge.datapipe.common.config import refuse_references
 from crysforge.datapipe.common.files import make_directory, sha256, write_json, write_text
+from crysforge.datapipe.common.safe_read import read_mapping, to_yaml
 from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.models.encoders import Encoder, build_encoder
-from crysforge.trainer.base.safe_read import (
-    PICKLES,
-    at_most,
-    check_tensor_file,
-    read_mapping,
-    read_object,
-)
+from crysforge.trainer.base.safe_read import PICKLES, at_most, check_tensor_file
 from crysforge.trainer.base.tensors import code_version, load_into, load_tensors, save_tensors
-from crysforge.trainer.runs.checkpoint import RunDirectory
+from crysforge.trainer.runs.checkpoint import MAX_RECORD, RunDirectory
+from crysforge.trainer.runs.forms import MODEL, RUN
 from crysforge.trainer.stages.base import STAGES, Stage
 
 SCHEMA = 2
 CONFIG, WEIGHTS, SCALER = "config.yaml", "model.safetensors", "scaler.json"
 OLD_CONFIG = "model.yaml"
 """Name of the config in schema 1."""
-STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 MAX_PROVENANCE = 100_000
 """Characters of a data set's provenance that a model repeats."""
 
@@ -55,10 +49,16 @@ MAX_PROVENANCE = 100_000
 class Scaler:
     """Standardisation of labels: value = mean + std · output."""
 
-    targets: list[str]
-    units: list[str]
-    mean: list[float]
-    std: list[float]
+    targets: list[Name]
+    units: list[Line]
+    mean: list[Finite]
+    std: list[Annotated[float, between(0, 1e300)]]
+
+    def __post_init__(self) -> None:
+        if len({*map(len, vars(self).values())}) > 1 or not self.targets:
+            raise ValueError("it must hold targets, units, mean and std of each target")
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError("a target is there twice")
 
 
 @dataclass
@@ -179,8 +179,7 @@ def export_stage(
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:
     """Replaces the config of a model directory."""
-    plain = json.loads(json.dumps(config))  # no tuples, no object twice
-    write_text(path / CONFIG, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    write_text(path / CONFIG, to_yaml(config))
 
 
 def describe_data(manifest: Manifest, **more: Any) -> dict[str, Any]:
@@ -226,7 +225,7 @@ def open_model(path: str | Path, stage: str = "") -> Exported:
     if not root.is_dir():
         raise ValueError(f"checkpoint directory {str(path)!r} does not exist")
     if (root / "run.json").is_file() and not (root / OLD_CONFIG).is_file():
-        finished = read_object(root / "run.json").get("finished")
+        finished = read_mapping(root / "run.json", RUN, MAX_RECORD).get("finished")
         if not finished:
             raise ValueError(
                 f"{root} is a run without a finished stage: let it finish first, or export one of "
@@ -234,7 +233,7 @@ def open_model(path: str | Path, stage: str = "") -> Exported:
             )
         if stage and stage not in finished:
             raise ValueError(
-                f"{root} has no finished stage {stage!r}; finished: {', '.join(map(str, finished))}"
+                f"{root} has no finished stage {stage!r}; finished: {', '.join(finished)}"
             )
         root = _stage_directory(root, stage or finished[-1])
     exported = read_model(root)
@@ -283,16 +282,12 @@ def read_model(root: Path) -> Exported:
     config = read_mapping(root / name)
     if config.get("schema") != (1 if old else SCHEMA):
         raise ValueError(
-            f"{root / name} has schema {config.get('schema')!r}, this version reads 1 to {SCHEMA}"
+            f"{root / name} has schema {repr(config.get('schema'))[:40]}, this version reads 1 to "
+            f"{SCHEMA}"
         )
-    kinds = {"encoder": dict, "stage": str, "settings": dict, "data": dict, "start": dict | None}
-    for key, kind in kinds.items():
-        if not isinstance(config.get(key), kind):
-            raise ValueError(f"{root / name} is damaged: {key!r} is missing or of the wrong kind")
-    if not STAGE_NAME.fullmatch(config["stage"]):
-        raise ValueError(f"{root / name} is damaged: {config['stage']!r} is no name of a stage")
-    if "${" in repr([config["encoder"], config["settings"]]):
-        raise ValueError(f"{root / name} refers to values elsewhere (${{…}}): write them out")
+    config = checked(MODEL, config, str(root / name))
+    for part in ("encoder", "settings"):
+        refuse_references(config[part], f"{root / name}: ", part)
     exported = Exported(
         path=root,
         encoder=config["encoder"],
@@ -314,23 +309,10 @@ def read_model(root: Path) -> Exported:
 
 def read_scaler(path: Path) -> Scaler:
     """A scaler from its file. Raises ValueError if it is none."""
-    values = read_object(path)
-    names = [f.name for f in dataclasses.fields(Scaler)]
-    lists: list[Any] = [values.get(name) for name in names]
-    texts, numbers = lists[:2], lists[2:]
-    if (
-        values.keys() != set(names)
-        or not all(isinstance(items, list) and len(items) == len(lists[0]) for items in lists)
-        or not all(isinstance(item, str) for items in texts for item in items)
-        or not all(isinstance(item, int | float) for items in numbers for item in items)
-    ):
-        raise ValueError(f"{path} is no scaler: it must hold {', '.join(names)} of each target")
-    return Scaler(**values)
+    return checked(Scaler, read_mapping(path), str(path))
 
 
-def _stage_directory(root: Path, stage: Any) -> Path:
-    if not isinstance(stage, str) or not STAGE_NAME.fullmatch(stage):
-        raise ValueError(f"{root / 'run.json'} is damaged: {stage!r} is no name of a stage")
+def _stage_directory(root: Path, stage: str) -> Path:
     path = root / stage
     if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{path} is a link out of the run: give the directory it leads to")

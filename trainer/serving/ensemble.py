@@ -7,7 +7,6 @@ which makes the validation errors as large as they are said to be: in the root m
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,12 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from crysforge.datapipe.common.escape import file_part
 from crysforge.datapipe.common.files import new_directory, write_json
+from crysforge.datapipe.common.safe_read import inside, read_mapping
+from crysforge.datapipe.common.tables import number, read_rows
 from crysforge.datapipe.crystals.crystal import Crystal
-from crysforge.trainer.base.safe_read import read_object
 from crysforge.trainer.figures import plots
 from crysforge.trainer.jobs.tables import errors, suffixes, write_table
 from crysforge.trainer.runs.card import share
+from crysforge.trainer.runs.forms import ENSEMBLE as FORM
 from crysforge.trainer.runs.model_directory import open_model
 
 ENSEMBLE = "ensemble.json"
@@ -70,13 +72,15 @@ def read_predictions(runs: Sequence[Path], split: str, targets: Sequence[str]) -
         path = run / f"predictions_{split}.csv"
         if not path.is_file():
             raise ValueError(f"{path} does not exist: {run} is no finished finetuning")
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = {row["id"]: row for row in csv.DictReader(file)}
-        ids = ids or list(rows)
         columns = [f"{kind}{s}" for kind in ("target", "prediction") for s in suffixes(targets)]
-        if set(rows) != set(ids) or not set(columns) <= set(rows[ids[0]]):
-            raise ValueError(f"{path} is not of the crystals and targets of {runs[0]}")
-        tables.append([[float(rows[id][c] or "nan") for c in columns] for id in ids])
+        table = list(read_rows(path))
+        if not table or not {"id", *columns} <= table[0].keys():
+            raise ValueError(f"{path} has no columns id, {', '.join(columns)}, or no rows")
+        rows = {row["id"]: row for row in table}
+        ids = ids or list(rows)
+        if set(rows) != set(ids):
+            raise ValueError(f"{path} is not of the crystals of {runs[0]}")
+        tables.append([[number(rows[id][c], path) for c in columns] for id in ids])
     values = np.array(tables).reshape(len(runs), len(ids), 2, len(targets))
     if not np.allclose(values[:, :, 0], values[:1, :, 0], rtol=1e-6, equal_nan=True):
         raise ValueError(f"the {split} labels of {', '.join(map(str, runs))} are not the same")
@@ -180,14 +184,15 @@ def _report(
             alone = [errors(label, member[known, i])["mae"] for member in given.members]
             fit = calibration(guess - label, sigma)
             scores[target] = {**errors(label, guess), "members_mae": alone, "calibration": fit}
-            plots.parity_plot(label, guess, target, units[i], path / f"parity_{split}{suffix}.png")
+            name = f"{split}{file_part(suffix)}.png"
+            plots.parity_plot(label, guess, target, units[i], path / f"parity_{name}")
             plots.calibration_plot(
                 guess - label,
                 sigma,
                 fit,
                 target,
                 units[i],
-                path / f"calibration_{split}{suffix}.png",
+                path / f"calibration_{name}",
             )
         write_table(path / f"predictions_{split}.csv", given.ids, columns)
         out[split] = scores[targets[0]] if len(targets) == 1 else scores
@@ -206,22 +211,14 @@ class Ensemble:
         from crysforge.trainer.serving.predictor import Predictor
 
         root = Path(path)
-        record = read_object(root / ENSEMBLE)
-        if record.get("schema") != SCHEMA:
-            raise ValueError(
-                f"{root / ENSEMBLE} has schema {record.get('schema')!r}, this version reads 1"
-            )
-        count, scale = record.get("members"), record.get("scale")
-        if not isinstance(count, int) or not 2 <= count <= 1000 or not isinstance(scale, list):
-            raise ValueError(
-                f"{root / ENSEMBLE} does not say how many members there are, or scales"
-            )
-        self.members = [Predictor(open_model(root / str(i)), device) for i in range(count)]
+        record = read_mapping(root / ENSEMBLE, FORM, schema=SCHEMA)
+        members = [inside(root, str(i)) for i in range(record["members"])]
+        self.members = [Predictor(open_model(member), device) for member in members]
         self.targets, self.units = self.members[0].targets, self.members[0].units
-        self.scale = np.array(scale, dtype=float)
+        self.scale = np.array(record["scale"], dtype=float)
         if not self.targets or any(m.targets != self.targets for m in self.members):
             raise ValueError(f"the members of {root} do not predict the same")
-        if self.scale.shape != (len(self.targets),) or not (self.scale > 0).all():
+        if self.scale.shape != (len(self.targets),):
             raise ValueError(f"{root / ENSEMBLE}: scale must be one positive number a target")
         self.columns = [f"{k}{s}" for s in suffixes(self.targets) for k in _COLUMNS]
 

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import platform
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -21,9 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from crysforge.datapipe.common.escape import cell
 from crysforge.datapipe.common.files import new_directory, write_bytes, write_json, write_text
+from crysforge.datapipe.common.safe_read import read_mapping, read_text
+from crysforge.datapipe.common.tables import number, read_rows
 from crysforge.datapipe.preparing.splits import FOLDS, by_fold
-from crysforge.trainer.base.safe_read import read_object
+from crysforge.trainer.runs.forms import METRICS
 
 MATBENCH = {
     "matbench_dielectric": 4764,
@@ -39,6 +43,10 @@ MATBENCH = {
 MATBENCH_VERSION = "0.6"
 _LEAST = 1e-5
 """Matbench leaves labels of no greater magnitude out of the percentage error."""
+
+
+_FORM = {key: METRICS[key] for key in ("targets", "encoder", "seed", "seconds?")}
+"""What is asked of metrics.json."""
 
 
 def jarvis(
@@ -66,9 +74,14 @@ def jarvis(
     seconds = 0.0
     for run in map(Path, runs):
         metrics, rows = _results(run)
-        name = f"AI-SinglePropertyPrediction-{metrics['targets'][0]}-{dataset}-test-mae.csv"
+        target = metrics["targets"][0]
+        if not re.fullmatch(r"[A-Za-z0-9_+-]+", target):
+            raise ValueError(f"{run}: {target!r} is no field of JARVIS")
+        if odd := next((row["id"] for row in rows if cell(row["id"]) != row["id"]), None):
+            raise ValueError(f"{run}: {odd!r} is no id of JARVIS")
+        name = f"AI-SinglePropertyPrediction-{target}-{dataset}-test-mae.csv"
         if name in tables:
-            raise ValueError(f"{run}: there is a run of {metrics['targets'][0]} already")
+            raise ValueError(f"{run}: there is a run of {target} already")
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows(
             [("id", "prediction"), *((row["id"], row["prediction"]) for row in rows)]
@@ -155,7 +168,7 @@ def _by_fold(runs: Sequence[str | Path]) -> dict[str, dict[int, dict[str, Any]]]
         folds = tasks.setdefault(task, {})
         if fold in folds:
             raise ValueError(f"{run}: there is a run of fold {fold} of {task} already")
-        values = np.array([[float(r["target"]), float(r["prediction"])] for r in rows])
+        values = np.array([[number(r[c], run) for c in ("target", "prediction")] for r in rows])
         folds[fold] = {
             "data": dict(zip(ids, values[:, 1].tolist(), strict=True)),
             "parameters": {"encoder": metrics["encoder"], "seed": metrics["seed"]},
@@ -189,7 +202,7 @@ def _fold(run: Path, ids: Sequence[str]) -> tuple[str, int, list[str]]:
     tasks = {id.rpartition("-")[0] for id in ids}
     task = tasks.pop() if len(tasks) == 1 else ""
     numbers = [id.rpartition("-")[2] for id in ids]
-    if task not in MATBENCH or not all(n.isascii() and n.isdigit() for n in numbers):
+    if task not in MATBENCH or not all(re.fullmatch(r"\d{1,9}", n, re.ASCII) for n in numbers):
         raise ValueError(
             f"{run}: its test crystals are not of one Matbench task: prepare matbench_TASK.json.gz "
             f"under its own name, one of {', '.join(MATBENCH)}"
@@ -211,9 +224,8 @@ def _results(run: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     path = run / "predictions_test.csv"
     if not (run / "metrics.json").is_file() or not path.is_file():
         raise ValueError(f"{run} is no finished finetuning with a test part")
-    metrics = read_object(run / "metrics.json")
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    metrics = read_mapping(run / "metrics.json", _FORM)
+    rows = list(read_rows(path))
     if not rows or not set(rows[0]) >= {"id", "target", "prediction"}:
         raise ValueError(f"{path} has no columns id, target, prediction: one target is needed")
     return metrics, rows
@@ -227,7 +239,7 @@ def _commands(runs: Sequence[str | Path]) -> str:
         "set -e",
     ]
     for run in runs:
-        config = (Path(run) / "config.yaml").read_text(encoding="utf-8")
+        config = read_text(Path(run) / "config.yaml")
         name = hashlib.sha256(config.encode()).hexdigest()[:12]
         end = f"CONFIG_{name}"
         lines += [f"cat > {name}.yaml <<'{end}'", config.rstrip("\n"), end]

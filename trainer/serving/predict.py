@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from crysforge.datapipe.common.files import replacing
 from crysforge.datapipe.common.streams import is_stream
+from crysforge.datapipe.common.tables import row_writer
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.sources import Failure
 from crysforge.trainer.jobs.tables import cell
@@ -29,7 +29,7 @@ def predict_to_csv(
     counts = {"written": 0, "dropped": 0}
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(dropped_path(output), streams=True) as bad, suppress(_NothingWritten):
-        drops = csv.writer(bad)
+        drop = row_writer(bad)
 
         def usable() -> Iterator[Crystal]:
             for item in crystals:
@@ -37,15 +37,15 @@ def predict_to_csv(
                     yield item
                 else:
                     if not counts["dropped"]:
-                        drops.writerow(["id", "where", "reason", "message"])
+                        drop(["id", "where", "reason", "message"])
                     counts["dropped"] += 1
-                    drops.writerow([item.id, item.where, item.reason, item.message])
+                    drop([item.id, item.where, item.reason, item.message])
 
         with replacing(output, streams=True) as file:
-            writer = csv.writer(file)
-            writer.writerow(["id", *model.columns])
+            write = row_writer(file)
+            write(["id", *model.columns])
             for crystal, values in model.iterate(usable(), max_atoms):
-                writer.writerow([crystal.id, *(cell(v) for v in values)])
+                write([crystal.id, *(cell(v) for v in values)])
                 counts["written"] += 1
             if not counts["written"]:
                 raise _NothingWritten

@@ -122,7 +122,7 @@ def test_id_files(tmp_path):
     assert read_ids(str(folder)) == {"train": ["a", "c d"]}
     for text, words in [
         ("[1]", "must hold"),
-        ("{", "is not JSON"),
+        ("{", "is not valid JSON"),
         ('{"train": "a"}', "must hold"),
     ]:
         (tmp_path / "s.json").write_text(text)

@@ -381,5 +381,5 @@ def test_indexes_that_do_not_fit(name, edit, tmp_path):
 def test_manifests_that_nest_without_end(tmp_path):
     root = write(tmp_path / "set")
     (root / "manifest.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"manifest\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON"):
         Dataset.open(root)

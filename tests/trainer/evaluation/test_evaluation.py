@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crysforge.datapipe.common.files import read_json, write_json
+from crysforge.datapipe.common.files import write_json
+from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.launch.evaluate import find
 from crysforge.trainer.evaluation.compare import arms_of, compare, mean_improvements
 from crysforge.trainer.evaluation.results import classification_scores, gather
@@ -47,9 +48,9 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_arms_are_compared_by_seed_and_by_crystal(tmp_path):
     arms, (found,) = compared(arms_and_seeds(tmp_path, {"none": 0.2, "crysldnet": 0.1}))
     runs = [
-        read_json(tmp_path / f"crysldnet-{s}" / "metrics.json")["test"]["mae"] for s in (0, 1, 2)
+        read_mapping(tmp_path / f"crysldnet-{s}" / "metrics.json")["test"]["mae"] for s in (0, 1, 2)
     ]
-    base = [read_json(tmp_path / f"none-{s}" / "metrics.json")["test"]["mae"] for s in (0, 1, 2)]
+    base = [read_mapping(tmp_path / f"none-{s}" / "metrics.json")["test"]["mae"] for s in (0, 1, 2)]
     assert arms[1].summary().mean == pytest.approx(np.mean(runs))
     assert arms[1].summary().std == pytest.approx(np.std(runs, ddof=1))
     assert found.seeds == ["0", "1", "2"]
@@ -81,7 +82,7 @@ def test_missing_cells_are_told_apart(tmp_path):
     (root / "a-1" / "metrics.json").write_text("{")
     (root / "a-2" / "predictions_test.csv").write_text("id,target,prediction\nx,1,nan\n")
     (root / "a-3" / "predictions_test.csv").write_text("id,target,prediction\nx,1,9\n")
-    record = read_json(root / "suite.json")
+    record = read_mapping(root / "suite.json")
     record["cells"]["a-5"] = {**record["cells"]["a-4"], "run": "nowhere"}
     record["cells"]["a-5"]["values"] = {"pretraining": "a", "seed": 5}
     write_json(root / "suite.json", record)
@@ -168,7 +169,7 @@ def test_several_targets_of_a_run_are_several_rows(tmp_path):
 
 def test_runs_that_others_start_from_are_not_compared(tmp_path):
     root = arms_and_seeds(tmp_path, {"none": 0.2, "a": 0.1})
-    record = read_json(root / "suite.json")
+    record = read_mapping(root / "suite.json")
     record["cells"]["start"] = {"run": "none-0", "job": "finetune", "values": {"pretraining": "a"}}
     write_json(root / "suite.json", record)
     assert len(gather(Suite.read(root))[0]) == 6
@@ -359,10 +360,10 @@ def test_nothing_finished_and_folders_of_others(tmp_path):
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ("[]", "does not describe a suite"),
+        ("[]", "must hold a mapping"),
         ("{", "not valid JSON"),
         ('{"schema": 2}', "schema 2"),
-        ('{"schema": 1, "title": "t"}', "it has no 'cells'"),
+        ('{"schema": 1, "title": "t"}', "missing key 'baseline'"),
     ],
 )
 def test_a_broken_suite_file_is_one_line(tmp_path, record, words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import resource
 import shutil
@@ -186,10 +187,20 @@ def test_a_checkpoint_says_what_made_it(run):
     assert code["version"] and len(code["sources"]) == 16
 
 
-def test_a_checkpoint_without_hashes_loads(run):
-    path = run.save(checkpoint(1), keep=1)
-    (path / "COMPLETE").write_text("")
+@pytest.mark.parametrize("marker", ["", "{}", "null", "[]", "some", "more"])
+def test_a_checkpoint_without_all_hashes_is_not_taken(run, marker, caplog):
+    """As one of an early version, whose marker was empty, or one that somebody tampered with."""
+    run.save(checkpoint(1), keep=2)
+    path = run.save(checkpoint(2), keep=2)
+    hashes = json.loads((path / "COMPLETE").read_text())
+    if marker == "some":
+        marker = json.dumps({k: v for k, v in hashes.items() if k != "optimizer.safetensors"})
+    if marker == "more":
+        marker = json.dumps(hashes)
+        save_tensors(path / "average.safetensors", {"w": torch.ones(2)})
+    (path / "COMPLETE").write_text(marker)
     assert run.latest("vae").step == 1
+    assert "COMPLETE" in caplog.text and (path.parent / "vae-00000002.damaged").is_dir()
 
 
 def test_going_back_to_a_checkpoint(run):

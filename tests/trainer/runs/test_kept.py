@@ -18,6 +18,7 @@ import pytest
 from crysforge import load
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.trainer.base.tensors import sha256
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.logger import read_metrics
 
@@ -92,6 +93,9 @@ def test_a_run_with_another_state_is_refused_in_one_line(key, value, tmp_path, m
     if value == "missing":
         del state[key]
     (saved / "state.json").write_text(json.dumps(state))
-    (saved / "COMPLETE").write_text("")
+    hashes = json.loads((saved / "COMPLETE").read_text()) | {
+        "state.json": sha256(saved / "state.json")
+    }
+    (saved / "COMPLETE").write_text(json.dumps(hashes))
     with pytest.raises(ValueError, match=r"^(state\.json of )?checkpoint vae-00000001"):
         call(monkeypatch, tmp_path, "pretrain", *RUN)

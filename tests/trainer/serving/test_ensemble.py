@@ -161,10 +161,10 @@ def test_runs_that_make_no_ensemble(members, call, tmp_path, names, words):
     ("change", "words"),
     [
         ({"schema": 2}, "this version reads 1"),
-        ({"members": 10**9}, "does not say how many"),
+        ({"members": 10**9}, "members must be a whole number, from 2 to 1000"),
         ({"members": 3}, "does not exist"),
         ({"scale": [1.0, 2.0]}, "one positive number"),
-        ({"scale": [-1.0]}, "one positive number"),
+        ({"scale": [-1.0]}, r"scale\[0\] must be a number, from 1e-300"),
     ],
 )
 def test_a_record_that_does_not_fit_its_members(ensemble, tmp_path, change, words):

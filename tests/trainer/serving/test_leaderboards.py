@@ -171,7 +171,8 @@ def test_runs_can_come_from_a_suite(folds, tmp_path, monkeypatch, capsys):
     }  # fmt: skip
     cells["none"] = {"run": "gone", "job": "finetune", "values": {"pretraining": "none"}}
     cells["start"] = {"run": "start", "job": "pretrain", "values": {"pretraining": "ours"}}
-    record = {"schema": 1, "factors": ["pretraining", "fold"], "cells": cells}
+    record = {"schema": 1, "title": "Folds", "baseline": "", "factors": ["pretraining", "fold"]}
+    record["cells"] = cells
     (tmp_path / "runs" / "suite.json").write_text(json.dumps(record))
     base = ["leaderboard", "to=matbench", f"suite={tmp_path / 'runs'}"]
     base += [f"metadata.{k}={v}" for k, v in PERSON.items()]

@@ -100,7 +100,7 @@ def test_a_command_that_fails_is_tried_again(root, tmp_path, access):
     [
         ("sh -c 'echo oh dear >&2; exit 7' {}", 60, r"try 2 of 2.*sh ended with status 7: oh dear"),
         ("sh -c 'sleep 1000 & wait' {}", 0.1, r"try 2 of 2.*sh has not ended after 0\.1 s"),
-        ("sh -c 'printf 0123 && exit 0' {}", 60, r"try 2 of 2.*JSONDecodeError"),
+        ("sh -c 'printf 0123 && exit 0' {}", 60, r"try 2 of 2.*manifest.json is not valid JSON"),
     ],
 )
 def test_a_command_that_cannot_do_it_is_one_clear_error(command, timeout_s, message):
