@@ -16,6 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from crysforge.datapipe.common import threads
+
+threads.choose()
+
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer.analysis.report import AnalysisConfig, analyse
 from crysforge.trainer.base.command_line import parse, required, run
@@ -43,6 +47,7 @@ def main() -> None:
     config = parse(AnalyseConfig, __doc__)
     required(config, "checkpoint", "data", "output")
     device = device_of(config.device)
+    print(threads.describe())
     encoder = open_model(config.checkpoint, config.stage).build_encoder().to(device)
     analyse(encoder, Dataset.open(config.data), config, config.output, config.checkpoint)
     text = (Path(config.output) / "analysis.md").read_text(encoding="utf-8")

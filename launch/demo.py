@@ -19,6 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from crysforge.datapipe.common import threads
+
+threads.choose()
+
 from crysforge.trainer.base.command_line import parse, run
 
 TARGET = "ewald_energy"

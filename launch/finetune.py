@@ -18,6 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from crysforge.datapipe.common import threads
+
+threads.choose()
+
 import numpy as np
 
 from crysforge.datapipe.storage.dataset import Dataset
@@ -49,6 +53,8 @@ def main() -> None:
     items = {"train": jobs.labelled_items(dataset, config) if learns else np.empty(0, np.int64)}
     items |= {s: jobs.with_label(dataset, s, config.targets) for s in ("val", "test")}
     world = distributed.init()
+    threads.leave_cores(config.loader.workers)
+    print(f"{world.describe()}; {threads.describe()}")
     stage, scaler = jobs.finetune_stage(config, dataset, items["train"])
     streams = [
         jobs.make_stream(

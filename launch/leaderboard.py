@@ -19,6 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from crysforge.datapipe.common import threads
+
+threads.choose()
+
 from crysforge.models.registry import nearest
 from crysforge.trainer.base.command_line import parse, required, run
 from crysforge.trainer.base.safe_read import read_object

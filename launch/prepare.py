@@ -26,11 +26,16 @@ What can be done with data sets; each action has settings of its own (add --help
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from crysforge.datapipe.common import threads
+
+threads.choose(1)  # the work is shared out to processes
 
 from crysforge.datapipe.preparing.bake import BakeConfig, bake
 from crysforge.datapipe.preparing.config import PrepareConfig
@@ -58,12 +63,21 @@ def make() -> None:
     if config.dry_run:
         print(plan(config))
     else:
+        announce(config)
         print(summary(prepare(config), config.output))
+
+
+def announce(config) -> None:
+    """Says beside the progress bars how the work is shared out."""
+    if config.progress:
+        workers = config.workers or threads.share_of(os.environ).cpus
+        print(f"workers: {workers}; {threads.describe()}", file=sys.stderr, flush=True)
 
 
 def check() -> None:
     config = parse(VerifyConfig, __doc__)
     required(config, "verify")
+    announce(config)
     count = 0
     for problem in verify(config):
         print(problem)
@@ -79,6 +93,7 @@ def look() -> None:
     local = local_path(config.inspect)
     if local is None:
         required(config, "output")
+    announce(config)
     found = statistics(config)
     print(describe(found))
     path = config.output or join_path(local or "", "histograms.png")
@@ -107,6 +122,7 @@ def graph_of(encoder: str) -> GraphSpec:
 def bake_graphs() -> None:
     config = parse(BakeEncodersConfig, __doc__)
     required(config, "bake", "encoders")
+    announce(config)
     change(config, lambda config: bake(config, map(graph_of, config.encoders)))
 
 

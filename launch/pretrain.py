@@ -15,6 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from crysforge.datapipe.common import threads
+
+threads.choose()
+
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer.base import distributed
 from crysforge.trainer.base.command_line import parse, required, run, to_yaml
@@ -43,7 +47,8 @@ def main() -> None:
     dataset = Dataset.open(config.data)
     jobs.check_splits(dataset, config.data, "train")
     world = distributed.init(config.trainer.timeout_s)
-    print(world.describe(), flush=True)
+    threads.leave_cores(config.loader.workers)
+    print(f"{world.describe()}; {threads.describe()}", flush=True)
 
     encoder = jobs.starting_encoder(config)
     start, data = lineage(config.init_from, config.init_stage), describe_data(dataset.manifest)

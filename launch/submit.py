@@ -24,6 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from crysforge.datapipe.common import threads
+
+threads.choose()
+
 from crysforge.launch.cluster import status
 from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.executors import (

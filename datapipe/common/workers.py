@@ -13,18 +13,13 @@ from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
+from crysforge.datapipe.common import threads
+
 A = TypeVar("A")
 B = TypeVar("B")
 
 CHUNK = 32
 """Items that travel together."""
-
-
-def available_cpus() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Workers(Generic[A, B]):
@@ -46,7 +41,7 @@ class Workers(Generic[A, B]):
         if count < 0:
             raise ValueError(f"workers must be 0 (one for each core) or more, got {count}")
         self.function = function
-        self.count = count or available_cpus()
+        self.count = count or threads.share_of(os.environ).cpus
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
         # A fork starts in milliseconds; elsewhere than on Linux it is not safe.
@@ -122,6 +117,7 @@ class Workers(Generic[A, B]):
 def _serve(parents: Connection, own: Connection, function: Callable[[A], B]) -> None:
     """What a process does: a chunk in, its results out, until the parent's end closes."""
     parents.close()  # else this process would keep its own pipe open
+    threads.single()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):
         while True:

@@ -19,6 +19,7 @@ from typing import Any
 from submitit import LocalExecutor, LocalJob, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from crysforge.datapipe.common.threads import PROCESSES
 from crysforge.launch.cluster.config import SubmitConfig, minutes, one_line
 from crysforge.launch.cluster.events import EventLog, outcome_of
 from crysforge.launch.cluster.worker import Task, cancelled
@@ -129,8 +130,11 @@ def run_local(
     waiting, failed = list(tasks), []
     running: dict[int, tuple[Task, LocalJob]] = {}
     slots = range(config.array_parallelism or 1)
-    path = os.environ.get("PYTHONPATH", "")
+    before = dict(os.environ)
+    path = before.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = f"{code}{os.pathsep}{path}" if path else str(code)
+    at_once = min(len(slots), len(tasks)) * config.processes
+    os.environ.setdefault(PROCESSES, str(at_once))
     try:
         while waiting or running:
             for slot in slots:
@@ -162,7 +166,8 @@ def run_local(
             end_local(int(job.job_id), folder)
         raise
     finally:
-        os.environ["PYTHONPATH"] = path
+        os.environ.clear()
+        os.environ.update(before)
     return failed
 
 
