@@ -17,6 +17,10 @@ from pathlib import Path
 if not __package__:  # run as a file of a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from crysforge.datapipe.common import threads
+
+threads.choose()
+
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models import kernels
 from crysforge.trainer.analysis.config import AnalysisConfig
@@ -47,6 +51,7 @@ def main() -> None:
     required(config, "checkpoint", "data", "output")
     device = device_of(config.device)
     kernels.enable(device)
+    print(threads.describe())
     encoder = open_model(config.checkpoint, config.stage).build_encoder().to(device)
     analyse(encoder, Dataset.open(config.data), config, config.output, config.checkpoint)
     text = (Path(config.output) / "analysis.md").read_text(encoding="utf-8")

@@ -16,14 +16,17 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+if not __package__:  # run as a file of a checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from crysforge.datapipe.common import threads
+
+threads.choose()
+
 from crysforge.datapipe.common.processes import Parent
 from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.trainer.base.command_line import parse, run
 from crysforge.trainer.runs.forms import METRICS
-
-if not __package__:  # run as a file of a checkout
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 
 TARGET = "ewald_energy"
 

@@ -4,5 +4,4 @@
 set -euo pipefail
 out=$(realpath -m "${1:-runs/demo}")
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$PYTHON" launch/demo.py "out=$out"

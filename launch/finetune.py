@@ -19,6 +19,10 @@ from pathlib import Path
 if not __package__:  # run as a file of a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from crysforge.datapipe.common import threads
+
+threads.choose()
+
 import numpy as np
 
 from crysforge.datapipe.common.files import write_json
@@ -53,6 +57,8 @@ def main() -> None:
     items = {"train": jobs.labelled_items(dataset, config) if learns else np.empty(0, np.int64)}
     items |= {s: jobs.with_label(dataset, s, config.targets) for s in ("val", "test")}
     world = distributed.init(config.trainer.timeout_s, job_facts(config, dataset.manifest))
+    threads.leave_cores(config.loader.workers)
+    print(f"{world.describe()}; {threads.describe()}")
     stage, scaler = jobs.finetune_stage(config, dataset, items["train"])
     streams = [
         jobs.make_stream(

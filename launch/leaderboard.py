@@ -17,15 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a file of a checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from crysforge.datapipe.common import threads
+
+threads.choose()
+
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.safe_read import inside
 from crysforge.trainer.base.command_line import parse, required, run
 from crysforge.trainer.evaluation.suite import SUITE, read_suite
 from crysforge.trainer.serving.leaderboards import jarvis, matbench
-
-if not __package__:  # run as a file of a checkout
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 
 BOARDS = ("jarvis", "matbench")
 

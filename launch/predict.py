@@ -17,6 +17,10 @@ from pathlib import Path
 if not __package__:  # run as a file of a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from crysforge.datapipe.common import threads
+
+threads.choose()
+
 from crysforge.datapipe.common.streams import is_stream
 from crysforge.datapipe.sources import read_crystals
 from crysforge.trainer.base.command_line import parse, required, run
@@ -59,6 +63,7 @@ def main() -> None:
         raise ValueError(f"{output} exists: choose another output, or overwrite=true")
     if output.resolve() == Path(config.input).resolve():
         raise ValueError(f"output {output} is the input: choose another output")
+    print(threads.describe())
     model = load(config.checkpoint, device=config.device)
     model.require_head()
     crystals = read_crystals(config.input, config.format, workers=config.workers, progress=True)

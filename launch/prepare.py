@@ -26,12 +26,17 @@ What can be done with data sets; each action has settings of its own (add --help
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 if not __package__:  # run as a file of a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from crysforge.datapipe.common import threads
+
+threads.choose(1)  # the work is shared out to processes
 
 from crysforge.datapipe.preparing.bake import BakeConfig, bake
 from crysforge.datapipe.preparing.config import PrepareConfig
@@ -59,12 +64,21 @@ def make() -> None:
     if config.dry_run:
         print(plan(config))
     else:
+        announce(config)
         print(summary(prepare(config), config.output))
+
+
+def announce(config) -> None:
+    """Says beside the progress bars how the work is shared out."""
+    if config.progress:
+        workers = config.workers or threads.share_of(os.environ).cpus
+        print(f"workers: {workers}; {threads.describe()}", file=sys.stderr, flush=True)
 
 
 def check() -> None:
     config = parse(VerifyConfig, __doc__)
     required(config, "verify")
+    announce(config)
     count = 0
     for problem in verify(config):
         print(problem)
@@ -80,6 +94,7 @@ def look() -> None:
     local = local_path(config.inspect)
     if local is None:
         required(config, "output")
+    announce(config)
     found = statistics(config)
     print(describe(found))
     path = config.output or join_path(local or "", "histograms.png")
@@ -108,6 +123,7 @@ def graph_of(encoder: str) -> GraphSpec:
 def bake_graphs() -> None:
     config = parse(BakeEncodersConfig, __doc__)
     required(config, "bake", "encoders")
+    announce(config)
     change(config, lambda config: bake(config, map(graph_of, config.encoders)))
 
 

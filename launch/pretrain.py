@@ -13,6 +13,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+if not __package__:  # run as a file of a checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from crysforge.datapipe.common import threads
+
+threads.choose()
+
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer.base import distributed
 from crysforge.trainer.base.agreement import same_file
@@ -35,9 +42,6 @@ from crysforge.trainer.runs.model_directory import (
 )
 from crysforge.trainer.stages.base import STAGES
 
-if not __package__:  # run as a file of a checkout
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 
 def main() -> None:
     config = parse(pretrain_schema(), __doc__)
@@ -48,7 +52,8 @@ def main() -> None:
     dataset = Dataset.open(config.data)
     jobs.check_splits(dataset, config.data, "train")
     world = distributed.init(config.trainer.timeout_s, job_facts(config, dataset.manifest))
-    print(world.describe(), flush=True)
+    threads.leave_cores(config.loader.workers)
+    print(f"{world.describe()}; {threads.describe()}", flush=True)
 
     before = open_model(config.init_from, config.init_stage) if config.init_from else None
     encoder = jobs.starting_encoder(config)

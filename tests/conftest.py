@@ -2,6 +2,10 @@
 
 import os
 
+from crysforge.datapipe.common import threads
+
+threads.choose()  # tests call what launch scripts do in this process
+
 import numpy as np
 import pytest
 import torch

@@ -3,7 +3,6 @@
 # the packages slurm-wlm and munge are missing, the slurm tests are skipped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 part=all
 case "${1:-}" in lint | types | unit | distributed | slurm) part=$1 && shift ;; esac

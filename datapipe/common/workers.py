@@ -13,6 +13,7 @@ from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
+from crysforge.datapipe.common import threads
 from crysforge.datapipe.common.processes import Parent
 
 A = TypeVar("A")
@@ -20,13 +21,6 @@ B = TypeVar("B")
 
 CHUNK = 32
 """Items that travel together."""
-
-
-def available_cpus() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Workers(Generic[A, B]):
@@ -48,7 +42,7 @@ class Workers(Generic[A, B]):
         if count < 0:
             raise ValueError(f"workers must be 0 (one for each core) or more, got {count}")
         self.function = function
-        self.count = count or available_cpus()
+        self.count = count or threads.share_of(os.environ).cpus
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
         # A fork starts in milliseconds; elsewhere than on Linux it is not safe.
@@ -127,6 +121,7 @@ def _serve(
     """What a process does: a chunk in, its results out, until the parent's end closes."""
     parent.end_with_me()
     parents.close()  # else this process would keep its own pipe open
+    threads.single()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):
         while True:

@@ -21,6 +21,7 @@ from submitit import LocalExecutor, LocalJob, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from crysforge.datapipe.common.processes import Process
+from crysforge.datapipe.common.threads import PROCESSES
 from crysforge.launch.cluster.config import SubmitConfig, minutes, one_line
 from crysforge.launch.cluster.events import EventLog, outcome_of
 from crysforge.launch.cluster.worker import SUPERVISOR, Task, cancelled
@@ -137,7 +138,8 @@ def run_local(
     waiting, failed = list(tasks), []
     running: dict[int, tuple[Task, LocalJob]] = {}
     slots = range(config.array_parallelism or 1)
-    with _as_supervisor(code, folder, running):
+    at_once = min(len(slots), len(tasks)) * config.processes
+    with _as_supervisor(code, folder, running, at_once):
         while waiting or running:
             for slot in slots:
                 if slot not in running and waiting and not cancelled(folder):
@@ -168,17 +170,18 @@ def run_local(
 
 @contextlib.contextmanager
 def _as_supervisor(
-    code: Path, folder: Path, running: Mapping[int, tuple[Task, LocalJob]]
+    code: Path, folder: Path, running: Mapping[int, tuple[Task, LocalJob]], at_once: int
 ) -> Iterator[None]:
-    """For a process that runs cells: they use the code, and end with it. If it is asked to end, or
-    fails, they end in order before."""
+    """For a process that runs cells: they use the code, share its cores between so many processes
+    at once, and end with it. If it is asked to end, or fails, they end in order before."""
 
     def stop(number: int, frame: object) -> None:
         raise Requeue
 
-    kept = {name: os.environ.get(name) for name in ("PYTHONPATH", SUPERVISOR)}
+    kept = {name: os.environ.get(name) for name in ("PYTHONPATH", SUPERVISOR, PROCESSES)}
     before = signal.signal(signal.SIGTERM, stop)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code), kept["PYTHONPATH"]]))
+    os.environ.setdefault(PROCESSES, str(at_once))
     os.environ[SUPERVISOR] = json.dumps(Process.of(os.getpid()).to_json())
     try:
         yield

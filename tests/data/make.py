@@ -11,7 +11,6 @@ there was no export.)
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -35,8 +34,7 @@ FINETUNE = [
 def launch(folder: Path, script: str, *args: str) -> int:
     """Exit code of a launch script that works in `folder`."""
     command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *args]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environ).returncode
+    return subprocess.run(command, cwd=folder).returncode
 
 
 def main(folder: Path) -> None:

@@ -40,8 +40,9 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from crysforge.datapipe.common import threads
 from crysforge.trainer.base.signals import REQUEUE
-from tests.distributed.ranks import ROOT, free_port, rank_environ
+from tests.distributed.ranks import CHOOSE, ROOT, free_port, rank_environ
 from tests.families import left_of, session_of
 
 KILLED = -signal.SIGKILL
@@ -78,9 +79,9 @@ class Server:
 
     def __enter__(self) -> Server:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.faults"],
+            [sys.executable, "-c", f"{CHOOSE}; from {__name__} import serve; serve()"],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -212,6 +213,8 @@ def _fork(order: dict[str, Any], rank: int) -> tuple[int, int]:
         os.dup2(writing, 1)
         os.dup2(writing, 2)
         os.environ.update(order["environs"][rank])
+        threads._choice = None  # the server's
+        torch.set_num_threads(threads.share_of(os.environ).threads)
         run_rank(order, rank)
         code = 0
     except SystemExit as stop:
@@ -336,7 +339,3 @@ def _note_batches(rank: int) -> None:
         return batch
 
     Stream._joined = joined  # type: ignore[method-assign]
-
-
-if __name__ == "__main__":
-    serve()

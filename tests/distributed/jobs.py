@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,7 @@ def launch(script: str, *args: str, ranks: int | None = None, timeout: float = 3
     output of rank 0; a non-zero exit fails with the output."""
     command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *args]
     port = free_port()
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environs = [alone] if ranks is None else [rank_environ(r, ranks, port) for r in range(ranks)]
+    environs = [rank_environ(r, ranks, port) for r in range(ranks)] if ranks else [None]
     processes = [
         subprocess.Popen(
             command, env=e, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -12,6 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
+CHOOSE = "from datapipe.common import threads; threads.choose()"
+"""What every launch script begins with."""
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on."""
     with socket.socket() as s:
@@ -28,7 +32,6 @@ def rank_environ(rank: int, size: int, port: int) -> dict[str, str]:
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
 
@@ -40,7 +43,7 @@ def run_ranks(target: str, size: int, timeout: float = 240, **kwargs) -> list:
     """
     module, function = target.split(":")
     code = (
-        f"import json,sys; from {module} import {function} as f; "
+        f"{CHOOSE}; import json,sys; from {module} import {function} as f; "
         "out=f(**json.loads(sys.argv[1])); print('\\nRESULT'+json.dumps(out))"
     )
     port = free_port()

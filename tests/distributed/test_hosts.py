@@ -80,7 +80,7 @@ class Hosts:
         """Starts the launcher on both hosts, as a user does without ssh."""
         deepspeed = Path(sys.executable).with_name("deepspeed")
         port = free_port()
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
+        environ = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0"}
         for number, name in enumerate(self.names):
             command = [
                 "ip", "netns", "exec", name, str(deepspeed), "--hostfile", str(hostfile),

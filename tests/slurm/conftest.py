@@ -85,7 +85,7 @@ class Desk:
         """Output of `python launch/submit.py …`, run in this process."""
         printed = io.StringIO()
         with (
-            mock.patch.dict(os.environ, {**self.cluster.environ, "OMP_NUM_THREADS": "1"}),
+            mock.patch.dict(os.environ, self.cluster.environ),
             mock.patch.object(sys, "argv", ["submit.py", *args]),
             working_directory(self.path),
             contextlib.redirect_stdout(printed),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,6 @@ from crysforge.trainer.base.distributed import World
 from crysforge.trainer.stages.base import Stage, Term
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(kw_only=True)
@@ -100,61 +96,6 @@ def schedule(groups: Iterable[dict], lr: float, beta1: float) -> None:
     for group in groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
         group["betas"] = (beta1, group["betas"][1])
-
-
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips, and leaves out an update whose gradient is not finite.
-
-    The fused kernels take the verdict from the device, so that nobody waits for it.
-
-    Args:
-        grad_clip: largest gradient norm over all groups; 0 switches clipping off.
-    """
-
-    def __init__(self, groups: list[dict], grad_clip: float, device: torch.device) -> None:
-        super().__init__(groups, lr=1e-3, betas=(0.95, 0.999), fused=device.type == "cuda")
-        self._step_supports_amp_scaling = False  # a gradient scaler unscales before `step`
-        self.grad_clip = grad_clip
-        self.grad_norm: Tensor | float = 0.0
-        self.skipped: Tensor | bool = False
-
-    def step(self, closure: Any = None) -> Any:
-        parameters = [p for g in self.param_groups for p in g["params"]]
-        limit = self.grad_clip or float("inf")
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        self.skipped = ~torch.isfinite(self.grad_norm)
-        if self.defaults["fused"]:
-            self.found_inf = self.skipped.float()
-            super().step(closure)
-        elif not self.skipped:
-            super().step(closure)
-
-
-def host(tensor: Tensor) -> Tensor:
-    """An fp32 copy on the CPU that no later step changes."""
-    return tensor.detach().to("cpu", torch.float32, copy=True)
-
-
-def plain_state(stage: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for name, parameter in stage.named_parameters():
-        moments = optimizer.state.get(parameter)
-        if moments:
-            for key in MOMENTS:
-                out[f"{key}/{name}"] = host(moments[key])
-            out["step"] = host(torch.as_tensor(moments["step"])).reshape(())
-    return out
-
-
-def load_plain(
-    stage: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]
-) -> None:
-    for name, parameter in stage.named_parameters():
-        if f"exp_avg/{name}" in state:
-            moments = {k: state[f"{k}/{name}"].to(parameter, copy=True) for k in MOMENTS}
-            fused = bool(optimizer.defaults.get("fused"))
-            step = state["step"].clone().to(parameter.device if fused else "cpu")
-            optimizer.state[parameter] = {"step": step, **moments}
 
 
 def set_recompute(stage: nn.Module, recompute: str, device: torch.device) -> None:

@@ -16,22 +16,22 @@ from torch import Tensor
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import copied_state
-from crysforge.trainer.engines.base import (
+from crysforge.trainer.engines.adamw import (
     MOMENTS,
+    GuardedAdamW,
+    adamw,
+    host_copy,
+    load_state,
+    state_of,
+    step_count,
+)
+from crysforge.trainer.engines.base import (
     PRECISIONS,
     Engine,
     EngineConfig,
-    GuardedAdamW,
-    host,
-    load_plain,
-    plain_state,
     schedule,
 )
 from crysforge.trainer.stages.base import Stage, Term
-
-
-def _adamw(groups: list[dict], device: torch.device) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.95, 0.999), fused=device.type == "cuda")
 
 
 class DeepSpeedEngine(Engine):
@@ -78,7 +78,7 @@ class DeepSpeedEngine(Engine):
         guarded = GuardedAdamW(groups, grad_clip, world.device)  # ZeRO has guards of its own
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=stage,
-            optimizer=_adamw(groups, world.device) if config.zero_stage else guarded,
+            optimizer=adamw(groups, world.device) if config.zero_stage else guarded,
             config=settings,
             dist_init_required=True,
         )
@@ -126,7 +126,7 @@ class DeepSpeedEngine(Engine):
 
     def optimizer_state(self) -> dict[str, Tensor]:
         if self.zero_stage == 0:
-            return plain_state(self.stage, self.optimizer) if self.world.main else {}
+            return state_of(self.stage, self.optimizer) if self.world.main else {}
         if not any(self.optimizer.optimizer.state.values()):  # no update yet
             return {}
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -137,15 +137,15 @@ class DeepSpeedEngine(Engine):
             for key in MOMENTS:
                 full = safe_get_full_optimizer_state(parameter, key)
                 if self.world.main and full is not None:
-                    out[f"{key}/{name}"] = host(full)
+                    out[f"{key}/{name}"] = host_copy(full)
         for moments in self.optimizer.optimizer.state.values():
             if self.world.main and "step" in moments:
-                out["step"] = host(torch.as_tensor(moments["step"])).reshape(())
+                out["step"] = host_copy(torch.as_tensor(moments["step"])).reshape(())
         return out
 
     def load_optimizer(self, state: Mapping[str, Tensor]) -> None:
         if self.zero_stage == 0 or not state:  # nothing yet: every update was left out
-            load_plain(self.stage, self.optimizer, state)
+            load_state(self.stage, self.optimizer, state)
             return
         from deepspeed.utils import safe_get_local_optimizer_state as local_state
         from deepspeed.utils import safe_set_full_optimizer_state
@@ -158,7 +158,8 @@ class DeepSpeedEngine(Engine):
         )
         for flat in sharded:
             moments = {k: torch.zeros_like(flat) for k in MOMENTS}
-            zero.optimizer.state[flat] = {"step": state["step"].clone(), **moments}
+            step = step_count(zero.optimizer, flat, state)
+            zero.optimizer.state[flat] = {"step": step, **moments}
         self._link()
         for name, parameter in zip(self._names, self.stage.parameters(), strict=True):
             for key in MOMENTS:

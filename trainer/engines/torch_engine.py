@@ -10,13 +10,11 @@ from torch import Tensor
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import copied_state
+from crysforge.trainer.engines.adamw import GuardedAdamW, load_state, state_of
 from crysforge.trainer.engines.base import (
     PRECISIONS,
     Engine,
     EngineConfig,
-    GuardedAdamW,
-    load_plain,
-    plain_state,
     schedule,
 )
 from crysforge.trainer.stages.base import Stage, Term
@@ -60,7 +58,7 @@ class TorchEngine(Engine):
         return copied_state(self.stage)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        return plain_state(self.stage, self.optimizer)
+        return state_of(self.stage, self.optimizer)
 
     def load_optimizer(self, state: Mapping[str, Tensor]) -> None:
-        load_plain(self.stage, self.optimizer, state)
+        load_state(self.stage, self.optimizer, state)

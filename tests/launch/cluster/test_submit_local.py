@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ run = pathlib.Path(sys.argv[1]); run.mkdir(parents=True, exist_ok=True)
 turns = run / "turns"
 n = len(turns.read_text()) if turns.exists() else 0
 turns.write_text("x" * (n + 1))
+(run / "processes").write_text(os.environ["CRYSFORGE_PROCESSES"])
 behaviour = json.loads(sys.argv[2])
 what = behaviour[min(n, len(behaviour) - 1)]
 if what == "progress":
@@ -96,6 +98,8 @@ def test_local_cells_stop_crash_fail_and_finish(tmp_path):
         "wrong": 1,
         "cancelled": 1,
     }
+    at_once = {(tmp_path / "runs" / c / "processes").read_text() for c in submission.cells}
+    assert at_once == {"2"} and "CRYSFORGE_PROCESSES" not in os.environ
     rows = {r.cell: r for r in status.statuses(tmp_path / "runs")}
     assert {c: r.state for c, r in rows.items()} == {
         "good": "finished",
