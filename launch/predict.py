@@ -15,34 +15,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from crysforge.datapipe.sources import read_crystals
 from crysforge.trainer.base.command_line import parse, required, run
 from crysforge.trainer.jobs import finetuning as reports
+from crysforge.trainer.serving.inputs import PredictReading
 from crysforge.trainer.serving.load import load
 
 
 @dataclass(kw_only=True)
-class PredictConfig:
-    """Settings of `predict`."""
+class PredictConfig(PredictReading):
+    """Settings of `predict`: how to read is said as it is to `prepare`."""
 
     checkpoint: str = ""
     """Finetuning run."""
-    input: str = ""
-    """Anything that prepare reads."""
     output: str = ""
     """CSV to write."""
-    format: str = "auto"
-    """Reader by name; "auto" goes by what the input looks like."""
     device: str = "cpu"
     """Where to run: cpu, cuda, cuda:1."""
     max_atoms: int = 4096
     """Atoms per batch."""
-    workers: int = 0
-    """Processes that parse; 0: one for each core."""
+    strict: bool = False
+    """Whether crystals unlike those that the model learned from (elements, number of atoms, volume
+    per atom) are left out; otherwise they are told of."""
     overwrite: bool = False
     """Whether an output file that is there may be replaced."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_atoms < 1:
             raise ValueError(f"max_atoms must be at least 1, got {self.max_atoms}")
 
@@ -57,17 +55,21 @@ def main() -> None:
         raise ValueError(f"output {output} is the input: choose another output")
     model = load(config.checkpoint, device=config.device)
     model.require_head()
-    crystals = read_crystals(config.input, config.format, workers=config.workers, progress=True)
-    written, dropped = reports.predict_to_csv(model, crystals, output, config.max_atoms)
+    if remark := config.remark(model.trained_on):
+        print(f"note: {remark}")
+    crystals = config.read(model.trained_on)
+    counts = reports.predict_to_csv(model, crystals, output, config.max_atoms, config.strict)
     listed = reports.dropped_path(output)
-    if not written:
+    if not counts.written:
         raise ValueError(f"no crystal of {config.input} could be used: {listed} says why")
     units = ", ".join(
         f"{n} ({u})" if u else n for n, u in zip(model.targets, model.units, strict=True)
     )
-    print(f"{written} predictions of {units}: {output}")
-    if dropped:
-        print(f"{dropped} crystals could not be used: {listed}")
+    print(f"{counts.written} predictions of {units}: {output}")
+    if counts.dropped:
+        print(f"{counts.dropped} crystals could not be used: {listed}")
+    if str(counts.outsiders):
+        print(f"note: {counts.outsiders}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from crysforge.trainer.loop.fit import fit
 from crysforge.trainer.loop.memory import memory_text
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.model_directory import (
-    describe_data,
     describe_stage,
     export_stage,
     lineage,
@@ -46,7 +45,8 @@ def main() -> None:
     print(world.describe(), flush=True)
 
     encoder = jobs.starting_encoder(config)
-    start, data = lineage(config.init_from, config.init_stage), describe_data(dataset.manifest)
+    start = lineage(config.init_from, config.init_stage)
+    data = jobs.learned_from(dataset, dataset.split_items("train"), start, read=False)
     directory = RunDirectory(config.run_dir)
     if not config.dry_run:
         settings = {name: jobs.settings_of(section) for name, section in sections.items()}

@@ -32,6 +32,7 @@ class Crystal:
         lattice: [3, 3] float64, rows a, b, c in Å, in standard orientation (a along x, b in the
             xy plane, right-handed).
         targets: label values in physical units; a missing label is absent or NaN.
+        copies: how many of these cells the one that was given holds; 1 unless it was reduced.
 
     Build one with `Crystal.create`, which checks and normalises.
     """
@@ -41,6 +42,7 @@ class Crystal:
     frac_coords: np.ndarray
     lattice: np.ndarray
     targets: Mapping[str, float] = field(default_factory=dict)
+    copies: int = 1
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -6,6 +6,9 @@ decides the splits; the second parses in parallel and writes shards as results c
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field
+
 from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.write import write
 from crysforge.datapipe.storage.manifest import Manifest
@@ -28,3 +31,13 @@ def prepare(config: PrepareConfig) -> Manifest:
 
         return prepare_unique(config)
     return write(config)
+
+
+@dataclass
+class _Counts:
+    """What became of the crystals."""
+
+    reduced: int = 0
+    """Those that are written in a smaller cell than they came in."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """By reason."""

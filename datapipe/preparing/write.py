@@ -21,7 +21,8 @@ from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import describe
 from crysforge.datapipe.preparing import splits
 from crysforge.datapipe.preparing.config import PrepareConfig, Work, sha256
-from crysforge.datapipe.sources import Failure, Raw, Reading
+from crysforge.datapipe.preparing.prepare import _Counts
+from crysforge.datapipe.sources import Failure, Raw
 from crysforge.datapipe.sources.parse import is_labelled
 from crysforge.datapipe.storage.dataset import DatasetWriter
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
@@ -41,9 +42,8 @@ def write(config: PrepareConfig) -> Manifest:
     """`prepare` without a search for duplicates."""
     work = Work.of(config)
     config = work.config
-    reading = Reading(work.labels, config.filters)
     with (  # processes first: they must not hold the writer's lock
-        Workers(reading, config.workers) as workers,
+        Workers(work.reading(), config.workers) as workers,
         DatasetWriter(config.output, config.targets, work.units(), config.shard_size) as writer,
     ):
         scan = _scan(work)
@@ -51,8 +51,8 @@ def write(config: PrepareConfig) -> Manifest:
         raws = _in_splits(work, scan, codes)
         results = zip(codes.tolist(), workers.map(raws), strict=True)
         bar = tqdm(results, "preparing", len(codes), unit=" crystals", disable=not config.progress)
-        dropped = _write(writer, bar, config)
-        return writer.finish(_provenance(work, scan, writer, dropped))
+        counts = _write(writer, bar, config)
+        return writer.finish(_provenance(work, scan, writer, counts))
 
 
 def plan(config: PrepareConfig) -> str:
@@ -173,10 +173,9 @@ def _in_splits(work: Work, scan: _Scan, codes: np.ndarray) -> Iterator[Raw | Fai
 
 def _write(
     writer: DatasetWriter, results: Iterable[tuple[int, Crystal | Failure]], config: PrepareConfig
-) -> Counter[str]:
-    """Writes crystals to shards and failures to `dropped.csv`; returns how many were dropped, by
-    reason."""
-    dropped: Counter[str] = Counter()
+) -> _Counts:
+    """Writes crystals to shards and failures to `dropped.csv`."""
+    counts = _Counts()
     examples: list[str] = []
     with open(writer.directory / DROPPED, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -184,26 +183,28 @@ def _write(
         for code, result in results:
             if isinstance(result, Crystal):
                 writer.add(SPLITS[code], result)
+                counts.reduced += result.copies > 1
                 continue
+            if result.ends:
+                raise ValueError(str(result))
             if result.bad and config.on_bad == "error":
                 raise ValueError(f"{result}; mend it, or give on_bad=drop to leave it out")
             table.writerow([result.id, result.where, result.reason, result.message])
-            dropped[result.reason] += 1
+            counts.dropped[result.reason] += 1
             if len(examples) < 3:
                 examples.append(str(result))
         file.flush()
         os.fsync(file.fileno())
     if not len(writer):
+        dropped = counts.dropped
         raise ValueError(
             f"all {sum(dropped.values())} crystals were dropped ({reasons(dropped)}), for example "
             + "; ".join(examples)
         )
-    return dropped
+    return counts
 
 
-def _provenance(
-    work: Work, scan: _Scan, writer: DatasetWriter, dropped: Counter[str]
-) -> dict[str, Any]:
+def _provenance(work: Work, scan: _Scan, writer: DatasetWriter, counts: _Counts) -> dict[str, Any]:
     config = work.config
     settings = {s: getattr(config, s) for s in splits.RULES[work.rule] if s not in SPLITS}
     if work.rule in ("ratio", "count", "matbench"):
@@ -216,10 +217,12 @@ def _provenance(
     return {
         "sources": work.sources(),
         "split": {"rule": work.rule, **{k: v for k, v in settings.items() if v is not None}},
+        "cell": {**work.cells().describe(), "reduced": counts.reduced},
+        **({"extensive": list(extensive)} if (extensive := work.extensive()) else {}),
         "filters": dict(describe(config.filters)),
         "records": len(scan.ids),
         "kept": len(writer),
-        "dropped": dict(sorted(dropped.items())),
+        "dropped": dict(sorted(counts.dropped.items())),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("ase", "numpy", "pymatgen")},
@@ -251,6 +254,8 @@ def summary(manifest: Manifest, output: str) -> str:
             unit = f" {target.unit}" if target.unit else " (unit unknown: give units.NAME=…)"
             text += f"; train mean {target.mean:.4g}, std {target.std:.4g}{unit}"
         lines.append(text)
+    if reduced := manifest.provenance.get("cell", {}).get("reduced"):
+        lines.append(f"cells reduced to primitive ones: {reduced}")
     dropped = manifest.provenance.get("dropped", {})
     lines.append(
         f"dropped {sum(dropped.values())}: {reasons(dropped)}"

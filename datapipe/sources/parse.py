@@ -210,6 +210,7 @@ def _prototype(place: tuple[int, int]) -> Crystal:
 
 _PARSERS: Mapping[str, Callable[[Any], Crystal]] = {
     "arrays": _arrays,
+    "ase": Crystal.from_ase,
     "atoms": _atoms,
     "bad": _bad,
     "crystal": lambda crystal: crystal,
@@ -219,6 +220,7 @@ _PARSERS: Mapping[str, Callable[[Any], Crystal]] = {
     "member": _member,
     "oqmd": _oqmd,
     "prototype": _prototype,
+    "pymatgen": Crystal.from_pymatgen,
     "structure": _structure,
     "text": _text,
 }

@@ -27,6 +27,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from crysforge.datapipe.crystals.cells import cells_of, extensive_of
 from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.models import __version__
 from crysforge.models.encoders import Encoder, build_encoder
@@ -209,14 +210,16 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
     write_text(path / CONFIG, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
-def describe_data(manifest: Manifest, **more: Any) -> dict[str, Any]:
-    """What a model says of the data set that it was trained on; `more` goes beside it."""
+def describe_data(manifest: Manifest) -> dict[str, Any]:
+    """What a model says of the data set that it was trained on."""
     provenance: dict[str, Any] = manifest.provenance
     if len(json.dumps(provenance)) > MAX_PROVENANCE:
         provenance = {"see": "the manifest of the data set"}
+    extensive = [n for n in extensive_of(manifest.provenance) if n in manifest.targets]
     return {
         "fingerprint": manifest.fingerprint,
-        **more,
+        "cell": cells_of(manifest.provenance).describe(),
+        **({"extensive": extensive} if extensive else {}),
         "splits": dict(manifest.splits),
         "targets": {name: asdict(target) for name, target in manifest.targets.items()},
         "elements": list(manifest.elements),

@@ -10,30 +10,40 @@ from typing import TYPE_CHECKING
 
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.sources import Failure
+from crysforge.trainer.serving.trained_on import Outsiders
 
 if TYPE_CHECKING:
     from crysforge.trainer.serving.ensemble import Ensemble
     from crysforge.trainer.serving.predictor import Predictor
+from crysforge.trainer.jobs.finetuning import Predicted
 from crysforge.trainer.jobs.tables import _cell, _replacing
 
 
 def predict_to_csv(
-    model: Predictor | Ensemble, crystals: Iterable[Crystal | Failure], output: Path, max_atoms: int
-) -> tuple[int, int]:
-    """Writes predictions as they come, and beside them the crystals that could not be used;
-    returns how many of each. The files appear when all are written; of predictions none does where
-    there is none."""
-    counts = {"written": 0, "dropped": 0}
+    model: Predictor | Ensemble,
+    crystals: Iterable[Crystal | Failure],
+    output: Path,
+    max_atoms: int,
+    strict: bool = False,
+) -> Predicted:
+    """Writes predictions as they come, and beside them the crystals that could not be used, or are
+    not to be as they are unlike those that the model learned from (`strict`). The files appear when
+    all are written; of predictions none does where there is none."""
+    counts = Predicted(Outsiders(model.trained_on))
     with _replacing(dropped_path(output)) as bad, contextlib.suppress(_NothingWritten):
         drops = csv.writer(bad)
         drops.writerow(["id", "where", "reason", "message"])
 
         def usable() -> Iterator[Crystal]:
             for item in crystals:
-                if isinstance(item, Crystal):
+                why = counts.outsiders.note(item) if isinstance(item, Crystal) else []
+                if isinstance(item, Crystal) and not (why and strict):
                     yield item
+                    continue
+                counts.dropped += 1
+                if isinstance(item, Crystal):
+                    drops.writerow([item.id, "", "outside the training data", "; ".join(why)])
                 else:
-                    counts["dropped"] += 1
                     drops.writerow([item.id, item.where, item.reason, item.message])
 
         with _replacing(output) as file:
@@ -41,12 +51,12 @@ def predict_to_csv(
             writer.writerow(["id", *model.columns])
             for crystal, values in model.iterate(usable(), max_atoms):
                 writer.writerow([crystal.id, *(_cell(v) for v in values)])
-                counts["written"] += 1
-            if not counts["written"]:
+                counts.written += 1
+            if not counts.written:
                 raise _NothingWritten
-    if not counts["dropped"]:
+    if not counts.dropped:
         dropped_path(output).unlink()
-    return counts["written"], counts["dropped"]
+    return counts
 
 
 class _NothingWritten(Exception):
