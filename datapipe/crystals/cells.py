@@ -115,21 +115,19 @@ def cells_of(provenance: Mapping[str, Any]) -> Cells:
 
 def extensive_of(provenance: Mapping[str, Any]) -> list[str]:
     """Labels of a data set that go with the number of atoms in the cell."""
-    names = [
-        name
-        for history in _histories(provenance)
-        for name in history.get("extensive") or ()
-        if isinstance(name, str)
-    ]
-    return list(dict.fromkeys(names))
+    lists = (history.get("extensive") for history in _histories(provenance))
+    return list(dict.fromkeys(str(name) for names in lists for name in _items(names)))
 
 
 def _histories(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The provenances of the data sets that `prepare` made and this one was made of."""
-    sources = provenance.get("sources") if "action" in provenance else None
-    inner = [s["provenance"] for s in sources or () if isinstance(s, Mapping) and "provenance" in s]
+    sources = _items(provenance.get("sources")) if "action" in provenance else []
+    inner = [s["provenance"] for s in sources if isinstance(s, Mapping) and "provenance" in s]
     if not inner:
         yield provenance
     for one in inner:
-        if isinstance(one, Mapping):
-            yield from _histories(one)
+        yield from _histories(one if isinstance(one, Mapping) else {})
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
