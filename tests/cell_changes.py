@@ -4,6 +4,7 @@ which share no code with what is tested."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import numpy as np
 from pymatgen.core import Lattice, Structure
@@ -104,6 +105,7 @@ CHANGES: Mapping[str, Callable[[Structure, np.random.Generator], Structure]] = {
 """What changes the cell and not the material."""
 
 
+@cache
 def cells_of(material: str) -> dict[str, Structure]:
     """The ten cells of a material, by what was changed."""
     structure, rng = MATERIALS[material](), np.random.default_rng(0)

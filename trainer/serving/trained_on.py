@@ -75,6 +75,8 @@ def _of(kind: type, values: Any) -> list[Any]:
 def _range(value: Any) -> tuple[float, float] | None:
     if value is None:
         return None
+    if not isinstance(value, list) or not all(isinstance(v, int | float) for v in value):
+        raise ValueError(f"{str(value)[:80]} is no range")
     least, most = value
     return float(least), float(most)
 
