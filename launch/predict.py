@@ -4,7 +4,10 @@
     python launch/predict.py checkpoint=RUN2 input=cifs/ output=predictions.csv device=cuda
 
 Writes `id,prediction`, one line a crystal in the order of the input; crystals that cannot be used
-are listed with their reason beside it, in predictions.dropped.csv.
+are listed with their reason beside it, in predictions.dropped.csv. Crystals are brought to the cell
+that the model was trained on (cell=primitive, niggli or as_is for another); predictions of targets
+that go with the cell are for the cell in the input. Crystals unlike those that the model learned
+from are told of, or left out with strict=true.
 """
 
 from __future__ import annotations

@@ -46,9 +46,8 @@ class Cells:
         """The crystal in the cell. A crystal whose cell is that already is returned as it is."""
         if self.rule == AS_IS:
             return crystal
-        if self.rule == PRIMITIVE:
-            crystal = primitive(crystal, self.tolerance)
-        return in_basis(crystal, standard_basis(crystal))
+        copy = _one_copy(crystal, self.tolerance) if self.rule == PRIMITIVE else crystal
+        return in_basis(copy, standard_basis(copy), anew=copy is not crystal)
 
     def describe(self) -> dict[str, Any]:
         """For a manifest."""
@@ -77,22 +76,26 @@ AS_GIVEN = Cells(rule=AS_IS)
 """Leaves every crystal as it is."""
 
 
-def primitive(crystal: Crystal, tolerance: float) -> Crystal:
-    """One of the copies that the cell holds, with the mean of their coordinates. The crystal itself
-    where there is one."""
+def _one_copy(crystal: Crystal, tolerance: float) -> Crystal:
+    """One of the copies that the cell holds, with the mean of their coordinates; neither wrapped
+    nor turned. The crystal itself where there is one."""
     found = translations(crystal, tolerance)
     if len(found) == 1:
         return crystal
-    cell = replace(
-        crystal, numbers=crystal.numbers[found.atoms], frac_coords=found.places,
+    basis = found.basis()
+    return replace(
+        crystal,
+        numbers=crystal.numbers[found.atoms],
+        frac_coords=found.places @ np.linalg.inv(basis),
+        lattice=basis @ crystal.lattice,
         copies=crystal.copies * len(found),
-    )  # fmt: skip
-    return in_basis(cell, found.basis())
+    )
 
 
-def in_basis(crystal: Crystal, basis: np.ndarray) -> Crystal:
-    """The crystal with other lattice vectors, rows [3, 3] in its own."""
-    if (basis == np.eye(3)).all():
+def in_basis(crystal: Crystal, basis: np.ndarray, anew: bool = False) -> Crystal:
+    """The crystal with other lattice vectors, rows [3, 3] in its own; itself where they are the
+    same, unless it is to be made `anew`."""
+    if not anew and (basis == np.eye(3)).all():
         return crystal
     coords = crystal.frac_coords @ np.linalg.inv(basis)
     new = Crystal.create("", crystal.numbers, coords, basis @ crystal.lattice)

@@ -63,7 +63,8 @@ def plan(config: PrepareConfig) -> str:
     counts = [f"{int((codes == code).sum())} {split}" for code, split in enumerate(SPLITS)]
     return (
         f"{len(codes)} records in {', '.join(f'{i} ({f})' for _, i, f in work.inputs)}\n"
-        f"split {work.rule}: {', '.join(counts)}, {int((codes == splits.NONE).sum())} in none"
+        f"split {work.rule}: {', '.join(counts)}, {int((codes == splits.NONE).sum())} in none\n"
+        f"cells: {config.cells}"
         + (f"\nleaving out duplicates of {', '.join(config.dedup)}" if config.dedup else "")
         + ("\nleaving out duplicates within" if config.duplicates.within else "")
     )
