@@ -38,12 +38,7 @@ from crysforge.trainer.loop.fit import fit
 from crysforge.trainer.loop.session import Result, Session
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.facts import job_facts
-from crysforge.trainer.runs.model_directory import (
-    describe_data,
-    describe_stage,
-    export_stage,
-    lineage,
-)
+from crysforge.trainer.runs.model_directory import describe_stage, export_stage, lineage
 
 
 def main() -> None:
@@ -98,8 +93,9 @@ def main() -> None:
     if "finetune" in record["finished"]:
         print(f"{directory.path}: already finished, see metrics.json")
         return
-    data = describe_data(dataset.manifest, labels=len(items["train"]))
     start = lineage(config.init_from, config.init_stage)
+    data = jobs.learned_from(dataset, items["train"], start, read=True)
+    data["labels"] = len(items["train"])
     describe_stage(directory.path / "finetune", stage, data, scaler, start)
     began = time.monotonic()
     stage, result = stage.to(world.device), Result()

@@ -5,7 +5,10 @@
 
 Writes `id,prediction`, one line a crystal in the order of the input; crystals that cannot be used
 are listed with their reason beside it, in predictions.dropped.csv. Into a pipe (output=/dev/stdout)
-the lines go as they come, and all else goes to standard error.
+the lines go as they come, and all else goes to standard error. Crystals are brought to the cell
+that the model was trained on (cell=primitive, niggli or as_is for another); predictions of targets
+that go with the cell are for the cell in the input. Crystals unlike those that the model learned
+from are told of, or left out with strict=true.
 """
 
 from __future__ import annotations
@@ -22,34 +25,32 @@ from crysforge.datapipe.common import threads
 threads.choose()
 
 from crysforge.datapipe.common.streams import is_stream
-from crysforge.datapipe.sources import read_crystals
 from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.serving.inputs import PredictReading
 from crysforge.trainer.serving.load import load
 from crysforge.trainer.serving.predict import dropped_path, predict_to_csv
 
 
 @dataclass(kw_only=True)
-class PredictConfig:
-    """Settings of `predict`."""
+class PredictConfig(PredictReading):
+    """Settings of `predict`: how to read is said as it is to `prepare`."""
 
     checkpoint: str = ""
     """Finetuning run."""
-    input: str = ""
-    """Anything that prepare reads."""
     output: str = ""
     """CSV to write."""
-    format: str = "auto"
-    """Reader by name; "auto" goes by what the input looks like."""
     device: str = "cpu"
     """Where to run: cpu, cuda, cuda:1."""
     max_atoms: int = 4096
     """Atoms per batch."""
-    workers: int = 0
-    """Processes that parse; 0: one for each core."""
+    strict: bool = False
+    """Whether crystals unlike those that the model learned from (elements, number of atoms, volume
+    per atom) are left out; otherwise they are told of."""
     overwrite: bool = False
     """Whether an output file that is there may be replaced."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_atoms < 1:
             raise ValueError(f"max_atoms must be at least 1, got {self.max_atoms}")
 
@@ -66,18 +67,22 @@ def main() -> None:
     print(threads.describe())
     model = load(config.checkpoint, device=config.device)
     model.require_head()
-    crystals = read_crystals(config.input, config.format, workers=config.workers, progress=True)
-    written, dropped = predict_to_csv(model, crystals, output, config.max_atoms)
+    said = sys.stderr if through else sys.stdout
+    if remark := config.remark(model.trained_on):
+        print(f"note: {remark}", file=said)
+    crystals = config.read(model.trained_on)
+    counts = predict_to_csv(model, crystals, output, config.max_atoms, config.strict)
     listed = dropped_path(output)
-    if not written:
+    if not counts.written:
         raise ValueError(f"no crystal of {config.input} could be used: {listed} says why")
     units = ", ".join(
         f"{n} ({u})" if u else n for n, u in zip(model.targets, model.units, strict=True)
     )
-    said = sys.stderr if through else sys.stdout
-    print(f"{written} predictions of {units}: {output}", file=said)
-    if dropped:
-        print(f"{dropped} crystals could not be used: {listed}", file=said)
+    print(f"{counts.written} predictions of {units}: {output}", file=said)
+    if counts.dropped:
+        print(f"{counts.dropped} crystals could not be used: {listed}", file=said)
+    if str(counts.outsiders):
+        print(f"note: {counts.outsiders}", file=said)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ Reads CSV with a `cif` column, folders and archives of CIF or POSCAR files (with
 without), JARVIS, MEGNet, Matbench, pymatgen and OQMD JSON, extxyz, ASE databases, GNoME,
 SuperCon3D, and data sets prepared before. Bad crystals are listed in dropped.csv.
 
+Cells are reduced to primitive ones, so that a material is the same whatever cell it came in;
+cell=as_is leaves them alone. Labels of the cell (a total energy) are named in extensive=[…].
+
 What can be done with data sets; each action has settings of its own (add --help):
 
     python launch/prepare.py verify=DIR                    names every problem; exit code 1 if any

@@ -34,7 +34,6 @@ from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.facts import job_facts
 from crysforge.trainer.runs.model_directory import (
     WEIGHTS,
-    describe_data,
     describe_stage,
     export_stage,
     lineage,
@@ -57,7 +56,8 @@ def main() -> None:
 
     before = open_model(config.init_from, config.init_stage) if config.init_from else None
     encoder = jobs.starting_encoder(config)
-    start, data = lineage(config.init_from, config.init_stage), describe_data(dataset.manifest)
+    start = lineage(config.init_from, config.init_stage)
+    data = jobs.learned_from(dataset, dataset.split_items("train"), start, read=False)
     directory = RunDirectory(config.run_dir)
     if not config.dry_run:
         settings = {name: jobs.settings_of(section) for name, section in sections.items()}

@@ -41,7 +41,8 @@ def rows(cifs: list[str], n: int = 40) -> list[list]:
 
 
 def config(**values) -> PrepareConfig:
-    return PrepareConfig(**{"workers": 1, "progress": False, "targets": ["gap"]} | values)
+    given = {"workers": 1, "progress": False, "targets": ["gap"], "cell": "as_is"}
+    return PrepareConfig(**given | values)
 
 
 def read(path: Path) -> dict[str, list[Crystal]]:

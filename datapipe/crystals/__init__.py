@@ -1,0 +1,1 @@
+"""Crystals, and what is done to one at a time."""

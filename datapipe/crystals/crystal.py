@@ -34,6 +34,7 @@ class Crystal:
             xy plane, right-handed).
         targets: label values in physical units; a missing label is absent or NaN.
         notes: what its reader had to guess or found to be odd, a line each; not stored.
+        copies: how many of these cells the one that was given holds; 1 unless it was reduced.
 
     Build one with `Crystal.create`, which checks and normalises.
     """
@@ -44,6 +45,7 @@ class Crystal:
     lattice: np.ndarray
     targets: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    copies: int = 1
 
     def __len__(self) -> int:
         return len(self.numbers)

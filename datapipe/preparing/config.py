@@ -7,22 +7,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from crysforge.datapipe.cif import CHECKS
 from crysforge.datapipe.common.files import sha256
 from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.crystals.cells import RULES, Cells, cells_of, extensive_of
 from crysforge.datapipe.crystals.filters import Filters
+from crysforge.datapipe.crystals.per_cell import of_the_cell
 from crysforge.datapipe.preparing import splits
 from crysforge.datapipe.preparing.dedup import Duplicates
-from crysforge.datapipe.sources import UNITS, Options, Raw, read_raw, resolve
+from crysforge.datapipe.sources import UNITS, Raw, Reading, read_raw, resolve
+from crysforge.datapipe.sources.options import ReadingConfig
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
 
 
 @dataclass(kw_only=True)
-class PrepareConfig:
+class PrepareConfig(ReadingConfig):
     """Settings of `prepare`."""
 
-    input: str = ""
-    """File, archive, folder or data set with the crystals; or "prototypes" (synthetic)."""
     train: str = ""
     """Input of the training split, in place of `input`, where the splits are files."""
     val: str = ""
@@ -31,22 +31,16 @@ class PrepareConfig:
     """Input of the test split."""
     output: str = ""
     """Directory of the data set; new or empty."""
-    format: str = "auto"
-    """Reader or data set by name; "auto" goes by what the input looks like."""
     targets: list[str] = field(default_factory=list)
     """Labels to keep, by their names in the input. None: those of a data set, else no labels, as
     pretraining needs none."""
     units: dict[str, str] = field(default_factory=dict)
     """Units of targets, where they are not known from their names."""
-    id_column: str | None = None
-    """Column or field of the id; None guesses."""
-    structure_column: str | None = None
-    """Column or field of the structure; None guesses."""
-    checks: str = "strict"
-    """What to do with a CIF whose atoms contradict its formula, Z, density, volume or symbol:
-    strict refuses it; warn reads it by its operations and lists it in warnings.csv."""
-    size: int = 2000
-    """Number of crystals with input=prototypes."""
+    extensive: list[str] = field(default_factory=list)
+    """Labels of the whole cell that go with the number of its atoms: total energy, volume, total
+    magnetization. Where a cell is reduced, they are divided by the number of its copies."""
+    intensive: list[str] = field(default_factory=list)
+    """Labels that are the same for any cell, though their names or units may not look like it."""
     split: str | None = None
     """ratio, count, ids, file, published-123, matbench, or keep (input is a data set); None: the
     one whose settings are given, else keep for a data set and ratio for anything else."""
@@ -67,36 +61,28 @@ class PrepareConfig:
     seed: int = 123
     """Seed of the shuffle of ratio and count, of matbench's validation part, and of prototypes."""
     filters: Filters = field(default_factory=Filters)
-    """Which crystals to keep."""
+    """Which crystals to keep, by the cell that they are brought to."""
     dedup: list[str] = field(default_factory=list)
     """Data sets, or files that can be read, whose crystals are left out."""
     duplicates: Duplicates = field(default_factory=Duplicates)
     """What counts as a duplicate of those, and whether to look for duplicates within."""
-    on_bad: str = "drop"
-    """drop: leave bad crystals out and list them in dropped.csv; error: stop at the first."""
     shard_size: int = 1000
     """Crystals in a shard."""
-    workers: int = 0
-    """Processes that parse; 0: one for each core."""
-    progress: bool = True
-    """Whether to show progress bars."""
     dry_run: bool = False
     """Only say what would be done."""
 
     def __post_init__(self) -> None:
-        if self.on_bad not in ("drop", "error"):
-            raise ValueError(f"on_bad must be drop or error, got {self.on_bad!r}")
-        if self.checks not in CHECKS:
-            raise ValueError(f"checks must be {' or '.join(CHECKS)}, got {self.checks!r}")
+        super().__post_init__()
         if self.split is not None and self.split not in splits.RULES:
             raise ValueError(f"unknown split {self.split!r}: {nearest(self.split, splits.RULES)}")
-        for name in ("shard_size", "size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size must be at least 1, got {self.shard_size}")
         for name in self.units:
             if name not in self.targets:
                 has = nearest(name, self.targets) if self.targets else "give targets=[…]"
                 raise ValueError(f"units.{name}: no such target: {has}")
+        if both := set(self.extensive) & set(self.intensive):
+            raise ValueError(f"{sorted(both)[0]} is in extensive and in intensive: which is it?")
 
 
 @dataclass(frozen=True)
@@ -136,21 +122,56 @@ class Work:
             known = list(Manifest.load(inputs[0][1]).targets)
             config = replace(config, targets=known)
         labels = dict.fromkeys([*config.targets, *config.filters.labels])
+        for setting in ("extensive", "intensive"):
+            for name in getattr(config, setting):
+                if name not in labels:
+                    has = nearest(name, labels) if labels else "give targets=[…]"
+                    raise ValueError(f"{setting}=[{name}]: no such target: {has}")
         return cls(config, inputs, rule, tuple(labels))
+
+    def reading(self) -> Reading:
+        """What is done to each of the records."""
+        units = {**UNITS, **self.units()}
+        known = {*self.extensive(), *self.config.intensive}
+        doubtful = {
+            name: why
+            for name in self.labels
+            if name not in known and (why := of_the_cell(name, units.get(name)))
+        }
+        return Reading(
+            self.labels,
+            self.config.filters,
+            self.config.cells,
+            self.extensive(),
+            doubtful,
+            self.config.checks,
+        )
+
+    def extensive(self) -> tuple[str, ...]:
+        """The labels that go with the number of atoms, by the user's or a data set's word."""
+        told = [name for m in self._manifests() for name in extensive_of(m.provenance)]
+        names = dict.fromkeys([*self.config.extensive, *told])
+        return tuple(n for n in names if n in self.labels and n not in self.config.intensive)
+
+    def cells(self) -> Cells:
+        """The cell that all crystals are in when they have been read: that of data sets may be a
+        smaller one than is asked for."""
+        manifests = self._manifests()
+        if not manifests or len(manifests) < len(self.inputs):
+            return self.config.cells
+        before = [cells_of(manifest.provenance) for manifest in manifests]
+        least = max(before, key=lambda cells: RULES.index(cells.rule))
+        asked = self.config.cells
+        return asked if RULES.index(asked.rule) <= RULES.index(least.rule) else least
+
+    def _manifests(self) -> list[Manifest]:
+        return [Manifest.load(path) for _, path, format in self.inputs if format == "shards"]
 
     def records(self) -> Iterator[Raw]:
         """All records; those of a split's own file are marked with it."""
         config = self.config
         for split, path, format in self.inputs:
-            options = Options(
-                id_column=config.id_column,
-                structure_column=config.structure_column,
-                targets=tuple(config.targets),
-                checks=config.checks,
-                prefix=split,
-                size=config.size,
-                seed=config.seed,
-            )
+            options = config.options(targets=tuple(config.targets), prefix=split)
             for raw in read_raw(path, format, options):
                 yield replace(raw, split=split) if split else raw
 

@@ -95,6 +95,8 @@ def _reference(path: str, name: str, config: PrepareConfig, root: Path) -> Refer
         input=path,
         ratio=shares,
         checks=config.checks,
+        cell=config.cell,
+        cell_tolerance=config.cell_tolerance,
         workers=config.workers,
         progress=config.progress,
     )

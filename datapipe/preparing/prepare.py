@@ -6,9 +6,6 @@ decides the splits; the second parses in parallel and writes shards as results c
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TextIO
-
 from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.write import write
 from crysforge.datapipe.storage.manifest import Manifest
@@ -34,7 +31,3 @@ def prepare(config: PrepareConfig) -> Manifest:
 
         return prepare_unique(config)
     return write(config)
-
-
-def _csv(path: Path) -> TextIO:
-    return open(path, "w", newline="", encoding="utf-8")

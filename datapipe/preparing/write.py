@@ -22,8 +22,8 @@ from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import describe
 from crysforge.datapipe.preparing import splits
 from crysforge.datapipe.preparing.config import PrepareConfig, Work
-from crysforge.datapipe.preparing.prepare import WARNINGS
-from crysforge.datapipe.sources import Failure, Raw, Reading
+from crysforge.datapipe.preparing.prepare import WARNINGS, _Counts
+from crysforge.datapipe.sources import Failure, Raw
 from crysforge.datapipe.sources.parse import is_labelled
 from crysforge.datapipe.storage.dataset import DatasetWriter
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
@@ -43,9 +43,8 @@ def write(config: PrepareConfig) -> Manifest:
     """`prepare` without a search for duplicates."""
     work = Work.of(config)
     config = work.config
-    reading = Reading(work.labels, config.filters, config.checks)
     with (  # processes first: they must not hold the writer's lock
-        Workers(reading, config.workers) as workers,
+        Workers(work.reading(), config.workers) as workers,
         DatasetWriter(config.output, config.targets, work.units(), config.shard_size) as writer,
     ):
         scan = _scan(work)
@@ -53,8 +52,8 @@ def write(config: PrepareConfig) -> Manifest:
         raws = _in_splits(work, scan, codes)
         results = zip(codes.tolist(), workers.map(raws), strict=True)
         bar = tqdm(results, "preparing", len(codes), unit=" crystals", disable=not config.progress)
-        dropped, warned = _write(writer, bar, config)
-        return writer.finish(_provenance(work, scan, writer, dropped) | {"warned": warned})
+        counts = _write(writer, bar, config)
+        return writer.finish(_provenance(work, scan, writer, counts))
 
 
 def plan(config: PrepareConfig) -> str:
@@ -65,7 +64,8 @@ def plan(config: PrepareConfig) -> str:
     counts = [f"{int((codes == code).sum())} {split}" for code, split in enumerate(SPLITS)]
     return (
         f"{len(codes)} records in {', '.join(f'{i} ({f})' for _, i, f in work.inputs)}\n"
-        f"split {work.rule}: {', '.join(counts)}, {int((codes == splits.NONE).sum())} in none"
+        f"split {work.rule}: {', '.join(counts)}, {int((codes == splits.NONE).sum())} in none\n"
+        f"cells: {config.cells}"
         + (f"\nleaving out duplicates of {', '.join(config.dedup)}" if config.dedup else "")
         + ("\nleaving out duplicates within" if config.duplicates.within else "")
     )
@@ -173,14 +173,24 @@ def _in_splits(work: Work, scan: _Scan, codes: np.ndarray) -> Iterator[Raw | Fai
         raise ValueError(f"the input changed while it was read: {scan.ids[number + 1]!r} is gone")
 
 
+@dataclass
+class _Counts:
+    """What became of the crystals."""
+
+    reduced: int = 0
+    """Those that are written in a smaller cell than they came in."""
+    warned: int = 0
+    """Those whose reader had something to say (warnings.csv)."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """By reason."""
+
+
 def _write(
     writer: DatasetWriter, results: Iterable[tuple[int, Crystal | Failure]], config: PrepareConfig
-) -> tuple[Counter[str], int]:
-    """Writes crystals to shards, failures to `dropped.csv` and notes to `warnings.csv`; returns how
-    many were dropped, by reason, and how many have notes."""
-    dropped: Counter[str] = Counter()
+) -> _Counts:
+    """Writes crystals to shards, failures to `dropped.csv` and notes to `warnings.csv`."""
+    counts = _Counts()
     examples: list[str] = []
-    warned = 0
     with ExitStack() as files:
         file = files.enter_context(replacing(writer.directory / DROPPED))
         drop = row_writer(file)
@@ -188,33 +198,35 @@ def _write(
         for code, result in results:
             if isinstance(result, Crystal):
                 writer.add(SPLITS[code], result)
+                counts.reduced += result.copies > 1
                 if result.notes:
-                    if not warned:
+                    if not counts.warned:
                         note = row_writer(
                             files.enter_context(replacing(writer.directory / WARNINGS))
                         )
                         note(["id", "message"])
-                    warned += 1
+                    counts.warned += 1
                     for text in result.notes:
                         note([result.id, text])
                 continue
+            if result.ends:
+                raise ValueError(str(result))
             if result.bad and config.on_bad == "error":
                 raise ValueError(f"{result}; mend it, or give on_bad=drop to leave it out")
             drop([result.id, result.where, result.reason, result.message])
-            dropped[result.reason] += 1
+            counts.dropped[result.reason] += 1
             if len(examples) < 3:
                 examples.append(str(result))
     if not len(writer):
+        dropped = counts.dropped
         raise ValueError(
-            f"all {sum(dropped.values())} crystals were dropped ({reasons(dropped)}), for example "
+            f"all {dropped.total()} crystals were dropped ({reasons(dropped)}), for example "
             + "; ".join(examples)
         )
-    return dropped, warned
+    return counts
 
 
-def _provenance(
-    work: Work, scan: _Scan, writer: DatasetWriter, dropped: Counter[str]
-) -> dict[str, Any]:
+def _provenance(work: Work, scan: _Scan, writer: DatasetWriter, counts: _Counts) -> dict[str, Any]:
     config = work.config
     settings = {s: getattr(config, s) for s in splits.RULES[work.rule] if s not in SPLITS}
     if work.rule in ("ratio", "count", "matbench"):
@@ -227,10 +239,13 @@ def _provenance(
     return {
         "sources": work.sources(),
         "split": {"rule": work.rule, **{k: v for k, v in settings.items() if v is not None}},
+        "cell": {**work.cells().describe(), "reduced": counts.reduced},
+        **({"extensive": list(extensive)} if (extensive := work.extensive()) else {}),
         "filters": dict(describe(config.filters)),
         "records": len(scan.ids),
         "kept": len(writer),
-        "dropped": dict(sorted(dropped.items())),
+        "dropped": dict(sorted(counts.dropped.items())),
+        "warned": counts.warned,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("ase", "numpy", "pymatgen")},
@@ -262,6 +277,8 @@ def summary(manifest: Manifest, output: str) -> str:
             unit = f" {target.unit}" if target.unit else " (unit unknown: give units.NAME=…)"
             text += f"; train mean {target.mean:.4g}, std {target.std:.4g}{unit}"
         lines.append(text)
+    if reduced := manifest.provenance.get("cell", {}).get("reduced"):
+        lines.append(f"cells reduced to primitive ones: {reduced}")
     dropped = manifest.provenance.get("dropped", {})
     lines.append(
         f"dropped {sum(dropped.values())}: {reasons(dropped)}"

@@ -230,6 +230,7 @@ def _prototype(place: tuple[int, int]) -> Crystal:
 
 _PARSERS: Mapping[str, Callable[[Any], Crystal]] = {
     "arrays": _arrays,
+    "ase": Crystal.from_ase,
     "atoms": _atoms,
     "bad": _bad,
     "crystal": lambda crystal: crystal,
@@ -237,6 +238,7 @@ _PARSERS: Mapping[str, Callable[[Any], Crystal]] = {
     "json": _json,
     "oqmd": _oqmd,
     "prototype": _prototype,
+    "pymatgen": Crystal.from_pymatgen,
     "structure": _structure,
 }
 _TEXTS: Mapping[str, Callable[[Any, str], Crystal]] = {

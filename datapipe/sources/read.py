@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from crysforge.datapipe.common.workers import CHUNK, Workers
+from crysforge.datapipe.crystals.cells import AS_GIVEN, Cells
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.crystals.filters import Filters
 from crysforge.datapipe.sources.base import NO, READ_ERRORS, SOURCES, Look, Options, Raw
@@ -31,6 +33,8 @@ class Failure:
     message: str
     bad: bool = True
     """False where a filter or split that the user chose leaves it out."""
+    ends: bool = False
+    """Whether nothing can be made of the input until the user says what a label means."""
 
     def __str__(self) -> str:
         return f"{self.where} (id {self.id!r}): {self.message}"
@@ -38,11 +42,17 @@ class Failure:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is done to each raw record, in whatever process: parse, labels, filters."""
+    """What is done to each raw record, in whatever process: parse, labels, cell, filters."""
 
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = ()
     """Labels to keep; those that filters look at are among them."""
-    filters: Filters
+    filters: Filters = field(default_factory=Filters)
+    cells: Cells = AS_GIVEN
+    """The cell that crystals are brought to."""
+    extensive: tuple[str, ...] = ()
+    """Labels that go with the number of atoms in the cell."""
+    doubtful: Mapping[str, str] = field(default_factory=dict)
+    """Labels that may do so, and why: they end the reading where a cell is reduced."""
     checks: str = "strict"
     """What to do with a file that contradicts itself."""
 
@@ -60,11 +70,32 @@ class Reading:
                 else parse_label(name, raw.labels.get(name))
                 for name in self.labels
             }
-            crystal = replace(crystal, id=raw.id or crystal.id, targets=labels)
+            crystal = self.cells(replace(crystal, id=raw.id or crystal.id, targets=labels))
+            if crystal.copies > 1 and labels:
+                if problem := self._doubt(crystal):
+                    return Failure(crystal.id, raw.where, "label of the cell", problem, ends=True)
+                crystal = crystal.with_targets(self._shared(crystal))
             rejected = self.filters.check(crystal)
         except BadCrystal as error:
             return Failure(raw.id, raw.where, error.reason, str(error))
         return Failure(crystal.id, raw.where, *rejected, bad=False) if rejected else crystal
+
+    def _doubt(self, crystal: Crystal) -> str | None:
+        for name, why in self.doubtful.items():
+            if not math.isnan(crystal.targets[name]):
+                return (
+                    f"{name!r} may be a label of the whole cell ({why}), and this cell holds "
+                    f"{crystal.copies} primitive ones: give extensive=[{name}] if it goes with the "
+                    f"number of atoms, intensive=[{name}] if not, or cell=as_is to reduce no cell"
+                )
+        return None
+
+    def _shared(self, crystal: Crystal) -> dict[str, float]:
+        """The labels of one of the copies."""
+        return {
+            name: value / crystal.copies if name in self.extensive else value
+            for name, value in crystal.targets.items()
+        }
 
 
 def guess(path: Path) -> str:
@@ -143,6 +174,7 @@ def read_crystals(
     targets: Sequence[str] = (),
     options: Options | None = None,
     filters: Filters | None = None,
+    cells: Cells | None = None,
     workers: int = 0,
     progress: bool = False,
 ) -> Iterator[Crystal | Failure]:
@@ -153,7 +185,8 @@ def read_crystals(
     Args:
         input: path of a file, archive, folder or prepared data set; or "prototypes".
         format: a reader's name; "auto" guesses.
-        targets: labels to read; a missing one is NaN.
+        targets: labels to read; a missing one is NaN. They stay what they are, whatever the cell.
+        cells: the cell to bring crystals to; None leaves them in the one that they have.
         workers: processes that parse; 0 takes every core. Small inputs are parsed in this one.
         progress: whether to show a progress bar.
 
@@ -161,7 +194,9 @@ def read_crystals(
         ValueError: the input as a whole cannot be read.
     """
     options = options or Options(targets=tuple(targets))
-    reading = Reading(tuple(targets), filters or Filters(), options.checks)
+    reading = Reading(
+        tuple(targets), filters or Filters(), cells or AS_GIVEN, checks=options.checks
+    )
     raws = read_raw(input, format, options)
     first = list(islice(raws, 2 * CHUNK))
     seen: set[str] = set()

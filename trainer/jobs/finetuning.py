@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from crysforge.trainer.jobs.baselines import baselines
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.jobs.tables import errors, write_predictions
 from crysforge.trainer.runs.logger import read_metrics
+from crysforge.trainer.serving.trained_on import Outsiders
 from crysforge.trainer.stages.finetune import FinetuneStage
 
 if TYPE_CHECKING:
@@ -112,6 +114,16 @@ def _baselines(dataset: Dataset, target: str, items: Mapping[str, np.ndarray]) -
                 values.append(labels[item])
         parts[split] = (numbers, np.array(values))
     return baselines(parts["train"], parts["val"], parts["test"])
+
+
+@dataclasses.dataclass
+class Predicted:
+    """What became of the crystals that a model was asked about."""
+
+    outsiders: Outsiders
+    """Crystals unlike those that it learned from."""
+    written: int = 0
+    dropped: int = 0
 
 
 def summary(metrics: Mapping[str, Any], path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.loading.stream import Stream
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder, build_encoder
@@ -20,7 +21,7 @@ from crysforge.trainer.base.tensors import load_into
 from crysforge.trainer.engines.base import EngineConfig
 from crysforge.trainer.jobs.schemas import FinetuneJob, JobConfig
 from crysforge.trainer.runs.checkpoint import RunDirectory
-from crysforge.trainer.runs.model_directory import Scaler, open_model, take_encoder
+from crysforge.trainer.runs.model_directory import Scaler, describe_data, open_model, take_encoder
 from crysforge.trainer.stages.base import Stage, StageConfig, count_parameters
 from crysforge.trainer.stages.finetune import FinetuneStage
 
@@ -44,6 +45,40 @@ def check_splits(dataset: Dataset, data: str, *names: str) -> None:
     for name in names:
         if len(dataset.split_items(name)) == 0:
             raise ValueError(f"data set {data} has no crystals in its {name!r} split")
+
+
+def learned_from(
+    dataset: Dataset, items: np.ndarray, start: Mapping[str, Any] | None, read: bool
+) -> dict[str, Any]:
+    """What a model says of its data, and of the crystals that it learns from.
+
+    Args:
+        items: those crystals; without any, the model stays that of `start`, and so does what it
+            learned from.
+        start: see `lineage`.
+        read: whether to read them for their elements; else these are those of all splits.
+    """
+    data = describe_data(dataset.manifest)
+    if len(items):
+        data["seen"] = _seen(dataset, items, read)
+    elif start is not None:
+        data |= {name: start["data"].get(name) for name in ("cell", "extensive", "seen")}
+    return data
+
+
+def _seen(dataset: Dataset, items: np.ndarray, read: bool) -> dict[str, Any]:
+    """`elements` of crystals, the least and most `atoms` in their cells, and `volume_per_atom` in
+    Å³."""
+    elements = set(dataset.manifest.elements)
+    if read:
+        found = (crystal for _, crystal in dataset.read(items) if isinstance(crystal, Crystal))
+        elements = set().union(*(crystal.numbers.tolist() for crystal in found))
+    atoms, volume = dataset.atoms[items], dataset.volume[items] / dataset.atoms[items]
+    return {
+        "elements": sorted(elements),
+        "atoms": [int(atoms.min()), int(atoms.max())],
+        "volume_per_atom": [round(float(v), 4) for v in (volume.min(), volume.max())],
+    }
 
 
 def make_stream(

@@ -204,6 +204,7 @@ def _data(data: Mapping[str, Any]) -> str:
         "crystals": _pairs(data.get("splits")),
         "labelled crystals used": data.get("labels"),
         "elements": " ".join(chemical_symbols[z] for z in data.get("elements", [])),
+        "cells": (data.get("cell") or {}).get("rule", "as they were given"),
         "labels": _pairs({n: t.get("unit") or "?" for n, t in data.get("targets", {}).items()}),
     }
     known = {k: v for k, v in provenance.items() if k != "versions"}

@@ -29,6 +29,7 @@ from crysforge.datapipe.common.checked import Finite, Line, Name, between, check
 from crysforge.datapipe.common.config import refuse_references
 from crysforge.datapipe.common.files import make_directory, sha256, write_json, write_text
 from crysforge.datapipe.common.safe_read import read_mapping, to_yaml
+from crysforge.datapipe.crystals.cells import cells_of, extensive_of
 from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.models.encoders import Encoder, build_encoder
 from crysforge.trainer.base.safe_read import PICKLES, at_most, check_tensor_file
@@ -182,14 +183,16 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
     write_text(path / CONFIG, to_yaml(config))
 
 
-def describe_data(manifest: Manifest, **more: Any) -> dict[str, Any]:
-    """What a model says of the data set that it was trained on; `more` goes beside it."""
+def describe_data(manifest: Manifest) -> dict[str, Any]:
+    """What a model says of the data set that it was trained on."""
     provenance: dict[str, Any] = manifest.provenance
     if len(json.dumps(provenance)) > MAX_PROVENANCE:
         provenance = {"see": "the manifest of the data set"}
+    extensive = [n for n in extensive_of(manifest.provenance) if n in manifest.targets]
     return {
         "fingerprint": manifest.fingerprint,
-        **more,
+        "cell": cells_of(manifest.provenance).describe(),
+        **({"extensive": extensive} if extensive else {}),
         "splits": dict(manifest.splits),
         "targets": {name: asdict(target) for name, target in manifest.targets.items()},
         "elements": list(manifest.elements),

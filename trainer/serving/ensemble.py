@@ -27,6 +27,8 @@ from crysforge.trainer.jobs.tables import errors, suffixes, write_table
 from crysforge.trainer.runs.card import share
 from crysforge.trainer.runs.forms import ENSEMBLE as FORM
 from crysforge.trainer.runs.model_directory import open_model
+from crysforge.trainer.serving.inputs import crystals_of
+from crysforge.trainer.serving.trained_on import TrainedOn
 
 ENSEMBLE = "ensemble.json"
 SCHEMA = 1
@@ -141,6 +143,9 @@ def create(runs: Sequence[str], output: str | Path) -> dict[str, Any]:
         if first is None or (scaler.targets, scaler.units) != (first.targets, first.units):
             raise ValueError(f"{run} predicts other targets than {runs[0]}")
     assert first is not None
+    known = [TrainedOn.of(member.data, str(member.path)) for member in members]
+    for run, one in zip(runs, known, strict=True):
+        _check_cells(one, known[0], run)
     found = {s: read_predictions([Path(r) for r in runs], s, first.targets) for s in _splits(runs)}
     scale = fit_scale(found["val"])
     with new_directory(output) as work:
@@ -152,6 +157,15 @@ def create(runs: Sequence[str], output: str | Path) -> dict[str, Any]:
         record = {"schema": SCHEMA, "members": len(members), "scale": scale.tolist()}
         write_json(work / ENSEMBLE, record)
     return metrics
+
+
+def _check_cells(one: TrainedOn, other: TrainedOn, where: str) -> None:
+    """Raises ValueError for members that see a material in different cells."""
+    if (one.cells, set(one.extensive)) != (other.cells, set(other.extensive)):
+        raise ValueError(
+            f"{where}: members of an ensemble must be trained on one kind of cell, and here are "
+            f"{one.cells} and {other.cells}: prepare their data with the same cell=…"
+        )
 
 
 def _splits(runs: Sequence[str]) -> list[str]:
@@ -205,6 +219,7 @@ class Ensemble:
     Attributes:
         targets, units: what it predicts.
         columns: names of the numbers in a row of `iterate`.
+        trained_on: what the first member's crystals were like.
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
@@ -220,23 +235,32 @@ class Ensemble:
             raise ValueError(f"the members of {root} do not predict the same")
         if self.scale.shape != (len(self.targets),):
             raise ValueError(f"{root / ENSEMBLE}: scale must be one positive number a target")
+        self.trained_on = self.members[0].trained_on
+        for member in self.members[1:]:
+            _check_cells(member.trained_on, self.trained_on, str(root))
         self.columns = [f"{k}{s}" for s in suffixes(self.targets) for k in _COLUMNS]
 
     def require_head(self) -> None:
         """An ensemble always predicts."""
 
-    def predict(self, structures: Any, max_atoms: int = 4096) -> np.ndarray:
+    def predict(
+        self, structures: Any, max_atoms: int = 4096, *, strict: bool = False, **reading: Any
+    ) -> np.ndarray:
         """Means over the members, as `Predictor.predict` gives them."""
-        return self.predict_with_uncertainty(structures, max_atoms)[0]
+        return self.predict_with_uncertainty(structures, max_atoms, strict=strict, **reading)[0]
 
     def predict_with_uncertainty(
-        self, structures: Any, max_atoms: int = 4096
+        self, structures: Any, max_atoms: int = 4096, *, strict: bool = False, **reading: Any
     ) -> tuple[np.ndarray, np.ndarray]:
         """Means over the members and their standard deviations to be expected of the errors, each
         shaped and in units as `Predictor.predict` says."""
-        each = np.stack([m.predict(structures, max_atoms) for m in self.members])
-        scale = self.scale if len(self.targets) > 1 else self.scale[0]
-        return each.mean(0), scale * each.std(0, ddof=1)
+        crystals, single = crystals_of(structures, self.trained_on, strict, reading)
+        each = [[row for _, row in m.iterate(crystals, max_atoms)] for m in self.members]
+        values = np.array(each).reshape(len(self.members), len(crystals), len(self.targets))
+        both = [values.mean(0), self.scale * values.std(0, ddof=1)]
+        both = [v[:, 0] if len(self.targets) == 1 else v for v in both]
+        mean, sigma = [v[0] if single else v for v in both]
+        return mean, sigma
 
     def iterate(
         self, crystals: Iterable[Crystal], max_atoms: int = 4096

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from crysforge.datapipe.common.files import replacing
 from crysforge.datapipe.common.streams import is_stream
 from crysforge.datapipe.common.tables import row_writer
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.sources import Failure
+from crysforge.trainer.jobs.finetuning import Predicted
 from crysforge.trainer.jobs.tables import cell
+from crysforge.trainer.serving.trained_on import Outsiders
 
 if TYPE_CHECKING:
     from crysforge.trainer.serving.ensemble import Ensemble
@@ -20,25 +22,31 @@ if TYPE_CHECKING:
 
 
 def predict_to_csv(
-    model: Predictor | Ensemble, crystals: Iterable[Crystal | Failure], output: Path, max_atoms: int
-) -> tuple[int, int]:
-    """Writes predictions as they come, and beside them the crystals that could not be used;
-    returns how many of each. The files appear when all are written; of predictions none does where
-    there is none. A pipe or terminal gets them as they come, and standard error the crystals that
-    could not be used."""
-    counts = {"written": 0, "dropped": 0}
+    model: Predictor | Ensemble,
+    crystals: Iterable[Crystal | Failure],
+    output: Path,
+    max_atoms: int,
+    strict: bool = False,
+) -> Predicted:
+    """Writes predictions as they come, and beside them the crystals that could not be used, or are
+    not to be as they are unlike those that the model learned from (`strict`). The files appear when
+    all are written; of predictions none does where there is none. A pipe or terminal gets them as
+    they come, and standard error the crystals that could not be used."""
+    counts = Predicted(Outsiders(model.trained_on))
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(dropped_path(output), streams=True) as bad, suppress(_NothingWritten):
-        drop = row_writer(bad)
+        drop = _Drops(bad)
 
         def usable() -> Iterator[Crystal]:
             for item in crystals:
-                if isinstance(item, Crystal):
+                why = counts.outsiders.note(item) if isinstance(item, Crystal) else []
+                if isinstance(item, Crystal) and not (why and strict):
                     yield item
+                    continue
+                counts.dropped += 1
+                if isinstance(item, Crystal):
+                    drop([item.id, "", "outside the training data", "; ".join(why)])
                 else:
-                    if not counts["dropped"]:
-                        drop(["id", "where", "reason", "message"])
-                    counts["dropped"] += 1
                     drop([item.id, item.where, item.reason, item.message])
 
         with replacing(output, streams=True) as file:
@@ -46,12 +54,25 @@ def predict_to_csv(
             write(["id", *model.columns])
             for crystal, values in model.iterate(usable(), max_atoms):
                 write([crystal.id, *(cell(v) for v in values)])
-                counts["written"] += 1
-            if not counts["written"]:
+                counts.written += 1
+            if not counts.written:
                 raise _NothingWritten
-    if not counts["dropped"] and not is_stream(output):
+    if not counts.dropped and not is_stream(output):
         dropped_path(output).unlink()
-    return counts["written"], counts["dropped"]
+    return counts
+
+
+class _Drops:
+    """The list of crystals without a prediction; its head comes with the first."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._write, self._empty = row_writer(file), True
+
+    def __call__(self, row: Sequence[str]) -> None:
+        if self._empty:
+            self._write(["id", "where", "reason", "message"])
+        self._empty = False
+        self._write(row)
 
 
 class _NothingWritten(Exception):

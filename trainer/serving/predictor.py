@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models import kernels
@@ -16,6 +16,8 @@ from crysforge.models.encoders import Encoder
 from crysforge.trainer.base.distributed import device_of
 from crysforge.trainer.jobs.tables import suffixes
 from crysforge.trainer.runs.model_directory import Exported
+from crysforge.trainer.serving.inputs import crystals_of
+from crysforge.trainer.serving.trained_on import TrainedOn
 from crysforge.trainer.stages.finetune import FinetuneStage
 
 
@@ -26,11 +28,13 @@ class Predictor:
         targets: names of the predicted properties; empty for a pretrained encoder.
         units: their units.
         columns: names of the numbers in a row of `iterate`.
+        trained_on: what its crystals were like; it brings others to the same cell.
     """
 
     def __init__(self, exported: Exported, device: str | torch.device = "cpu") -> None:
         self.device = device_of(device)
         kernels.enable(self.device)
+        self.trained_on = TrainedOn.of(exported.data, str(exported.path))
         self.targets: list[str] = []
         self.units: list[str] = []
         self.stage: FinetuneStage | None = None
@@ -43,13 +47,22 @@ class Predictor:
         else:
             self.encoder = exported.build_encoder().to(self.device)
         self.columns = [f"prediction{suffix}" for suffix in suffixes(self.targets)]
+        self._of_cell = np.array([name in self.trained_on.extensive for name in self.targets])
 
-    def predict(self, structures: Any, max_atoms: int = 4096) -> np.ndarray:
-        """Properties in physical units.
+    def predict(
+        self, structures: Any, max_atoms: int = 4096, *, strict: bool = False, **reading: Any
+    ) -> np.ndarray:
+        """Properties in physical units; those that go with the size of the cell are of the cell
+        that is given.
 
         Args:
-            structures: pymatgen `Structure`, ASE `Atoms` or `Crystal`; one, or a sequence.
+            structures: pymatgen `Structure`, ASE or JARVIS `Atoms`, `Crystal`, one of these as a
+                dict, or a path; one, or several in a list, array or Series. A path by itself may
+                be anything that `prepare` reads.
             max_atoms: atoms per batch.
+            strict: whether crystals unlike those that the model learned from (elements, size,
+                density) are refused; otherwise a warning names them.
+            reading: `cell` and other settings of reading, see `PredictReading`.
 
         Returns:
             [n] for one target, [n, T] for several, float64; one structure gives a number or [T].
@@ -59,7 +72,7 @@ class Predictor:
             BadCrystal: a structure that cannot be used; names which.
         """
         self.require_head()
-        crystals, single = _crystals(structures)
+        crystals, single = crystals_of(structures, self.trained_on, strict, reading)
         rows = list(self.iterate(crystals, max_atoms))
         out = np.stack([row for _, row in rows]) if rows else np.empty((0, len(self.targets)))
         out = out[:, 0] if len(self.targets) == 1 else out
@@ -73,13 +86,16 @@ class Predictor:
                 "launch/finetune.py init_from=RUN target=NAME, or call .embed"
             )
 
-    def embed(self, structures: Any, max_atoms: int = 4096) -> np.ndarray:
+    def embed(
+        self, structures: Any, max_atoms: int = 4096, *, strict: bool = False, **reading: Any
+    ) -> np.ndarray:
         """Latents of crystals: the mean over atoms of the encoder's output, float32 [n, dim]; one
-        structure gives [dim]."""
-        crystals, single = _crystals(structures)
+        structure gives [dim]. Arguments as `predict` has them."""
+        crystals, single = crystals_of(structures, self.trained_on, strict, reading)
         rows: list[np.ndarray] = []
         with torch.no_grad():
-            for batch in self._batches(crystals, max_atoms):
+            for group in _groups(crystals, max_atoms):
+                batch = self._pack(group)
                 latents = self.encoder(batch).float()
                 pooled = torch.segment_reduce(latents, "mean", offsets=batch.ptr)
                 rows += list(pooled.cpu().numpy())
@@ -89,46 +105,18 @@ class Predictor:
     def iterate(
         self, crystals: Iterable[Crystal], max_atoms: int = 4096
     ) -> Iterator[tuple[Crystal, np.ndarray]]:
-        """Crystals with their predictions [T], batch by batch, in order; holds one batch."""
+        """Crystals, which are in the model's cell, with their predictions [T], batch by batch, in
+        order; holds one batch."""
         assert self.stage is not None
         for group in _groups(crystals, max_atoms):
             batch = self._pack(group)
             with torch.no_grad():  # not around the yield: that would reach into the caller
                 values = self.stage.predict(batch).double().cpu().numpy()
-            yield from zip(group, values, strict=True)
-
-    def _batches(self, crystals: Iterable[Crystal], max_atoms: int) -> Iterator[CrystalBatch]:
-        for group in _groups(crystals, max_atoms):
-            yield self._pack(group)
+            copies = np.array([[crystal.copies] for crystal in group])
+            yield from zip(group, np.where(self._of_cell, copies, 1) * values, strict=True)
 
     def _pack(self, group: Sequence[Crystal]) -> CrystalBatch:
         return build(group, self.encoder.graph).to(self.device)
-
-
-def _crystals(structures: Any) -> tuple[list[Crystal], bool]:
-    """Anything predict takes as crystals, and whether it was a single structure."""
-    single = (
-        isinstance(structures, Crystal)
-        or hasattr(structures, "lattice")
-        or (hasattr(structures, "get_scaled_positions"))
-    )
-    out = []
-    for i, item in enumerate([structures] if single else structures):
-        try:
-            out.append(_crystal(item, str(i)))
-        except BadCrystal as error:
-            raise BadCrystal(f"structure {i}: {error}") from None
-    return out, single
-
-
-def _crystal(item: Any, id: str) -> Crystal:
-    if isinstance(item, Crystal):
-        return item
-    if hasattr(item, "get_scaled_positions"):
-        return Crystal.from_ase(item, id)
-    if hasattr(item, "lattice") and hasattr(item, "frac_coords"):
-        return Crystal.from_pymatgen(item, id)
-    raise BadCrystal(f"{type(item).__name__} is no pymatgen Structure, ASE Atoms or Crystal")
 
 
 def _groups(crystals: Iterable[Crystal], max_atoms: int) -> Iterator[list[Crystal]]:

@@ -176,14 +176,14 @@ def test_the_same_id_and_formula_is_a_duplicate_without_a_match(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keep", "kept"), [("first", "c"), ("lowest:energy", "d"), ("highest:energy", "c")]
+    ("keep", "kept"), [("first", "c"), ("lowest:hull", "d"), ("highest:hull", "c")]
 )
 def test_which_of_several_is_kept(tmp_path, keep, kept):
     rng = np.random.default_rng(4)
     crystal = polymorph("rocksalt", 12, 8, "")
 
-    def copy(id, energy):
-        return other_view(crystal, rng, id).with_targets({"energy": energy})
+    def copy(id, hull):
+        return other_view(crystal, rng, id).with_targets({"hull": hull})
 
     source = store(
         tmp_path / "in",
@@ -236,7 +236,7 @@ def test_report_manifest_and_dropped_list_agree(sets, tmp_path):
 def test_labels_units_and_splits_come_through(tmp_path):
     rng = np.random.default_rng(8)
     crystals = [
-        polymorph(kind, 12, 8, kind).with_targets({"gap": i, "energy": float("nan")})
+        polymorph(kind, 12, 8, kind).with_targets({"gap": i, "hull": float("nan")})
         for i, kind in enumerate(AB)
     ]
     new = store(tmp_path / "new", train=crystals[:2], val=crystals[2:3], test=crystals[3:])
@@ -245,5 +245,5 @@ def test_labels_units_and_splits_come_through(tmp_path):
     dataset = Dataset.open(tmp_path / "out")
     assert dataset.manifest.splits == {"train": 1, "val": 1, "test": 2}
     assert dataset.targets_of("gap").tolist() == [1, 2, 3, 4]
-    assert np.isnan(dataset.targets_of("energy")).all()
+    assert np.isnan(dataset.targets_of("hull")).all()
     assert {t.unit for t in dataset.manifest.targets.values()} == {"eV"}

@@ -165,8 +165,8 @@ def test_mistakes_are_one_clear_line(sets, tmp_path):
         run(new, out, new)
     with pytest.raises(ValueError, match=r"broken: train-000000.tar entry 0 is damaged"):
         run(new, out, broken)
-    with pytest.raises(ValueError, match="has no target 'energy'"):
-        run(new, out, within=True, keep="lowest:energy")
+    with pytest.raises(ValueError, match="has no target 'hull'"):
+        run(new, out, within=True, keep="lowest:hull")
     with pytest.raises(ValueError, match="does not exist"):
         run(new, out, str(tmp_path / "nothing"))
     (out).mkdir()

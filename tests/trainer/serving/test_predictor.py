@@ -23,11 +23,12 @@ from crysforge.trainer.stages.vae import VAEConfig, VAEStage
 def structures(count: int = 6) -> list[Structure]:
     """Random crystals with distances that crystals have."""
     rng = np.random.default_rng(0)
-    out = []
-    for _ in range(count):
+    out: list[Structure] = []
+    while len(out) < count:
         n = int(rng.integers(2, 9))
         cell = Lattice.from_parameters(*rng.uniform(4, 7, 3), *rng.uniform(70, 110, 3))
-        out.append(Structure(cell, rng.integers(3, 80, n).tolist(), rng.random((n, 3))))
+        found = Structure(cell, rng.integers(3, 80, n).tolist(), rng.random((n, 3)))
+        out += [found] if found.is_valid(0.6) else []
     return out
 
 
@@ -84,7 +85,9 @@ def test_bad_structures_are_named(model):
     disordered = Structure(Lattice.cubic(4), [{"Na": 0.5, "K": 0.5}], [[0, 0, 0]])
     with pytest.raises(BadCrystal, match="structure 1: partial occupancy"):
         model.predict([structures(1)[0], disordered])
-    with pytest.raises(BadCrystal, match="structure 0: str is no"):
+    with pytest.raises(BadCrystal, match="structure 0: float is no structure: give a pymatgen"):
+        model.predict([0.5])
+    with pytest.raises(ValueError, match="input 'NaCl' does not exist"):
         model.predict(["NaCl"])
 
 

@@ -1,0 +1,209 @@
+"""What the cell that crystals are described in does to errors, to single predictions and to speed.
+
+    python benchmarks/cells.py input=elastic2015.json.gz target=K_VRH output=runs/elastic
+    … n_train=800 n_val=150 n_test=231 seeds=[0,1,2] epochs=40 arms=[as_is,primitive,normalised]
+
+Finetunes from scratch on cells as they are given, on primitive cells, and on cells as they are
+given with PDDFormer's atomic-number shares taken over the primitive cell. Each model then meets the
+test part in the cells that are given, in conventional ones, and in cells twice as long. Prints a
+table of errors, one of predictions for ten cells of a material, and one of what reduction takes
+(CPU time, one core); the runs stay in `output`, and a killed one goes on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import spglib
+import torch
+
+from benchmarks.tables import markdown, show
+from crysforge.datapipe.crystals.bases import standard_basis
+from crysforge.datapipe.crystals.cells import Cells
+from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.translations import translations
+from crysforge.datapipe.preparing.config import PrepareConfig
+from crysforge.datapipe.preparing.prepare import prepare
+from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.models.encoders.base import ENCODERS
+from crysforge.models.encoders.pddformer import PDDFormer
+from crysforge.trainer import load
+from crysforge.trainer.base.command_line import parse, required, run
+from tests.cell_changes import cells_of
+
+ARMS = ("as_is", "primitive", "normalised")
+COPIES: dict[str, int] = {}
+"""Primitive cells that the cell of each crystal holds, by id."""
+
+
+@ENCODERS.register("pddformer_normalised")
+class Normalised(PDDFormer):
+    """PDDFormer whose column 0 of the distance rows is the share in the primitive cell."""
+
+    def nodes(self, batch):
+        copies = torch.tensor([COPIES[id] for id in batch.ids], device=batch.pdd.device)
+        pdd = batch.pdd.clone()
+        pdd[:, 0] *= copies[batch.node_batch]
+        return super().nodes(replace(batch, pdd=pdd))
+
+
+@dataclass(kw_only=True)
+class CellsConfig:
+    """Settings of the comparison."""
+
+    input: str = ""
+    """Anything that `prepare` reads."""
+    target: str = ""
+    """Label to learn."""
+    n_train: int = 800
+    """Labelled crystals to train on."""
+    n_val: int = 150
+    """Crystals to validate on."""
+    n_test: int = 231
+    """Crystals to test on."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of the finetunings."""
+    epochs: int = 40
+    """Epochs of each."""
+    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    """Which of as_is, primitive and normalised."""
+    config: str = "configs/finetune/small.yaml"
+    """Encoder and training."""
+    encoder: str = "pddformer"
+    """Encoder of as_is and primitive."""
+    materials: list[str] = field(default_factory=lambda: ["rocksalt", "quartz"])
+    """Materials whose ten cells are shown, see tests/cell_changes.py."""
+    output: str = "runs/cells"
+    """Directory of data sets and runs."""
+
+
+def conventional(crystal: Crystal) -> Crystal:
+    cell = crystal.lattice, crystal.frac_coords, crystal.numbers
+    found = spglib.standardize_cell(cell, no_idealize=True, symprec=0.01)
+    if found is None:
+        return crystal
+    return Crystal.create(crystal.id, found[2], found[1], found[0], crystal.targets)
+
+
+def doubled(crystal: Crystal) -> Crystal:
+    longer = crystal.to_pymatgen().make_supercell((2, 1, 1), in_place=False)
+    return Crystal.from_pymatgen(longer, crystal.id, crystal.targets)
+
+
+FORMS = {"given": lambda crystal: crystal, "conventional": conventional, "2×1×1": doubled}
+
+
+def make_set(config: CellsConfig, cell: str) -> Dataset:
+    path = Path(config.output) / "data" / cell
+    if not path.is_dir():
+        prepare(
+            PrepareConfig(
+                input=config.input, output=str(path), targets=[config.target], cell=cell,
+                n_train=config.n_train, n_val=config.n_val, n_test=config.n_test,
+                progress=False, workers=1, shard_size=500,
+            )
+        )  # fmt: skip
+    return Dataset.open(path)
+
+
+def train(config: CellsConfig, arm: str, seed: int) -> Path:
+    """The run of an arm and a seed; made here if it is not there."""
+    path = Path(config.output) / f"{config.encoder}-{arm}-{seed}"
+    cell = "primitive" if arm == "primitive" else "as_is"
+    name = "pddformer_normalised" if arm == "normalised" else config.encoder
+    argv = sys.argv
+    sys.argv = [
+        "finetune", f"--config={config.config}", f"data={config.output}/data/{cell}",
+        f"run_dir={path}", f"target={config.target}", f"seed={seed}", f"encoder.name={name}",
+        f"finetune.epochs={config.epochs}",
+    ]  # fmt: skip
+    try:
+        importlib.import_module("crysforge.launch.finetune").main()
+    finally:
+        sys.argv = argv
+    return path
+
+
+def count_copies(crystals: list[Crystal], form: str) -> list[Crystal]:
+    """The crystals with ids of their own, whose copies are known."""
+    named = [replace(c, id=f"{form} {c.id}" if form else c.id) for c in crystals]
+    COPIES.update({c.id: len(translations(c, Cells().tolerance)) for c in named})
+    return named
+
+
+def error(run: Path, crystals: list[Crystal], target: str) -> float:
+    model = load(run)
+    rows = list(model.iterate([model.trained_on.cells(c) for c in crystals]))
+    return float(np.mean([abs(row[0] - c.targets[target]) for c, row in rows]))
+
+
+def cost(crystals: list[Crystal]) -> list[dict]:
+    """CPU time in µs a crystal of what reduces it."""
+
+    def spglibs(crystal: Crystal) -> None:
+        spglib.find_primitive((crystal.lattice, crystal.frac_coords, crystal.numbers), 0.01)
+
+    cells = Cells()
+    steps = {
+        "search for translations": lambda c: translations(c, cells.tolerance),
+        "choice of the basis": standard_basis,
+        "primitive cell, in all": cells,
+        "spglib.find_primitive": spglibs,
+    }
+    rows = []
+    for name, step in steps.items():
+        began = time.process_time()
+        for crystal in crystals:
+            step(crystal)
+        rows.append({"step": name, "µs": 1e6 * (time.process_time() - began) / len(crystals)})
+    return rows
+
+
+def main() -> None:
+    config = parse(CellsConfig, __doc__)
+    required(config, "input", "target")
+    warnings.simplefilter("ignore")
+    given, _ = make_set(config, "as_is"), make_set(config, "primitive")
+    everything = [c for _, c in given.read(range(len(given))) if isinstance(c, Crystal)]
+    count_copies(everything, "")
+    test = [c for _, c in given.read(given.split_items("test")) if isinstance(c, Crystal)]
+    forms = {name: count_copies([f(c) for c in test], name) for name, f in FORMS.items()}
+    rows, runs = [], {}
+    for arm in config.arms:
+        runs[arm] = [train(config, arm, seed) for seed in config.seeds]
+        errors = {n: [error(r, cs, config.target) for r in runs[arm]] for n, cs in forms.items()}
+        spread = {n: f"{np.mean(e):.4g} ± {np.std(e, ddof=1):.2g}" for n, e in errors.items()}
+        rows.append({"cells": arm, **spread})
+    print(f"\n{config.target}, {config.encoder}: test MAE ± standard deviation over seeds\n")
+    about = {
+        "crystals": len(everything),
+        "not primitive": sum(COPIES[c.id] > 1 for c in everything),
+    }
+    show(rows, {**about, "target": config.target, "seeds": config.seeds, "epochs": config.epochs})
+    models = {arm: load(runs[arm][0]) for arm in config.arms if arm != "normalised"}
+    columns = {
+        f"{material}, {arm}": model.predict(list(cells_of(material).values()))
+        for material in config.materials
+        for arm, model in models.items()
+    }
+    names = list(cells_of(config.materials[0]))
+    print("\npredictions for ten cells\n")
+    print(
+        markdown(
+            [{"cell": n, **{k: v[i] for k, v in columns.items()}} for i, n in enumerate(names)], 6
+        )
+    )
+    print("\nwhat reduction takes\n")
+    print(markdown(cost(everything), 3))
+
+
+if __name__ == "__main__":
+    run(main)

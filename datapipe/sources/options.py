@@ -1,0 +1,66 @@
+"""What a user may say of how crystals are read: the same settings for `prepare` and `predict`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from crysforge.datapipe.cif import CHECKS
+from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.crystals.cells import RULES, Cells
+from crysforge.datapipe.sources.base import Options
+
+
+@dataclass(kw_only=True)
+class ReadingConfig:
+    """Settings of everything that reads crystals. One that is added here is one of all of them."""
+
+    input: str = ""
+    """File, archive, folder or data set with the crystals; or "prototypes" (synthetic)."""
+    format: str = "auto"
+    """Reader or data set by name; "auto" goes by what the input looks like."""
+    id_column: str | None = None
+    """Column or field of the id; None guesses."""
+    structure_column: str | None = None
+    """Column or field of the structure; None guesses."""
+    checks: str = "strict"
+    """What to do with a CIF whose atoms contradict its formula, Z, density, volume or symbol:
+    strict refuses it; warn reads it by its operations and lists it in warnings.csv."""
+    cell: str = "primitive"
+    """The cell that crystals are brought to: primitive (one number for one material, whatever its
+    cell), niggli (as many atoms as there are, in Niggli's basis), as_is."""
+    cell_tolerance: float = 0.01
+    """Distance in Å that an atom may be moved by where a cell is reduced to a primitive one."""
+    size: int = 2000
+    """Number of crystals with input=prototypes."""
+    on_bad: str = "drop"
+    """drop: leave bad crystals out and list them; error: stop at the first."""
+    workers: int = 0
+    """Processes that parse; 0: one for each core."""
+    progress: bool = True
+    """Whether to show progress bars."""
+
+    CELLS: ClassVar[tuple[str, ...]] = RULES
+    """What `cell` may be."""
+
+    def __post_init__(self) -> None:
+        if self.cell not in self.CELLS:
+            raise ValueError(f"unknown cell {self.cell!r}: {nearest(self.cell, self.CELLS)}")
+        Cells(tolerance=self.cell_tolerance)
+        if self.checks not in CHECKS:
+            raise ValueError(f"checks must be {' or '.join(CHECKS)}, got {self.checks!r}")
+        if self.on_bad not in ("drop", "error"):
+            raise ValueError(f"on_bad must be drop or error, got {self.on_bad!r}")
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1, got {self.size}")
+
+    @property
+    def cells(self) -> Cells:
+        """What `cell` asks for."""
+        return Cells(rule=self.cell, tolerance=self.cell_tolerance)
+
+    def options(self, **more: object) -> Options:
+        """What a reader is told: those of these settings that are one of its `Options`, and more
+        of them."""
+        known = {f.name: getattr(self, f.name) for f in fields(Options) if hasattr(self, f.name)}
+        return Options(**known | more)
