@@ -1,0 +1,1 @@
+"""What every room uses: text, files, names, processes."""
