@@ -12,7 +12,9 @@ from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.crystals.filters import Filters
 from crysforge.datapipe.preparing import splits
 from crysforge.datapipe.preparing.dedup import Duplicates
-from crysforge.datapipe.sources import UNITS, Options, Raw, read_raw, resolve
+from crysforge.datapipe.sources import SOURCES, UNITS, Options, Raw, read_raw, resolve
+from crysforge.datapipe.sources.files import Folder
+from crysforge.datapipe.sources.read import brings_splits
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
 
 
@@ -32,13 +34,18 @@ class PrepareConfig:
     """Directory of the data set; new or empty."""
     format: str = "auto"
     """Reader or data set by name; "auto" goes by what the input looks like."""
+    labels: str | None = None
+    """Table with labels of the crystals, where they are not in the input itself: a column of ids or
+    file names, and one for each label."""
+    follow_links: bool = False
+    """Whether to read files outside of the input, where links in it or paths in a table lead."""
     targets: list[str] = field(default_factory=list)
     """Labels to keep, by their names in the input. None: those of a data set, else no labels, as
     pretraining needs none."""
     units: dict[str, str] = field(default_factory=dict)
     """Units of targets, where they are not known from their names."""
     id_column: str | None = None
-    """Column or field of the id; None guesses."""
+    """Column or field of the id, that of `labels` too; None guesses."""
     structure_column: str | None = None
     """Column or field of the structure; None guesses."""
     size: int = 2000
@@ -87,6 +94,8 @@ class PrepareConfig:
         for name in ("shard_size", "size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if repeated := sorted({n for n in self.targets if self.targets.count(n) > 1}):
+            raise ValueError(f"targets names {', '.join(repeated)} more than once")
         for name in self.units:
             if name not in self.targets:
                 has = nearest(name, self.targets) if self.targets else "give targets=[…]"
@@ -103,6 +112,8 @@ class Work:
     rule: str
     labels: tuple[str, ...]
     """Targets, and what filters look at."""
+    notes: list[str] = field(default_factory=list)
+    """What there is to say of the inputs, once they are read."""
 
     @classmethod
     def of(cls, config: PrepareConfig) -> Work:
@@ -116,6 +127,8 @@ class Work:
             )
         files = files or {None: config.input}
         output = Path(config.output).resolve()
+        if config.labels and not Path(config.labels).is_file():
+            raise ValueError(f"labels={config.labels} does not exist")
         for path in files.values() if config.output else ():
             if Path(path).is_dir() and Path(path).resolve() in (output, *output.parents):
                 raise ValueError(
@@ -124,8 +137,9 @@ class Work:
         inputs: list[tuple[str | None, str, str]] = [
             (split, path, resolve(path, config.format)) for split, path in files.items()
         ]
-        default = "keep" if inputs[0][2] == "shards" else "ratio"
-        rule = splits.choose_rule(vars(config), config.split, default)
+        options = Options(labels=config.labels, follow_links=config.follow_links)
+        kept = len(inputs) == 1 and brings_splits(*inputs[0][1:], options)
+        rule = splits.choose_rule(vars(config), config.split, "keep" if kept else "ratio")
         if not config.targets and inputs[0][2] == "shards":
             known = list(Manifest.load(inputs[0][1]).targets)
             config = replace(config, targets=known)
@@ -134,18 +148,25 @@ class Work:
 
     def records(self) -> Iterator[Raw]:
         """All records; those of a split's own file are marked with it."""
-        config = self.config
         for split, path, format in self.inputs:
-            options = Options(
-                id_column=config.id_column,
-                structure_column=config.structure_column,
-                targets=tuple(config.targets),
-                prefix=split,
-                size=config.size,
-                seed=config.seed,
-            )
-            for raw in read_raw(path, format, options):
+            for raw in read_raw(path, format, self._options(split)):
                 yield replace(raw, split=split) if split else raw
+
+    def _options(self, split: str | None) -> Options:
+        config = self.config
+        goes_by = [config.split_target] if config.split_target else []
+        return Options(
+            id_column=config.id_column,
+            structure_column=config.structure_column,
+            targets=tuple(config.targets),
+            wanted=tuple(dict.fromkeys([*self.labels, *goes_by])),
+            labels=config.labels,
+            follow_links=config.follow_links,
+            prefix=split,
+            size=config.size,
+            seed=config.seed,
+            notes=self.notes,
+        )
 
     def units(self) -> dict[str, str]:
         """Units of the targets: as the user says, else those of the source, else by name.
@@ -166,9 +187,13 @@ class Work:
         return {name: known[name] for name in self.config.targets if name in known}
 
     def sources(self) -> list[dict[str, Any]]:
-        """What identifies each input: name, format and hash. Paths stay out, for they say more of
-        a machine than of data."""
-        return [self._source(*one) for one in self.inputs]
+        """What identifies each input, and the table of labels: name, format and hash. Paths stay
+        out, for they say more of a machine than of data."""
+        found = [self._source(*one) for one in self.inputs]
+        if self.config.labels:
+            table = Path(self.config.labels)
+            found.append({"name": table.name, "format": "labels", "sha256": sha256(table)})
+        return found
 
     def _source(self, split: str | None, path: str, format: str) -> dict[str, Any]:
         out: dict[str, Any] = {"name": Path(path).name, "format": format}
@@ -178,15 +203,21 @@ class Work:
             return out | {"size": self.config.size, "seed": self.config.seed}
         if format == "shards":
             return out | {"fingerprint": Manifest.load(path).fingerprint}
-        return out | {"sha256": sha256(Path(path))}
+        digest = sha256(Path(path), self.config.follow_links)
+        others = SOURCES[format].files(Path(path), self._options(split))
+        if others:
+            digests = "".join(f"{sha256(file)}\n" for file in sorted(set(others)))
+            out["files_sha256"] = hashlib.sha256(digests.encode()).hexdigest()
+        return out | {"sha256": digest}
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file; of a folder, that of the lines "<sha256>  <name>" of its files."""
+def sha256(path: Path, follow_links: bool = False) -> str:
+    """SHA-256 of a file; of a folder, that of the lines "<sha256>  <name>" of its files, without
+    hidden ones."""
     digest = hashlib.sha256()
     if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{sha256(file)}  {file.relative_to(path).as_posix()}\n".encode())
+        for name in Folder(path, follow_links).names:
+            digest.update(f"{sha256(path / name)}  {name}\n".encode())
         return digest.hexdigest()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):

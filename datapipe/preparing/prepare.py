@@ -6,8 +6,13 @@ decides the splits; the second parses in parallel and writes shards as results c
 
 from __future__ import annotations
 
-from crysforge.datapipe.preparing.config import PrepareConfig
+from collections.abc import Iterable
+from pathlib import Path
+
+from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.preparing.config import PrepareConfig, Work
 from crysforge.datapipe.preparing.write import write
+from crysforge.datapipe.sources.join import tables_with
 from crysforge.datapipe.storage.manifest import Manifest
 
 
@@ -28,3 +33,18 @@ def prepare(config: PrepareConfig) -> Manifest:
 
         return prepare_unique(config)
     return write(config)
+
+
+def _without_target(work: Work, name: str, fields: Iterable[str]) -> str:
+    """What to do about a target that no record has."""
+    where = ", ".join(path for _, path, _ in work.inputs)
+    fields = list(fields)
+    text = f"{where} has no target {name!r}: "
+    text += f"{nearest(name, fields)}; " if fields else "its records have no labels; "
+    if work.config.labels:
+        return text + f"nor has labels={work.config.labels}"
+    beside = [t for _, path, _ in work.inputs for t in tables_with(name, Path(path))]
+    if beside:
+        return text + f"{beside[0].name} has it: give labels={beside[0]}"
+    text += "if it is in a table of its own, give labels=TABLE"
+    return text if fields else f"{text} (a column of ids or file names, and one called {name!r})"

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import describe
 from crysforge.datapipe.preparing import splits
 from crysforge.datapipe.preparing.config import PrepareConfig, Work, sha256
+from crysforge.datapipe.preparing.prepare import _without_target
 from crysforge.datapipe.sources import Failure, Raw, Reading
-from crysforge.datapipe.sources.parse import is_labelled
+from crysforge.datapipe.sources.values import is_labelled, is_number
 from crysforge.datapipe.storage.dataset import DatasetWriter
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
 
@@ -60,12 +60,14 @@ def plan(config: PrepareConfig) -> str:
     work = Work.of(config)
     config = work.config
     codes = _assign(work, _scan(work))
+    notes = "".join(f"\nnote: {note}" for note in work.notes)
     counts = [f"{int((codes == code).sum())} {split}" for code, split in enumerate(SPLITS)]
     return (
         f"{len(codes)} records in {', '.join(f'{i} ({f})' for _, i, f in work.inputs)}\n"
         f"split {work.rule}: {', '.join(counts)}, {int((codes == splits.NONE).sum())} in none"
         + (f"\nleaving out duplicates of {', '.join(config.dedup)}" if config.dedup else "")
         + ("\nleaving out duplicates within" if config.duplicates.within else "")
+        + notes
     )
 
 
@@ -104,9 +106,7 @@ def _scan(work: Work) -> _Scan:
         if number < _LOOKED_AT:
             fields.update(k for k, v in raw.labels.items() if k and _may_be_label(v))
     for name in sorted(wanted):
-        where = ", ".join(path for _, path, _ in work.inputs)
-        has = nearest(name, fields) if fields else "its records have no labels"
-        raise ValueError(f"{where} has no target {name!r}: {has}")
+        raise ValueError(_without_target(work, name, fields))
     if scan.duplicates and config.on_bad == "error":
         ids = list(dict.fromkeys(scan.ids[n] for n in scan.duplicates))
         more = ", …" if len(ids) > _SHOWN else ""
@@ -120,11 +120,7 @@ def _scan(work: Work) -> _Scan:
 def _may_be_label(value: Any) -> bool:
     if not isinstance(value, str):
         return isinstance(value, int | float)
-    try:
-        float(value)
-    except ValueError:
-        return value.startswith("computed")
-    return True
+    return is_number(value) or value.startswith("computed")
 
 
 def _assign(work: Work, scan: _Scan) -> np.ndarray:
@@ -220,6 +216,7 @@ def _provenance(
         "records": len(scan.ids),
         "kept": len(writer),
         "dropped": dict(sorted(dropped.items())),
+        "notes": list(work.notes),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("ase", "numpy", "pymatgen")},
@@ -258,5 +255,6 @@ def summary(manifest: Manifest, output: str) -> str:
         if dropped
         else "dropped 0"
     )
+    lines += [f"note: {note}" for note in manifest.provenance.get("notes", [])]
     lines.append(f"written to {output}")
     return "\n".join(lines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import io
 import json
-import math
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -16,15 +15,14 @@ from typing import Any
 import numpy as np
 from ase.data import atomic_numbers
 
+from crysforge.datapipe.common.text import decode
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
-from crysforge.datapipe.sources.base import Payload, check_size
+from crysforge.datapipe.sources.base import Payload
 from crysforge.datapipe.sources.cif import read_cif
+from crysforge.datapipe.sources.texts import check_size
 
 _NUMBERS = {**atomic_numbers, "D": 1, "T": 1}
 del _NUMBERS["X"]
-
-MISSING = ("", "na")
-"""Texts (in lower case) that stand for a label nobody measured."""
 
 
 def parse(payload: Payload) -> Crystal:
@@ -43,34 +41,6 @@ def parse(payload: Payload) -> Crystal:
         except Exception as error:  # foreign parsers raise anything on malformed text
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise BadCrystal(f"cannot read the structure: {reason[:200]}", "unreadable") from None
-
-
-def parse_label(name: str, value: Any) -> float:
-    """A label as a number; NaN where it is missing (None, empty, "na").
-
-    Raises:
-        BadCrystal: text, infinity, an explicit NaN.
-    """
-    if value is None or (isinstance(value, str) and value.strip().lower() in MISSING):
-        return math.nan
-    try:
-        number = float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise BadCrystal(
-            f"label {name!r} is {str(value)[:40]!r}: give a finite number, or leave it empty if "
-            "it is unknown",
-            "bad label",
-        )
-    return number
-
-
-def is_labelled(value: Any) -> bool:
-    """Whether a raw label counts as present in the published split rule: not None, "na" or NaN."""
-    if isinstance(value, float):
-        return not math.isnan(value)
-    return value is not None and str(value).strip().lower() not in (*MISSING, "nan")
 
 
 def _atomic_number(symbol: Any) -> int:
@@ -102,13 +72,13 @@ def _file(path: str) -> Crystal:
     if not file.is_file():  # nor does a pipe hold one
         raise BadCrystal("the file does not exist", "missing file")
     check_size(file.name, file.stat().st_size)
-    return _named(path, file.read_text(encoding="utf-8", errors="replace"))
+    return _content((path, file.read_bytes()))
 
 
 def _member(place: tuple[str, str]) -> Crystal:
     archive, name = _open_zip(place[0]), place[1]
     check_size(name, archive.getinfo(name).file_size)
-    return _named(name, archive.read(name).decode("utf-8", errors="replace"))
+    return _content((name, archive.read(name)))
 
 
 @lru_cache(maxsize=2)
@@ -116,7 +86,10 @@ def _open_zip(path: str) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _named(name: str, text: str) -> Crystal:
+def _content(file: tuple[str, bytes]) -> Crystal:
+    """A structure file by its name and bytes."""
+    name, data = file
+    text = decode(data)
     return read_cif(text) if name.lower().endswith(".cif") else _text(text)
 
 
@@ -212,6 +185,7 @@ _PARSERS: Mapping[str, Callable[[Any], Crystal]] = {
     "arrays": _arrays,
     "atoms": _atoms,
     "bad": _bad,
+    "content": _content,
     "crystal": lambda crystal: crystal,
     "extxyz": _extxyz,
     "file": _file,
