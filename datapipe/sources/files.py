@@ -26,6 +26,7 @@ class Files:
         names: of its files, by their paths within; those of a folder or zip are sorted.
         aliases: links → the files in `names` that they lead to.
         left_out: links that are not followed: out of the input, or nowhere.
+        no_files: pipes and devices.
         in_order: whether files can only be read in the order of `names`.
     """
 
@@ -36,6 +37,7 @@ class Files:
         self.names: list[str] = []
         self.aliases: dict[str, str] = {}
         self.left_out: list[str] = []
+        self.no_files: list[str] = []
 
     def read(self, name: str) -> bytes:
         """The content of a small file. Raises BadCrystal if it is not small."""
@@ -115,6 +117,8 @@ class Folder(Files):
                         folders.append(name)
                     elif entry.is_file():
                         self.names.append(name)
+                    else:
+                        self.no_files.append(name)
 
     def _add_link(self, link: str, known: set[str]) -> None:
         try:
@@ -198,6 +202,8 @@ class Tar(Files):
                     links[name] = _within(member.linkname)
                 elif member.issym():
                     links[name] = posixpath.join(posixpath.dirname(name), member.linkname)
+                elif not member.isdir():
+                    self.no_files.append(name)
         self.names = list(self._places)
         self._resolve(links, self._places)
 

@@ -18,12 +18,13 @@ from crysforge.datapipe.sources.base import (
     Options,
     Raw,
 )
-from crysforge.datapipe.sources.delimited import same_column
+from crysforge.datapipe.sources.delimited import same_column, sniff
 from crysforge.datapipe.sources.file_names import (
     SUFFIXES,
     Names,
     ids_of,
     is_structure,
+    names_file,
     short_id,
 )
 from crysforge.datapipe.sources.files import Files, open_files
@@ -192,8 +193,10 @@ def _nth(item: tuple[str, str]) -> int:
 
 def _tell(files: Files, used: set[str], options: Options) -> None:
     """Notes what is passed over."""
-    if others := [n for n in files.names if n not in used]:
-        options.note(f"passed over {_listed('other file', others)}")
+    others = [n for n in files.names if n not in used]
+    for what, names in (("other file", others), ("pipe or device", files.no_files)):
+        if names:
+            options.note(f"passed over {_listed(what, names)}")
     if files.aliases:
         options.note(
             f"{_listed('link', list(files.aliases))} to files that are read anyway: each is read "
@@ -237,9 +240,14 @@ def _looks(look: Look) -> bool:
     return look.suffix == ".db" or any(sign in look.head for sign in _SIGNS)
 
 
+def _names_files(look: Look) -> bool:
+    """Whether a table names structure files, wherever they are."""
+    return any(names_file(c) for row in sniff(look.head, look.whole)[0][1] for c in row)
+
+
 def _read_data(files: Files, options: Options) -> Iterator[Raw]:
     data, tables = _data(files), _tables(files) if files.path.is_dir() else []
-    if not data and len(tables) == 1:  # which may name files that are elsewhere
+    if not data and len(tables) == 1 and _names_files(Look(files.path / tables[0])):
         data = {tables[0]: "csv"}
     splits = by_split(data)
     chosen = {n: split_of(n) if splits else None for n in (splits.values() if splits else data)}
@@ -265,6 +273,8 @@ def _nothing(files: Files) -> str:
         return f"{text}; it has {_outside(files)}"
     if workbook := next((n for n in files.names if n.lower().endswith(WORKBOOKS)), None):
         return f"{text}; {workbook} is a workbook: {SAVE_AS_TEXT}"
+    if files.no_files:
+        return f"{text}; it has {_listed('pipe or device', files.no_files)}"
     if not files.names:
         return text
     text = f"{text}; it has {_listed('other file', files.names)}"
