@@ -158,7 +158,7 @@ def _in_splits(work: Work, scan: _Scan, codes: np.ndarray) -> Iterator[Raw | Fai
         if number in scan.duplicates:
             message = f"the id of record {scan.duplicates[number] + 1}, which comes first"
             yield Failure(raw.id, raw.where, "duplicate id", message)
-        elif codes[number] == splits.NONE:
+        elif codes[number] == splits.NONE and raw.payload[0] != "skip":
             yield Failure(raw.id, raw.where, "in no split", f"split {work.rule}", bad=False)
         else:
             labels = {name: raw.labels[name] for name in work.labels if name in raw.labels}

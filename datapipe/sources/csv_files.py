@@ -227,7 +227,7 @@ def text_payload(values: Sequence[Any]) -> Payload:
     if isinstance(value, str) and value.lstrip().startswith("{"):
         return "json", value
     if isinstance(value, str):
-        return "text", value
+        return "text", "\n".join(value.splitlines()) + "\n" if "\r" in value else value
     if isinstance(value, Mapping):
         return ("structure" if "sites" in value else "atoms"), value
     return "bad", (f"no structure: found {str(value)[:40]!r}", "unreadable")

@@ -95,7 +95,7 @@ class Names:
         self._by_path: dict[str, str | None] = {}
         self._by_number: dict[str, str | None] = {}
         spelt = [(name, _spellings(name, id)) for name, id in ids.items()]
-        spelt += [(name, [alias]) for alias, name in (aliases or {}).items()]
+        spelt += [(n, _spellings(alias, "")[:_PATHS]) for alias, n in (aliases or {}).items()]
         for rank in range(_SPELLINGS):
             _add(self._by, ((s[rank], name) for name, s in spelt if rank < len(s)))
             if rank < _PATHS:

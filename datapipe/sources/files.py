@@ -24,7 +24,8 @@ class Files:
     Attributes:
         path: of it.
         names: of its files, by their paths within; those of a folder or zip are sorted.
-        aliases: links → the files in `names` that they lead to.
+        aliases: paths by way of links → the files in `names` that they lead to.
+        links: these links.
         left_out: links that are not followed: out of the input, or nowhere.
         no_files: pipes and devices.
         in_order: whether files can only be read in the order of `names`.
@@ -36,6 +37,7 @@ class Files:
         self.path = path
         self.names: list[str] = []
         self.aliases: dict[str, str] = {}
+        self.links: list[str] = []
         self.left_out: list[str] = []
         self.no_files: list[str] = []
 
@@ -57,6 +59,10 @@ class Files:
         """A file's place, for messages."""
         return f"{self.path.name}/{name}"
 
+    def _alias(self, link: str, paths: dict[str, str]) -> None:
+        self.aliases |= paths
+        self.links.append(link)
+
     def _resolve(self, links: dict[str, str], places: dict[str, str]) -> None:
         """Sorts links within an archive. A link to a structure file, or to a folder of some, is
         another name for it; one to any other file of the archive is a file of its own.
@@ -68,12 +74,12 @@ class Files:
         for link, target in links.items():
             place = posixpath.normpath(target)
             if place in places and is_structure(place):
-                self.aliases[link] = place
+                self._alias(link, {link: place})
             elif place in places:
                 places[link] = places[place]
             elif f"{place}/" in folders:
                 inside = [n for n in self.names if n.startswith(f"{place}/")]
-                self.aliases |= {link + n.removeprefix(place): n for n in inside}
+                self._alias(link, {link + n.removeprefix(place): n for n in inside})
             else:
                 self.left_out.append(link)
         self.names = list(dict.fromkeys([*self.names, *(n for n in links if n in places)]))
@@ -93,11 +99,11 @@ class Folder(Files):
         super().__init__(path)
         self._root, self._follow = path.resolve(), follow
         self._seen: dict[Path, str] = {}
-        self._links: list[str] = []
+        self._waiting: list[str] = []
         self._scan("")
         known = set(self.names)
-        while self._links:
-            self._add_link(self._links.pop(0), known)
+        while self._waiting:
+            self._add_link(self._waiting.pop(0), known)
         self.names.sort()
 
     def _scan(self, start: str) -> None:
@@ -112,7 +118,7 @@ class Folder(Files):
                     if is_hidden(entry.name):
                         continue
                     if entry.is_symlink():
-                        self._links.append(name)
+                        self._waiting.append(name)
                     elif entry.is_dir():
                         folders.append(name)
                     elif entry.is_file():
@@ -132,13 +138,13 @@ class Folder(Files):
             self.left_out.append(link)
         elif target.is_file():
             if own in known and is_structure(own):
-                self.aliases[link] = own
+                self._alias(link, {link: own})
             else:
                 self.names.append(link)
         elif target in self._seen:
             inside = f"{self._seen[target]}/".lstrip("/")
             names = [n for n in self.names if n.startswith(inside)]
-            self.aliases |= {f"{link}/{n.removeprefix(inside)}": n for n in names}
+            self._alias(link, {f"{link}/{n.removeprefix(inside)}": n for n in names})
         elif target.is_dir():
             self._scan(link)
 

@@ -3,6 +3,7 @@ files that hold crystals."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -162,29 +163,37 @@ def _choose(files: Files, names: Names, options: Options) -> list[LabelTable]:
             if absent := [s for s in SPLITS if s not in splits]:
                 options.note(f"no table is of {absent[0]}: that split is empty")
             return tables
-    plain = [n for n in every if _is_id_prop(n)]
-    if len(plain) == 1:
-        return [read(plain[0])]
-    for name in (plain or every)[:_MOST_TABLES] if options.wanted or plain else []:
+    first = next((n for n in every if Path(n).stem.lower() == "id_prop"), None)
+    if first and not options.wanted:
+        return [read(first)]
+    some = every if options.wanted else [n for n in every if _is_id_prop(n)]
+    for name in some[:_MOST_TABLES]:
         try:
             table = read(name)
         except ValueError as error:
             faults.append(error)
             continue
-        found += [table] if table.fits() else []
-    holds = [t for t in found if all(same_column(w, t.labels) for w in options.wanted)]
-    chosen = holds or found
-    if len(chosen) > 1:
-        chosen = [t for t in chosen if any(w in t.name for w in options.wanted)] or chosen
+        found += [table] if table.fits() or name == first else []
+    if faults and (not found or first not in (None, *(t.name for t in found))):
+        raise faults[0]
+    chosen = [t for t in found if _means(t, options.wanted)] or found
+    if first and all(t.name == first or not _means(t, options.wanted) for t in found):
+        chosen = [t for t in found if t.name == first]
     if len(chosen) > 1:
         listed = ", ".join(t.name for t in chosen)
         raise ValueError(
             f"{files.path} has several tables of labels ({listed}): say which with "
             f"labels={files.path / chosen[0].name}"
         )
-    if faults and not chosen:
-        raise faults[0]
     return chosen
+
+
+def _means(table: LabelTable, wanted: Sequence[str]) -> bool:
+    """Whether a table says itself that it has these labels: in its header, or by its name."""
+    if table.headed:
+        return all(same_column(name, table.labels) for name in wanted)
+    words = re.split(r"[\s.,;]+", table.name.rsplit("/", 1)[-1].lower().replace("id_prop_", ""))
+    return len(wanted) == 1 and wanted[0].lower() in words
 
 
 def _nth(item: tuple[str, str]) -> int:
@@ -197,11 +206,8 @@ def _tell(files: Files, used: set[str], options: Options) -> None:
     for what, names in (("other file", others), ("pipe or device", files.no_files)):
         if names:
             options.note(f"passed over {_listed(what, names)}")
-    if files.aliases:
-        options.note(
-            f"{_listed('link', list(files.aliases))} to files that are read anyway: each is read "
-            "once"
-        )
+    if files.links:
+        options.note(f"{_listed('link', files.links)} to what is read anyway: it is read once")
     if files.left_out:
         options.note(f"not followed: {_outside(files)}")
 

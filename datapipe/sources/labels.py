@@ -65,6 +65,8 @@ class LabelTable:
     rows: Sequence[Row]
     files: int
     """How many files there are."""
+    headed: bool
+    """Whether its labels have names of their own."""
     split: str | None = None
     """The split that it lists, where there is a table for each."""
 
@@ -126,7 +128,7 @@ def read_table(
     ]
     values.close()
     shown = names[place] if headed and names[place] else str(place + 1)
-    return LabelTable(name, shown, list(labels.values()), listed, len(files.ids))
+    return LabelTable(name, shown, list(labels.values()), listed, len(files.ids), headed)
 
 
 def split_of(name: str) -> str | None:

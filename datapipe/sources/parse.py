@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -76,13 +77,14 @@ def _file(path: str) -> Crystal:
 
 
 def _member(place: tuple[str, str]) -> Crystal:
-    archive, name = _open_zip(place[0]), place[1]
+    path, name = place
+    archive = _open_zip(path, os.stat(path).st_mtime_ns)
     check_size(name, archive.getinfo(name).file_size)
     return _content((name, archive.read(name)))
 
 
 @lru_cache(maxsize=2)
-def _open_zip(path: str) -> zipfile.ZipFile:
+def _open_zip(path: str, changed: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
