@@ -3,8 +3,7 @@ the name of its file."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,7 +33,7 @@ from crysforge.datapipe.sources.delimited import (
     trim,
 )
 from crysforge.datapipe.sources.file_names import is_structure, names_file
-from crysforge.datapipe.sources.named_files import read_named
+from crysforge.datapipe.sources.named_files import finds_files, read_named
 from crysforge.datapipe.sources.texts import open_text
 
 TEXT_NAMES = ("cif", "structure", "poscar", "POSCAR", "cif_string", "atoms")
@@ -121,12 +120,15 @@ def _layout(path: Path, options: Options) -> _Layout | None:
     if "\0" in look.head:
         raise ValueError(f"{path.name} holds zero bytes: this is no table as text")
     for dialect, sample in sniff(look.head, look.whole):
-        row = sample[0] if sample else next(dialect.rows(io.StringIO(look.head, newline="")), [])
+        row = sample[0] if sample else []
         texts = tuple(i for i, cell in enumerate(row) if _is_text(cell))
         if texts:
             return _headless(path.name, dialect, len(row), texts[:1], options)
         names = [clean(cell) for cell in row]
         structure = _structure(names, sample[1:], path.name, options)
+        unlike = structure and sample[1:] and not _holds(sample[1:], structure[0], _is_structure)
+        if unlike and finds_files(path, options):
+            return None
         if structure:
             names = header(row, path.name)
             id_name = pick_id(filter(None, names), options, path.name)
@@ -140,11 +142,6 @@ def _structure(
 ) -> tuple[int, ...]:
     """The columns of the structure's text: the one that is asked for, the likeliest by name, or the
     only one that holds such; none where structures are files."""
-
-    def holds(place: int, kind: Any) -> bool:
-        cells = [row[place] for row in rows if len(row) > place and row[place].strip()]
-        return bool(cells) and all(map(kind, cells))
-
     if options.structure_column is not None:
         column = same_column(options.structure_column, names)
         if column is None:
@@ -153,18 +150,24 @@ def _structure(
                 f"{where} has no structure column {options.structure_column!r}: {known}"
             )
         place = list(names).index(column)
-        return () if holds(place, names_file) else (place,)
+        return () if _holds(rows, place, names_file) else (place,)
     if set(_OQMD) <= set(names):
         return _named(names)
     candidates = [place for (place,) in _candidates(names)]
-    texts = [i for i in candidates if holds(i, _is_text)]
-    texts = texts or [i for i in range(len(names)) if holds(i, _is_text)][:1]
+    texts = [i for i in candidates if _holds(rows, i, _is_text)]
+    texts = texts or [i for i in range(len(names)) if _holds(rows, i, _is_text)][:1]
     if texts:
         return (texts[0],)
-    if any(holds(i, names_file) for i in range(len(names))):
+    if any(_holds(rows, i, names_file) for i in range(len(names))):
         return ()
     likely = [i for i in candidates if names[i] in TEXT_NAMES or plain(names[i]) in TEXT_NAMES]
     return (likely[0],) if likely else ()
+
+
+def _holds(rows: Sequence[Sequence[str]], place: int, kind: Callable[[str], bool]) -> bool:
+    """Whether at least half of the cells of a column that are not empty are of a kind."""
+    cells = [row[place] for row in rows if len(row) > place and row[place].strip()]
+    return bool(cells) and 2 * sum(map(kind, cells)) >= len(cells)
 
 
 def _headless(
@@ -184,6 +187,10 @@ def _headless(
     for i, name in zip(others, given, strict=True):
         names[i] = name
     return _Layout(dialect, names, False, structure, id)
+
+
+def _is_structure(cell: str) -> bool:
+    return _is_text(cell) or cell.lstrip().startswith("[")  # as OQMD's cells do
 
 
 def _is_text(cell: str) -> bool:

@@ -36,15 +36,26 @@ class Dialect:
         """The rows of a table from its lines, whose ends they keep; without those that are empty.
 
         Raises:
-            csv.Error: a cell is longer than `LONGEST`.
+            csv.Error: a cell is longer than `LONGEST`, or a quote is not closed.
         """
-        lines = islice(lines, self.skip, None)
-        if self.separator == " ":
-            lines = (re.sub(r"\s+", " ", line.strip()) + "\n" for line in lines)
+        ended = False
+
+        def source() -> Iterator[str]:
+            nonlocal ended
+            for line in islice(lines, self.skip, None):
+                yield line if self.separator != " " else re.sub(r"\s+", " ", line.strip()) + "\n"
+            ended = True
+
         limit = csv.field_size_limit(LONGEST)
         try:
-            reader = csv.reader(lines, delimiter=self.separator, skipinitialspace=True)
-            yield from (row for row in reader if any(map(str.strip, row)))
+            reader = csv.reader(source(), delimiter=self.separator, skipinitialspace=True)
+            start = 1
+            for row in reader:
+                if ended:  # in the middle of a row
+                    raise csv.Error(f"the quote in the row of line {start} is not closed")
+                if any(map(str.strip, row)):
+                    yield row
+                start = 1 + self.skip + reader.line_num
         finally:
             csv.field_size_limit(limit)
 
@@ -121,11 +132,12 @@ def sniff(head: str, whole: bool) -> list[tuple[Dialect, list[list[str]]]]:
 
 
 def _sample(head: str, whole: bool, dialect: Dialect) -> list[list[str]]:
-    lines = io.StringIO(head, newline="")
+    rows: list[list[str]] = []
     try:
-        rows = list(islice(dialect.rows(lines), _SAMPLE + 1))
-    except csv.Error:
-        return []
+        for row in islice(dialect.rows(io.StringIO(head, newline="")), _SAMPLE + 1):
+            rows.append(row)
+    except csv.Error:  # the head ends within quotes
+        return rows
     cut = not whole and len(rows) <= _SAMPLE
     return rows[:-1] if cut else rows[:_SAMPLE]
 

@@ -154,7 +154,7 @@ def _choose(files: Files, names: Names, options: Options) -> list[LabelTable]:
         text = decode(files.read(name), notes)
         for note in notes:
             options.note(f"{name}: {note}")
-        return read_table(text, name, names, options)
+        return read_table(text, name, names, options, options.structure_column)
 
     splits = by_split(every)
     if splits:
@@ -185,6 +185,12 @@ def _choose(files: Files, names: Names, options: Options) -> list[LabelTable]:
             f"{files.path} has several tables of labels ({listed}): say which with "
             f"labels={files.path / chosen[0].name}"
         )
+    for table in chosen:
+        if table.name != first:
+            options.note(
+                f"labels are those of {table.name}, whose column {table.column} names "
+                f"{table.found:,} of {table.files:,} files"
+            )
     return chosen
 
 

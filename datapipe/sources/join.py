@@ -30,6 +30,8 @@ def join(read: Callable[[], Iterator[Raw]], path: Path, options: Options) -> Ite
         raise ValueError(f"labels={path} does not exist")
     with open_text(path, options.note) as file:
         text = file.read()
+    if text.lstrip()[:1] in ("{", "["):
+        raise ValueError(f"labels={path} is JSON: give the labels as a table (CSV)")
     ids = {_place(raw): raw.id for raw in read()}
     table = read_table(text, path.name, Names(ids), options, options.id_column)
     rows: dict[str, Mapping[str, str]] = {}

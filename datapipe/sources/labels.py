@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,7 +91,8 @@ def read_table(
 
     Args:
         text: of the table. name: of its file, relative to where the files are.
-        column: name of the column of files; None finds it. A headerless table has no names.
+        column: name of the column of files; None finds it. A table without a header has no names.
+            `options.id_column` names that of ids, where it is another.
 
     Raises:
         ValueError: an empty table, rows of unequal length, two columns of one name, no such
@@ -114,7 +116,7 @@ def read_table(
             )
     names = header(rows[0], name) if headed else []
     labels = _label_names(names, rows, place, name, options) if headed or width > 1 else {}
-    ids = _ids(names, rows, place) if headed else {}
+    ids = _ids(names, rows, place, options, name) if headed else {}
     values = Values(dialect, name, options.wanted)
     listed = [
         Row(
@@ -164,7 +166,10 @@ def _cut(text: str, name: str, files: Names) -> tuple[Dialect, list[list[str]]]:
     assert best is not None
     dialect = best[1]
     lines = io.StringIO(text, newline="")
-    rows = [[clean(cell) for cell in row] for row in dialect.rows(lines)]
+    try:
+        rows = [[clean(cell) for cell in row] for row in dialect.rows(lines)]
+    except csv.Error as error:
+        raise ValueError(f"{name}: {error}") from None
     if not rows:
         raise ValueError(f"{name} is empty: it must hold lines 'file,label'")
     width = len(rows[0])
@@ -262,12 +267,21 @@ def _label_names(
     return dict(zip(others, options.targets, strict=True))
 
 
-def _ids(names: Sequence[str], rows: Sequence[Sequence[str]], place: int) -> dict[int, str]:
+def _ids(
+    names: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    place: int,
+    options: Options,
+    where: str,
+) -> dict[int, str]:
     """Ids by row, where a column beside that of the files is one of ids."""
+    if options.id_column is not None:
+        other = _named_column(names, options.id_column, where)
+        return dict(enumerate(_column(rows, other)[1:], start=1)) if other != place else {}
     known = [plain(n) for n in names]
     likely = [known.index(p) for p in map(plain, ID_NAMES) if p in known]
-    other = next((i for i in likely if i != place), None)
-    if other is None or place in likely[: likely.index(other)]:
+    other = next((i for i in likely if i != place), -1)
+    if other < 0 or place in likely[: likely.index(other)]:
         return {}
     ids = _column(rows, other)[1:]
     unique = all(ids) and len(set(ids)) == len(ids)

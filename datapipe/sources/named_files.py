@@ -11,7 +11,7 @@ from crysforge.datapipe.sources.delimited import clean, sniff
 from crysforge.datapipe.sources.file_names import Names, ids_of, is_structure, names_file
 from crysforge.datapipe.sources.files import Files, Folder
 from crysforge.datapipe.sources.folder import list_files
-from crysforge.datapipe.sources.labels import read_table
+from crysforge.datapipe.sources.labels import LabelTable, read_table
 from crysforge.datapipe.sources.texts import open_text
 
 
@@ -32,13 +32,10 @@ def read_named(path: Path, options: Options) -> Iterator[Raw]:
     Raises:
         ValueError: it names none.
     """
-    with open_text(path, options.note) as file:
-        text = file.read()
+    text = _text(path, options)
     named = _names_of_files(text)
     files, outside = _find(path.parent, named, options.follow_links)
-    ids = ids_of(filter(is_structure, files.names))
-    names = Names(ids, files.aliases)
-    table = read_table(text, path.name, names, options, options.structure_column)
+    ids, table = _match(path, text, files, options)
     if not table.fits():
         raise ValueError(_without_files(path, text, named, outside))
     if outside:
@@ -47,6 +44,30 @@ def read_named(path: Path, options: Options) -> Iterator[Raw]:
             "folder; read them with follow_links=true"
         )
     yield from list_files(files, [table], ids, rest=False)
+
+
+def finds_files(path: Path, options: Options) -> bool:
+    """Whether a table names structure files that are there."""
+    text = _text(path, options)
+    files, _ = _find(path.parent, _names_of_files(text), options.follow_links)
+    try:
+        return _match(path, text, files, options)[1].fits()
+    except ValueError:
+        return False
+
+
+def _text(path: Path, options: Options) -> str:
+    with open_text(path, options.note) as file:
+        return file.read()
+
+
+def _match(
+    path: Path, text: str, files: Files, options: Options
+) -> tuple[dict[str, str], LabelTable]:
+    """Ids of files, and the table that names them."""
+    ids = ids_of(filter(is_structure, files.names))
+    names = Names(ids, files.aliases)
+    return ids, read_table(text, path.name, names, options, options.structure_column)
 
 
 def _names_of_files(text: str) -> list[str]:

@@ -149,7 +149,7 @@ def _literal(value: Any) -> Any:
 
 
 def _json(text: str) -> Crystal:
-    record = json.loads(text)
+    record = _literal(text)
     return _structure(record) if "sites" in record else _atoms(record)
 
 

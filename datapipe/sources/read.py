@@ -108,6 +108,10 @@ def guess(path: Path) -> str:
 
 def _meant(path: Path) -> str:
     """What a user may have meant by an input that is not there."""
+    if str(path).startswith("~"):
+        return f": ~ has no meaning here, give {str(path.expanduser())!r}"
+    if "*" in path.name:
+        return f": give the folder, {str(path.parent)!r}"
     name = str(path).lower().replace("_", "-").replace(" ", "-")
     word = name.removesuffix(path.suffix.lower())
     sets = difflib.get_close_matches(name, ORIGIN, n=1, cutoff=0.8)

@@ -12,7 +12,7 @@ import pytest
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.sources import Failure
 from crysforge.datapipe.sources.values import MISSING, parse_label
-from tests.salts import GAP_OF, GAPS, TEXTS, N, labelled, put, read, table
+from tests.salts import CASES, GAP_OF, GAPS, TEXTS, N, labelled, put, read, table
 
 SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|", "space": " "}
 HEADERS = [(), ("file", "gap"), ("sample", "gap"), ("ID", "Gap"), ("whatever", " gap "),
@@ -231,7 +231,10 @@ def test_tables_that_are_about_something_else(tmp_path):
     (folder / "t.csv").write_text(table([(f"salt{i}", x) for i, x in enumerate(GAPS)]))
     notes: list[str] = []
     assert labelled(folder, notes=notes) == GAP_OF
-    assert notes == ["passed over 3 other files (README.txt, broken.csv, elements.csv)"]
+    assert notes == [
+        "labels are those of t.csv, whose column 1 names 12 of 12 files",
+        "passed over 3 other files (README.txt, broken.csv, elements.csv)",
+    ]
 
 
 def test_without_a_header_columns_follow_the_targets(tmp_path):
@@ -244,7 +247,45 @@ def test_without_a_header_columns_follow_the_targets(tmp_path):
         read(folder)
 
 
+def test_ids_of_a_column_that_is_named(tmp_path):
+    folder = put(tmp_path / "cifs")
+    rows = [(f"salt{i}.cif", f"sample {i}", gap) for i, gap in enumerate(GAPS)]
+    for path in (folder / "t.csv", tmp_path / "t.csv"):
+        path.write_text(table(rows, ("datei", "probe", "gap")))
+    wanted = {f"sample {i}": gap for i, gap in enumerate(GAPS)}
+    assert labelled(folder, id_column="Probe") == wanted
+    assert labelled(tmp_path / "t.csv", id_column="Probe", structure_column="Datei") == wanted
+    with pytest.raises(ValueError, match=r"no column 'prob': did you mean 'probe'"):
+        read(folder, id_column="prob")
+
+
 # Tables with structures
+
+
+def test_a_quote_that_is_not_closed_swallows_nothing(tmp_path):
+    folder = put(tmp_path / "cifs")
+    text = table([(f"salt{i}", gap, "ok") for i, gap in enumerate(GAPS)], ("id", "gap", "note"))
+    (folder / "t.csv").write_text(text.replace("-2.37,ok", '-2.37,"5'))
+    with pytest.raises(ValueError, match=r"the quote in the row of line 5 is not closed"):
+        read(folder)
+    text = table([(f"salt{i}", gap, TEXTS[i]) for i, gap in enumerate(GAPS)], ("id", "gap", "cif"))
+    (tmp_path / "s.csv").write_text("".join(text.rsplit('"', 1)))
+    with pytest.raises(ValueError, match=r"s.csv.*the quote in the row of line \d+ is not closed"):
+        read(tmp_path / "s.csv")
+
+
+def test_a_column_of_structures_that_has_ids(tmp_path):
+    put(tmp_path / "cifs")
+    rows = [(f"salt{i}", gap) for i, gap in enumerate(GAPS)]
+    (tmp_path / "t.csv").write_text(table(rows, ("cif", "gap")))
+    assert labelled(tmp_path / "t.csv") == GAP_OF
+
+
+def test_dictionaries_as_python_prints_them(tmp_path):
+    lines = (CASES / "lines.json").read_text().splitlines()
+    rows = [(f"salt{i}", json.loads(x)["structure"], GAPS[i]) for i, x in enumerate(lines)]
+    (tmp_path / "s.csv").write_text(table(rows, ("id", "structure", "gap")))
+    assert labelled(tmp_path / "s.csv") == GAP_OF
 
 
 def test_structures_are_found_by_what_they_are(tmp_path):
