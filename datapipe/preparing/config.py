@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.common.safe_names import check_names
 from crysforge.datapipe.crystals.filters import Filters
 from crysforge.datapipe.preparing import splits
 from crysforge.datapipe.preparing.dedup import Duplicates
@@ -94,6 +95,7 @@ class PrepareConfig:
         for name in ("shard_size", "size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_names(self.targets)
         if repeated := sorted({n for n in self.targets if self.targets.count(n) > 1}):
             raise ValueError(f"targets names {', '.join(repeated)} more than once")
         for name in self.units:

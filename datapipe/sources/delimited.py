@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ def header(cells: Sequence[str], where: str) -> list[str]:
 @lru_cache(maxsize=4096)
 def plain(name: str) -> str:
     """A column's name as people remember it: in lower case, any space or line is one space."""
-    return re.sub(r"[\s_]+", " ", clean(name)).casefold()
+    return re.sub(r"[\s_]+", " ", unicodedata.normalize("NFC", clean(name))).casefold()
 
 
 def same_column(name: str, names: Iterable[str]) -> str | None:

@@ -20,6 +20,7 @@ import numpy as np
 import safetensors.numpy as safetensors
 from webdataset.writer import TarWriter
 
+from crysforge.datapipe.common.safe_names import check_names
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.schema import MAX_Z
 from crysforge.datapipe.storage.manifest import (
@@ -95,7 +96,8 @@ class DatasetWriter:
         shard_size: crystals per tar.
 
     Raises:
-        ValueError: `root` holds files already, or another process is writing to it.
+        ValueError: `root` holds files already, another process is writing to it, or a target has
+            a name that none may have.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class DatasetWriter:
         units = dict(units or {})
         if shard_size < 1:
             raise ValueError(f"shard_size must be at least 1, got {shard_size}")
+        check_names(targets)
         if len(set(targets)) < len(targets) or not set(units) <= set(targets):
             raise ValueError(f"targets {list(targets)} must be unique and name every unit {units}")
         self.root = Path(root).resolve()

@@ -21,6 +21,7 @@ from crysforge.trainer.figures.style import (
     WIDTH,
     crowding,
     new_figure,
+    plain_text,
     pretty_unit,
     save_png,
     with_unit,
@@ -62,7 +63,9 @@ class Look:
     def name(self, arm: Arm) -> str:
         """For legends and titles."""
         value = self.value(arm)
-        return f"{self.compared}: {value}" if self.is_baseline(value) else value or "all"
+        return plain_text(
+            f"{self.compared}: {value}" if self.is_baseline(value) else value or "all"
+        )
 
     def color(self, arm: Arm) -> str:
         """Its colour."""
@@ -93,7 +96,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def headline(figure: Figure, title: str, note: str = "") -> None:
     """A title at the left, and below it a note on how to read the figure."""
-    text = "\n".join(filter(None, (title, note)))
+    text = "\n".join(filter(None, (plain_text(title, 110), note)))
     figure.suptitle(text, x=0.01, ha="left", fontsize="medium" if note else "large")
 
 
@@ -167,7 +170,7 @@ def label_curves(curves: dict[str, list[Arm]], look: Look, path: Path, confidenc
             for line in by_value.values():
                 handles.setdefault(look.name(line[0]), _curve(axes, line, look, confidence))
             _log_ticks(axes, [a.first.labels for a in arms], [a.scores("mae") for a in arms])
-            axes.set_title(name, loc="left")
+            axes.set_title(plain_text(name), loc="left")
             axes.set_ylabel(mae_label(arms[0]))
             axes.set_xlabel("training labels")
         _legend(figure, handles)
@@ -229,7 +232,7 @@ def bars(
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="y", visible=False)
             axes.xaxis.set_major_locator(MaxNLocator(4))
-            axes.set_title(name, loc="left")
+            axes.set_title(plain_text(name), loc="left")
             axes.set_xlabel(mae_label(line[0]))
         whisker = f"{100 * confidence:g} % confidence interval, of 2 seeds standard deviation"
         headline(figure, title, f"dots: seeds; whiskers: {whisker}")

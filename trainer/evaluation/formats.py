@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from crysforge.datapipe.common.safe_names import in_markdown
 from crysforge.trainer.base.tensors import write_text
 
 NOTHING = "–"
@@ -82,14 +82,16 @@ class Table:
 
     def write(self, folder: Path) -> None:
         """Writes NAME.md, NAME.csv and NAME.tex."""
-        write_text(folder / f"{self.name}.md", f"# {self.title}\n\n{self.markdown()}\n", False)
+        write_text(
+            folder / f"{self.name}.md", f"# {in_markdown(self.title)}\n\n{self.markdown()}\n", False
+        )
         write_text(folder / f"{self.name}.csv", self.csv(), False)
         write_text(folder / f"{self.name}.tex", self.latex(), False)
 
     def markdown(self) -> str:
         """The table and its notes; columns are padded so that it reads well as it is."""
         rows = [list(map(_markdown, row)) for row in self.rows]
-        head = list(map(_escape_markdown, self.columns))
+        head = list(map(in_markdown, self.columns))
         widths = [max([3, len(c), *(len(r[i]) for r in rows)]) for i, c in enumerate(head)]
         numbers = range(self.heads, len(head))
         rule = ["-" * (w - 1) + ":" if i in numbers else "-" * w for i, w in enumerate(widths)]
@@ -102,7 +104,7 @@ class Table:
             return f"| {' | '.join(padded)} |"
 
         text = "\n".join(map(line, [head, rule, *rows]))
-        return "\n\n".join([text, *map(_escape_markdown, self.notes)])
+        return "\n\n".join([text, *map(in_markdown, self.notes)])
 
     def csv(self) -> str:
         """All digits; a spread, and the ends of an interval, have columns of their own."""
@@ -123,6 +125,7 @@ class Table:
         spec = "l" * self.heads + "r" * (len(self.columns) - self.heads)
         head = " & ".join(map(escape_latex, self.columns))
         body = [" & ".join(map(_latex, row)) + r" \\" for row in self.rows]
+        body = [f"{{}}{line}" if line.startswith("[") else line for line in body]  # no option of \\
         caption = escape_latex(" ".join([self.title + ".", *self.notes]))
         return "\n".join(
             [
@@ -161,13 +164,8 @@ def places(values: Sequence[float], digits: int = 3) -> int:
 
 
 def _markdown(entry: Entry) -> str:
-    text = _escape_markdown(entry.text if not isinstance(entry, (str, int)) else str(entry))
+    text = in_markdown(entry.text if not isinstance(entry, (str, int)) else str(entry))
     return f"**{text}**" if isinstance(entry, Number) and entry.bold else text
-
-
-def _escape_markdown(text: str) -> str:
-    text = text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*")
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
 
 
 def _plain(entry: Entry, shape: Sequence[str]) -> list[str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from crysforge.datapipe.common.safe_names import in_markdown, slugs
 from crysforge.trainer.base.tensors import (
     code_version,
     remove_tree,
@@ -97,6 +97,9 @@ class Figure:
 
     name: str
     title: str
+    kind: str
+    of: str
+    """What it shows."""
 
 
 def evaluate(suite: Suite, config: EvaluateConfig) -> Report:
@@ -165,8 +168,12 @@ def _draw(
     look = figures.Look(suite, arms)
     drawn: list[Figure] = []
 
-    def path(name: str, title: str) -> Path:
-        drawn.append(Figure(name, title))
+    def path(kind: str, title: str, of: str = "") -> Path:
+        """Where a figure goes: its kind and what it is of, no two figures the same."""
+        others = [figure.of for figure in drawn if figure.kind == kind]
+        part = slugs([of, *others])[0] if of else ""
+        name = "-".join(filter(None, (kind, part)))
+        drawn.append(Figure(name, title, kind, of))
         return folder / name
 
     factor = next((f for f in _LABELS if f in varying(arms)), "")
@@ -188,31 +195,26 @@ def _draw(
             tasks.setdefault(share, {})[title_of(line[0], others)] = line
         for share, some in tasks.items():
             title = f"By {suite.compared}{f', {share}' if share else ''}"
-            name = path(_slug("bars", share), title)
+            name = path("bars", title, share)
             figures.bars(some, look, name, config.confidence, title)
     most = {id(a) for a in most_labels(arms)}
     for line in lines:
         if id(line[0]) not in most:
             continue
         title = title_of(line[0], varying(arms, [suite.compared]))
-        figures.parity(line, title, look, path(_slug("parity", title), f"Parity: {title}"))
+        figures.parity(line, title, look, path("parity", f"Parity: {title}", title))
         known = facts_behind(line, facts)
         if known is None:
             continue
         if len(set(known.atoms.tolist())) > 1:
-            name = path(_slug("atoms", title), f"Error by number of atoms: {title}")
+            name = path("atoms", f"Error by number of atoms: {title}", title)
             crystal_figures.by_atoms(line, known, title, look, name)
-        name = path(_slug("elements", title), f"Error by element: {title}")
+        name = path("elements", f"Error by element: {title}", title)
         crystal_figures.by_element(line, known, title, look, name)
         if config.space_groups:
-            name = path(_slug("space_groups", title), f"Error by space group: {title}")
+            name = path("space_groups", f"Error by space group: {title}", title)
             crystal_figures.by_space_group(line, known, title, look, name)
     return drawn
-
-
-def _slug(*words: str) -> str:
-    """Words as a file's name."""
-    return "-".join(filter(None, (re.sub(r"[^A-Za-z0-9._]+", "-", w).strip("-") for w in words)))
 
 
 def _text(
@@ -225,14 +227,21 @@ def _text(
     planned: int,
     missing: int,
 ) -> str:
-    parts = [f"# {suite.title}", f"{planned - missing} of {planned} finetunings have finished."]
+    parts = [
+        f"# {in_markdown(suite.title)}",
+        f"{planned - missing} of {planned} finetunings have finished.",
+    ]
     if missing:
         parts[-1] += " Those that have not are listed at the end and marked in the tables."
     parts += [f"Note: {note}." for note in notes]
     for table in tables:
         files = ", ".join(f"[{x}](tables/{table.name}.{x})" for x in ("md", "csv", "tex"))
         title = table.title.removeprefix(f"{suite.title}: ")
-        parts += [f"## {title[0].upper()}{title[1:]}", table.markdown(), f"Files: {files}"]
+        parts += [
+            in_markdown(f"## {title[0].upper()}{title[1:]}"),
+            table.markdown(),
+            f"Files: {files}",
+        ]
     if known.improvements:
         parts.append("## Published mean gains over no pretraining")
         parts.append("\n".join(
@@ -243,9 +252,8 @@ def _text(
         parts.append("## Figures")
         for figure in drawn:
             file = f"figures/{figure.name}"
-            parts.append(
-                f"### {figure.title}\n\n![{figure.title}]({file}.png)\n\n[SVG]({file}.svg)"
-            )
+            title = in_markdown(figure.title)
+            parts.append(f"### {title}\n\n![]({file}.png)\n\n[SVG]({file}.svg)")
     version = code_version()
     parts += [_METHODS.format(percent=f"{100 * config.confidence:g}", resamples=config.resamples)]
     parts += [f"Made by Crysforge {version['version']} (sources {version['sources']})."]

@@ -22,6 +22,7 @@ from crysforge.trainer.figures.style import (
     crowding,
     new_figure,
     place_of,
+    plain_text,
     pretty_unit,
     save_png,
     with_unit,
@@ -240,7 +241,9 @@ def _curves(
     unit = units.get(target, "") if target != quantity else ""
     words = {"lr": "learning rate"}
     axes.set_ylabel(
-        f"MAE, {with_unit(target, unit)}" if target != quantity else words.get(quantity, quantity)
+        f"MAE, {with_unit(target, unit)}"
+        if target != quantity
+        else plain_text(words.get(quantity, quantity))
     )
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if "train" in curves and "val" in curves:

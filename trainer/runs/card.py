@@ -13,6 +13,7 @@ import yaml
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from crysforge.datapipe.common.safe_names import as_code, in_markdown
 from crysforge.trainer.runs.model_directory import (
     SCALER,
     SCHEMA,
@@ -142,7 +143,7 @@ def model_card(name: str, config: Mapping[str, Any], scaler: Scaler | None) -> s
                 "stage": f"{config['stage']}, {counts['total']:,} parameters in all",
                 "started from": _start(config["start"]),
                 "versions": _pairs(config["versions"]),
-                "licence": license or "not stated: ask the author before you use it",
+                "licence": in_markdown(license) or "not stated: ask the author before you use it",
             }
         ),
         "## Data",
@@ -162,7 +163,8 @@ def _purpose(config: Mapping[str, Any], scaler: Scaler | None) -> str:
             "start for finetuning."
         )
     named = [
-        f"`{t}` in {u or 'no unit'}" for t, u in zip(scaler.targets, scaler.units, strict=True)
+        f"{as_code(t)} in {in_markdown(u) or 'no unit'}"
+        for t, u in zip(scaler.targets, scaler.units, strict=True)
     ]
     return f"Predicts {', '.join(named)} from a crystal structure (cell, elements, positions)."
 
@@ -217,10 +219,11 @@ def _results_text(results: Mapping[str, Any], scaler: Scaler | None) -> str:
         return "Averages:\n\n" + _table({names[k]: _pairs(v) for k, v in results.items()})
     lines = ["| target | split | crystals | MAE | RMSE | R² |", "|---|---|---|---|---|---|"]
     for i, target in enumerate(scaler.targets):
-        shown = f"`{target}`" + (f" ({scaler.units[i]})" if scaler.units[i] else "")
+        unit = in_markdown(scaler.units[i])
+        shown = as_code(target, in_table=True) + (f" ({unit})" if unit else "")
         for split in ("val", "test"):
             row = results.get(split, {})
-            row = row if "mae" in row else row.get(target)
+            row = row if len(scaler.targets) == 1 else row.get(target)
             if row:
                 numbers = " | ".join(_number(row[k]) for k in ("n", "mae", "rmse", "r2"))
                 lines.append(f"| {shown} | {split} | {numbers} |")
@@ -235,7 +238,8 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 
 def _pairs(values: Mapping[str, Any] | None) -> str:
-    return ", ".join(f"{key} {_number(value)}" for key, value in (values or {}).items())
+    given = (values or {}).items()
+    return ", ".join(f"{in_markdown(key)} {in_markdown(_number(value))}" for key, value in given)
 
 
 def _number(value: Any) -> str:

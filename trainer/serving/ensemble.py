@@ -23,6 +23,7 @@ from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.trainer.base.safe_read import read_object
 from crysforge.trainer.base.tensors import new_directory, write_json
 from crysforge.trainer.figures import plots
+from crysforge.trainer.jobs.finetuning import file_suffixes
 from crysforge.trainer.jobs.tables import errors, suffixes, write_table
 from crysforge.trainer.runs.card import share
 from crysforge.trainer.runs.model_directory import open_model
@@ -170,7 +171,8 @@ def _report(
         mean, uncertainty = given.mean, scale * given.spread
         columns = {}
         scores = {}
-        for i, (target, suffix) in enumerate(zip(targets, suffixes(targets), strict=True)):
+        endings = zip(targets, suffixes(targets), file_suffixes(targets), strict=True)
+        for i, (target, suffix, ending) in enumerate(endings):
             columns[f"target{suffix}"] = given.labels[:, i]
             columns[f"prediction{suffix}"] = mean[:, i]
             columns[f"uncertainty{suffix}"] = uncertainty[:, i]
@@ -179,14 +181,14 @@ def _report(
             alone = [errors(label, member[known, i])["mae"] for member in given.members]
             fit = calibration(guess - label, sigma)
             scores[target] = {**errors(label, guess), "members_mae": alone, "calibration": fit}
-            plots.parity_plot(label, guess, target, units[i], path / f"parity_{split}{suffix}.png")
+            plots.parity_plot(label, guess, target, units[i], path / f"parity_{split}{ending}.png")
             plots.calibration_plot(
                 guess - label,
                 sigma,
                 fit,
                 target,
                 units[i],
-                path / f"calibration_{split}{suffix}.png",
+                path / f"calibration_{split}{ending}.png",
             )
         write_table(path / f"predictions_{split}.csv", given.ids, columns)
         out[split] = scores[targets[0]] if len(targets) == 1 else scores

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from crysforge.datapipe.common.safe_names import slug
 from crysforge.datapipe.preparing.splits import FOLDS, by_fold
 from crysforge.trainer.base.safe_read import read_object
 from crysforge.trainer.base.tensors import new_directory, write_json, write_text
@@ -66,6 +67,11 @@ def jarvis(
     seconds = 0.0
     for run in map(Path, runs):
         metrics, rows = _results(run)
+        if slug(metrics["targets"][0]) != metrics["targets"][0]:
+            raise ValueError(
+                f"{run} predicts {metrics['targets'][0]!r}: JARVIS-Leaderboard calls no property "
+                "so; prepare the data with its own name for it, such as mbj_bandgap"
+            )
         name = f"AI-SinglePropertyPrediction-{metrics['targets'][0]}-{dataset}-test-mae.csv"
         if name in tables:
             raise ValueError(f"{run}: there is a run of {metrics['targets'][0]} already")
