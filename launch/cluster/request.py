@@ -3,7 +3,6 @@ job's cells."""
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -19,7 +18,13 @@ from crysforge.launch.cluster.submission import Submission
 from crysforge.launch.cluster.suite import Suite
 from crysforge.launch.cluster.worker import Task
 from crysforge.models.registry import configure, nearest
-from crysforge.trainer.base.command_line import help_text, merge_sources, split_arguments
+from crysforge.trainer.base.command_line import (
+    as_typed,
+    as_written,
+    help_text,
+    merge_sources,
+    split_arguments,
+)
 
 _ACTIONS = ("status", "collect", "cancel")
 _OWN = {f.name for f in fields(SubmitConfig)} | {"site"}
@@ -179,7 +184,7 @@ class Request:
 
     @cached_property
     def _base(self) -> dict[str, Any]:
-        base = merge_sources(self.files, self.overrides)
+        base = merge_sources(self.files, as_typed(self.job.schema(), self.overrides))
         if not base.get(self.job.output):
             raise ValueError(f"setting {self.job.output!r} is required: give {self.job.output}=…")
         return base
@@ -203,18 +208,10 @@ def _read_site(path: str) -> dict[str, Any]:
         raise ValueError(f"site file {path!r} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"site file {path!r}: {' '.join(str(error).split())}") from None
-    settings = _as_written(node) if node is not None else {}
+    settings = as_written(node) if node is not None else {}
     if not isinstance(settings, dict):
         raise ValueError(f"site file {path!r} must hold a mapping of settings")
     for key in settings:
         if key not in _OWN - {"site", "job", *_ACTIONS}:
             raise ValueError(f"site file {path!r}: unknown setting {key!r}: {nearest(key, _OWN)}")
     return settings
-
-
-def _as_written(node: yaml.Node) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return {str(_as_written(k)): _as_written(v) for k, v in node.value}
-    if isinstance(node, yaml.SequenceNode):
-        return [_as_written(v) for v in node.value]
-    return typing.cast(yaml.ScalarNode, node).value
