@@ -21,6 +21,7 @@ from crysforge.datapipe.common import threads
 threads.choose()
 
 from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.jobs.finetuning import scores_of
 from crysforge.trainer.serving.ensemble import create
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     metrics = create(config.runs, config.output)
     split = "test" if "test" in metrics else "val"
     for name in metrics["targets"]:
-        found = metrics[split] if "mae" in metrics[split] else metrics[split][name]
+        found = scores_of(metrics, split, name)
         unit, alone = metrics["units"][name], found["members_mae"]
         print(
             f"{split} MAE of {name}: {found['mae']:.4g} {unit}; members alone "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,13 +10,17 @@ from typing import Any
 
 from crysforge.datapipe.common.files import sha256
 from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.common.safe_names import check_names
 from crysforge.datapipe.crystals.cells import RULES, Cells, cells_of, extensive_of
 from crysforge.datapipe.crystals.filters import Filters
 from crysforge.datapipe.crystals.per_cell import of_the_cell
 from crysforge.datapipe.preparing import splits
 from crysforge.datapipe.preparing.dedup import Duplicates
-from crysforge.datapipe.sources import UNITS, Raw, Reading, read_raw, resolve
+from crysforge.datapipe.sources import SOURCES, UNITS, Raw, Reading, read_raw, resolve
+from crysforge.datapipe.sources.base import Options
+from crysforge.datapipe.sources.files import Folder
 from crysforge.datapipe.sources.options import ReadingConfig
+from crysforge.datapipe.sources.read import brings_splits
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
 
 
@@ -31,6 +36,9 @@ class PrepareConfig(ReadingConfig):
     """Input of the test split."""
     output: str = ""
     """Directory of the data set; new or empty."""
+    labels: str | None = None
+    """Table with labels of the crystals, where they are not in the input itself: a column of ids or
+    file names, and one for each label."""
     targets: list[str] = field(default_factory=list)
     """Labels to keep, by their names in the input. None: those of a data set, else no labels, as
     pretraining needs none."""
@@ -77,6 +85,9 @@ class PrepareConfig(ReadingConfig):
             raise ValueError(f"unknown split {self.split!r}: {nearest(self.split, splits.RULES)}")
         if self.shard_size < 1:
             raise ValueError(f"shard_size must be at least 1, got {self.shard_size}")
+        check_names(self.targets)
+        if repeated := sorted({n for n in self.targets if self.targets.count(n) > 1}):
+            raise ValueError(f"targets names {', '.join(repeated)} more than once")
         for name in self.units:
             if name not in self.targets:
                 has = nearest(name, self.targets) if self.targets else "give targets=[…]"
@@ -95,6 +106,8 @@ class Work:
     rule: str
     labels: tuple[str, ...]
     """Targets, and what filters look at."""
+    notes: list[str] = field(default_factory=list)
+    """What there is to say of the inputs, once they are read."""
 
     @classmethod
     def of(cls, config: PrepareConfig) -> Work:
@@ -108,6 +121,8 @@ class Work:
             )
         files = files or {None: config.input}
         output = Path(config.output).resolve()
+        if config.labels and not Path(config.labels).is_file():
+            raise ValueError(f"labels={config.labels} does not exist")
         for path in files.values() if config.output else ():
             if Path(path).is_dir() and Path(path).resolve() in (output, *output.parents):
                 raise ValueError(
@@ -116,8 +131,9 @@ class Work:
         inputs: list[tuple[str | None, str, str]] = [
             (split, path, resolve(path, config.format)) for split, path in files.items()
         ]
-        default = "keep" if inputs[0][2] == "shards" else "ratio"
-        rule = splits.choose_rule(vars(config), config.split, default)
+        options = Options(labels=config.labels, follow_links=config.follow_links)
+        kept = len(inputs) == 1 and brings_splits(*inputs[0][1:], options)
+        rule = splits.choose_rule(vars(config), config.split, "keep" if kept else "ratio")
         if not config.targets and inputs[0][2] == "shards":
             known = list(Manifest.load(inputs[0][1]).targets)
             config = replace(config, targets=known)
@@ -169,11 +185,19 @@ class Work:
 
     def records(self) -> Iterator[Raw]:
         """All records; those of a split's own file are marked with it."""
-        config = self.config
         for split, path, format in self.inputs:
-            options = config.options(targets=tuple(config.targets), prefix=split)
-            for raw in read_raw(path, format, options):
+            for raw in read_raw(path, format, self._options(split)):
                 yield replace(raw, split=split) if split else raw
+
+    def _options(self, split: str | None) -> Options:
+        config = self.config
+        goes_by = [config.split_target] if config.split_target else []
+        return config.options(
+            targets=tuple(config.targets),
+            wanted=tuple(dict.fromkeys([*self.labels, *goes_by])),
+            prefix=split,
+            notes=self.notes,
+        )
 
     def units(self) -> dict[str, str]:
         """Units of the targets: as the user says, else those of the source, else by name.
@@ -194,9 +218,13 @@ class Work:
         return {name: known[name] for name in self.config.targets if name in known}
 
     def sources(self) -> list[dict[str, Any]]:
-        """What identifies each input: name, format and hash. Paths stay out, for they say more of
-        a machine than of data."""
-        return [self._source(*one) for one in self.inputs]
+        """What identifies each input, and the table of labels: name, format and hash. Paths stay
+        out, for they say more of a machine than of data."""
+        found = [self._source(*one) for one in self.inputs]
+        if self.config.labels:
+            table = Path(self.config.labels)
+            found.append({"name": table.name, "format": "labels", "sha256": sha256(table)})
+        return found
 
     def _source(self, split: str | None, path: str, format: str) -> dict[str, Any]:
         out: dict[str, Any] = {"name": Path(path).name, "format": format}
@@ -206,4 +234,18 @@ class Work:
             return out | {"size": self.config.size, "seed": self.config.seed}
         if format == "shards":
             return out | {"fingerprint": Manifest.load(path).fingerprint}
-        return out | {"sha256": sha256(Path(path))}
+        digest = input_sha256(Path(path), self.config.follow_links)
+        others = SOURCES[format].files(Path(path), self._options(split))
+        if others:
+            digests = "".join(f"{sha256(file)}\n" for file in sorted(set(others)))
+            out["files_sha256"] = hashlib.sha256(digests.encode()).hexdigest()
+        return out | {"sha256": digest}
+
+
+def input_sha256(path: Path, follow_links: bool = False) -> str:
+    """SHA-256 of a file; of a folder, that of the lines "<sha256>  <name>" of its files, without
+    hidden ones."""
+    if not path.is_dir():
+        return sha256(path)
+    lines = (f"{sha256(path / n)}  {n}\n" for n in Folder(path, follow_links).names)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

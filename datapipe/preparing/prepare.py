@@ -10,9 +10,6 @@ from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.write import write
 from crysforge.datapipe.storage.manifest import Manifest
 
-WARNINGS = "warnings.csv"
-"""What readers had to guess or found odd in crystals that are kept; absent if nothing."""
-
 
 def prepare(config: PrepareConfig) -> Manifest:
     """Writes the data set that a config asks for. All of it appears at once; after an error or a

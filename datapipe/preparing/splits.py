@@ -54,7 +54,10 @@ def choose_rule(settings: Mapping[str, Any], asked: str | None, default: str) ->
         others = ", ".join(sorted(given - set(RULES[rule])))
         raise ValueError(f"split={rule} goes by {uses}, not by {others}")
     if rule == "keep" and default != "keep":
-        raise ValueError("split=keep needs a prepared data set as input, which has splits")
+        raise ValueError(
+            "split=keep needs an input with splits: a prepared data set, or a folder with tables "
+            "such as id_prop_train.csv and id_prop_test.csv"
+        )
     if rule in ("count", "ids", "file", "matbench") and not given:
         raise ValueError(f"split={rule} needs {', '.join(RULES[rule])}")
     return rule
@@ -118,7 +121,10 @@ def published(
         n_val, n_test = counts[1], counts[2]
         n_train = n - n_val - n_test if counts[0] is None else counts[0]
     if not n:
-        raise ValueError("no record has the label that the published split goes by")
+        raise ValueError(
+            "no record has the label that the published split goes by: name another with "
+            "split_target=…, or give the table that has it as labels=TABLE"
+        )
     _check_counts(n, n_train, n_val, n_test)
     order = list(range(n))
     random.Random(PUBLISHED_SEED).shuffle(order)

@@ -22,13 +22,15 @@ from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import describe
 from crysforge.datapipe.preparing import splits
 from crysforge.datapipe.preparing.config import PrepareConfig, Work
-from crysforge.datapipe.preparing.prepare import WARNINGS, _Counts
 from crysforge.datapipe.sources import Failure, Raw
-from crysforge.datapipe.sources.parse import is_labelled
+from crysforge.datapipe.sources.join import tables_with
+from crysforge.datapipe.sources.values import is_labelled, is_number
 from crysforge.datapipe.storage.dataset import DatasetWriter
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
 
 DROPPED = "dropped.csv"
+WARNINGS = "warnings.csv"
+"""What readers had to say of crystals that they read."""
 
 
 _LOOKED_AT = 1000
@@ -61,6 +63,7 @@ def plan(config: PrepareConfig) -> str:
     work = Work.of(config)
     config = work.config
     codes = _assign(work, _scan(work))
+    notes = "".join(f"\nnote: {note}" for note in work.notes)
     counts = [f"{int((codes == code).sum())} {split}" for code, split in enumerate(SPLITS)]
     return (
         f"{len(codes)} records in {', '.join(f'{i} ({f})' for _, i, f in work.inputs)}\n"
@@ -68,6 +71,7 @@ def plan(config: PrepareConfig) -> str:
         f"cells: {config.cells}"
         + (f"\nleaving out duplicates of {', '.join(config.dedup)}" if config.dedup else "")
         + ("\nleaving out duplicates within" if config.duplicates.within else "")
+        + notes
     )
 
 
@@ -106,9 +110,7 @@ def _scan(work: Work) -> _Scan:
         if number < _LOOKED_AT:
             fields.update(k for k, v in raw.labels.items() if k and _may_be_label(v))
     for name in sorted(wanted):
-        where = ", ".join(path for _, path, _ in work.inputs)
-        has = nearest(name, fields) if fields else "its records have no labels"
-        raise ValueError(f"{where} has no target {name!r}: {has}")
+        raise ValueError(_without_target(work, name, fields))
     if scan.duplicates and config.on_bad == "error":
         ids = list(dict.fromkeys(scan.ids[n] for n in scan.duplicates))
         more = ", …" if len(ids) > _SHOWN else ""
@@ -122,11 +124,7 @@ def _scan(work: Work) -> _Scan:
 def _may_be_label(value: Any) -> bool:
     if not isinstance(value, str):
         return isinstance(value, int | float)
-    try:
-        float(value)
-    except ValueError:
-        return value.startswith("computed")
-    return True
+    return is_number(value) or value.startswith("computed")
 
 
 def _assign(work: Work, scan: _Scan) -> np.ndarray:
@@ -164,7 +162,7 @@ def _in_splits(work: Work, scan: _Scan, codes: np.ndarray) -> Iterator[Raw | Fai
         if number in scan.duplicates:
             message = f"the id of record {scan.duplicates[number] + 1}, which comes first"
             yield Failure(raw.id, raw.where, "duplicate id", message)
-        elif codes[number] == splits.NONE:
+        elif codes[number] == splits.NONE and raw.payload[0] != "skip":
             yield Failure(raw.id, raw.where, "in no split", f"split {work.rule}", bad=False)
         else:
             labels = {name: raw.labels[name] for name in work.labels if name in raw.labels}
@@ -246,6 +244,7 @@ def _provenance(work: Work, scan: _Scan, writer: DatasetWriter, counts: _Counts)
         "kept": len(writer),
         "dropped": dict(sorted(counts.dropped.items())),
         "warned": counts.warned,
+        "notes": list(work.notes),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("ase", "numpy", "pymatgen")},
@@ -288,5 +287,21 @@ def summary(manifest: Manifest, output: str) -> str:
     )
     if warned := manifest.provenance.get("warned"):
         lines.append(f"{warned} read with a warning (see {WARNINGS})")
+    lines += [f"note: {note}" for note in manifest.provenance.get("notes", [])]
     lines.append(f"written to {output}")
     return "\n".join(lines)
+
+
+def _without_target(work: Work, name: str, fields: Iterable[str]) -> str:
+    """What to do about a target that no record has."""
+    where = ", ".join(path for _, path, _ in work.inputs)
+    fields = list(fields)
+    text = f"{where} has no target {name!r}: "
+    text += f"{nearest(name, fields)}; " if fields else "its records have no labels; "
+    if work.config.labels:
+        return text + f"nor has labels={work.config.labels}"
+    beside = [t for _, path, _ in work.inputs for t in tables_with(name, Path(path))]
+    if beside:
+        return text + f"{beside[0].name} has it: give labels={beside[0]}"
+    text += "if it is in a table of its own, give labels=TABLE"
+    return text if fields else f"{text} (a column of ids or file names, and one called {name!r})"

@@ -16,9 +16,9 @@ from crysforge.datapipe.sources.base import (
     Options,
     Raw,
     numbered,
-    open_text,
     pick_id,
 )
+from crysforge.datapipe.sources.texts import open_text
 
 _NO_LABELS = ("Lattice", "Properties", "pbc", "origin", "Virtual_cell")
 
@@ -29,7 +29,8 @@ def read_extxyz(path: Path, options: Options) -> Iterator[Raw]:
     directions. Labels are the other keys of the comment lines."""
     from ase.io.extxyz import key_val_str_to_dict
 
-    with open_text(path) as file:
+    with open_text(path, options.note) as text:
+        file = (line.rstrip("\r\n") + "\n" for line in text)
         number = 0
         for line in file:
             if not line.strip():

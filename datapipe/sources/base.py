@@ -11,33 +11,37 @@ crystals, in worker processes. To add a source, put one file into this package:
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
-import io
-import lzma
 import os
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any
 
 from crysforge.datapipe.common.names import nearest
-from crysforge.datapipe.crystals.crystal import BadCrystal
+from crysforge.datapipe.sources.delimited import clean, same_column, sniff
+from crysforge.datapipe.sources.texts import PACKED, open_text, zipped_text
 
 Payload = tuple[str, Any]
 """(kind, data): what `datapipe.sources.parse` makes a crystal of. Data is plain and picklable."""
 
-ID_NAMES = ("material_id", "jid", "id", "MaterialId", "mp_id", "mpid", "entry_id", "ID", "uid")
+ID_NAMES = (
+    "material_id", "jid", "id", "MaterialId", "mp_id", "mpid", "entry_id", "ID", "uid",
+    "sample_id", "structure_id", "crystal_id", "mat_id", "cif_id", "identifier", "sample",
+)  # fmt: skip
 """Fields that hold the id of a record, the likeliest first."""
 
 NO, MAYBE, SURE = 0, 1, 2
 """How much a file looks like a source's own."""
+
+TABLES = (".csv", ".tsv", ".tab", ".txt", ".dat", ".data")
+"""Suffixes of tables as text."""
+
+_HEAD = 1 << 16
+"""Characters of a look at the start of a text."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,28 @@ class Options:
     structure_column: str | None = None
     """Column or field of the structure; None: guessed."""
     targets: tuple[str, ...] = ()
-    """Names of the label columns of a headerless `id_prop.csv`."""
+    """Labels that are wanted: names of the columns of a table without a header, in order."""
     checks: str = "strict"
     """What to do with a file that contradicts itself: "strict" refuses it, "warn" says so."""
+    wanted: tuple[str, ...] = ()
+    """All labels that are looked at, for filters too."""
+    labels: str | None = None
+    """A table of labels for the records of another file."""
+    follow_links: bool = False
+    """Whether to read what lies outside of the input, where a link or a table leads to it."""
     prefix: str | None = None
     """Start of the ids of records without one (`<prefix>-<number>`); None: the file's name."""
     size: int = 1000
     """Number of synthetic crystals (`prototypes`)."""
     seed: int = 0
     """Seed of synthetic crystals (`prototypes`)."""
+    notes: list[str] = field(default_factory=list, compare=False)
+    """What a reader has to say about the input, for people; each once."""
+
+    def note(self, text: str) -> None:
+        """Adds a note."""
+        if text not in self.notes:
+            self.notes.append(text)
 
 
 @dataclass(frozen=True)
@@ -87,10 +104,10 @@ class Look:
         if self.path.is_dir():
             return ""
         name = self.path.name.lower()
-        for packed in _OPENERS:
+        for packed in PACKED:
             name = name.removesuffix(packed)
         if name.endswith(".zip"):
-            name = inner.lower() if (inner := _zipped_text(self.path)) else name
+            name = inner.lower() if (inner := zipped_text(self.path)) else name
         return ".tar" if name.endswith((".tar", ".tgz")) else Path(name).suffix
 
     @cached_property
@@ -98,16 +115,21 @@ class Look:
         """First 64 KiB of text; empty for directories and archives of many files."""
         if self.path.is_dir() or self.suffix in (".tar", ".zip"):
             return ""
-        try:
-            with open_text(self.path) as file:
-                return file.read(1 << 16)
-        except UnicodeDecodeError:
-            return ""
+        with open_text(self.path) as file:
+            return file.read(_HEAD)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the head is all of it."""
+        return len(self.head) < _HEAD
 
     @cached_property
     def columns(self) -> list[str]:
-        """Names in the first line of a CSV file."""
-        return next(csv.reader(self.head.splitlines()), []) if self.suffix == ".csv" else []
+        """Names in the first row of a table."""
+        if self.suffix not in TABLES:
+            return []
+        rows = sniff(self.head, self.whole)[0][1]
+        return [clean(cell) for cell in rows[0]] if rows else []
 
     @cached_property
     def names(self) -> list[str]:
@@ -133,6 +155,10 @@ class Source:
 
     read: Reader
     likes: Callable[[Look], int]
+    splits: Callable[[Path, Options], bool]
+    """Whether an input says which split its records belong to."""
+    files: Callable[[Path, Options], list[Path]]
+    """Files outside of the input that it reads as well."""
 
 
 class Sources:
@@ -141,14 +167,20 @@ class Sources:
     def __init__(self) -> None:
         self._items: dict[str, Source] = {}
 
-    def register(self, name: str, likes: Callable[[Look], int] = lambda look: NO):
+    def register(
+        self,
+        name: str,
+        likes: Callable[[Look], int] = lambda look: NO,
+        splits: Callable[[Path, Options], bool] = lambda path, options: False,
+        files: Callable[[Path, Options], list[Path]] = lambda path, options: [],
+    ):
         """Function decorator: makes a reader available as `format=name`. `likes` says how much an
-        input looks like its own: `NO`, `MAYBE` or `SURE`."""
+        input looks like its own: `NO`, `MAYBE` or `SURE`; the others are as of `Source`."""
 
         def add(read: Reader) -> Reader:
             if name in self._items:
                 raise ValueError(f"source {name!r} is registered twice")
-            self._items[name] = Source(read, likes)
+            self._items[name] = Source(read, likes, splits, files)
             return read
 
         return add
@@ -165,94 +197,16 @@ class Sources:
 SOURCES = Sources()
 
 
-_OPENERS: Mapping[str, Callable[..., Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-}
-
-MAX_FILE = 1 << 26
-"""Bytes of the longest structure file or table in a folder or archive."""
-MAX_RATIO = 200
-"""How many times its size a compressed file may unpack to, beyond `MAX_FILE`: text comes to 20."""
-
-READ_ERRORS = (
-    OSError,
-    EOFError,
-    RecursionError,
-    UnicodeDecodeError,
-    csv.Error,
-    lzma.LZMAError,
-    zlib.error,
-    zipfile.BadZipFile,
-    tarfile.TarError,
-)
-"""What a damaged file raises."""
-
-
-class Unpacked(io.RawIOBase):
-    """The bytes that a compressed file holds; raises ValueError where they become too many."""
-
-    def __init__(self, path: Path, stream: BinaryIO) -> None:
-        self._path, self._stream = path, stream
-        self._left = MAX_FILE + MAX_RATIO * path.stat().st_size
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        self._left -= len(data)
-        if self._left < 0:
-            raise ValueError(
-                f"{self._path.name} unpacks to more than {MAX_RATIO} times its size: no crystals "
-                "do; unpack it yourself if you trust it"
-            )
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
-
-
-def open_text(path: Path) -> TextIO:
-    """A text file, compressed (`.gz`, `.bz2`, `.xz`, the only file of its kind in a `.zip`) or
-    not."""
-    suffix = path.suffix.lower()
-    if suffix == ".zip" and (name := _zipped_text(path)):
-        archive = zipfile.ZipFile(path)
-        packed: BinaryIO = archive.open(name)  # type: ignore[assignment]
-    elif suffix in _OPENERS:
-        packed = _OPENERS[suffix](path, "rb")
-    else:
-        return open(path, encoding="utf-8-sig", newline="")
-    unpacked = io.BufferedReader(Unpacked(path, packed), 1 << 18)
-    return io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline="")
-
-
-def check_size(name: str, size: int) -> None:
-    """Raises BadCrystal for a file in a folder or archive that no structure fills."""
-    if size > MAX_FILE:
-        raise BadCrystal(f"{name} has {size} bytes, more than any structure", "too large")
-
-
-def _zipped_text(path: Path) -> str | None:
-    """The one JSON or CSV file in a zip that holds no structure files."""
-    with zipfile.ZipFile(path) as archive:
-        names = [n for n in archive.namelist() if not n.endswith("/") and "__MACOSX" not in n]
-    texts = [n for n in names if n.lower().endswith((".json", ".csv", ".jsonl"))]
-    return texts[0] if len(texts) == 1 and len(names) == 1 else None
-
-
 def numbered(path: Path, number: int, options: Options) -> str:
-    """The id of a record that has none: `perov5_val-17` for the 17th of `perov5_val.csv.gz`."""
+    """The id of a record that has none: `perov5_val-17` for the 17th of `perov5_val.csv.gz`. Number
+    0 stands for the only one: its id is the file's name."""
     name = path.name
     if options.prefix is not None:
-        return f"{options.prefix}-{number}"
-    while (suffix := os.path.splitext(name)[1].lower()) in {*_OPENERS, ".zip"}:
+        return f"{options.prefix}-{number or 1}"
+    while (suffix := os.path.splitext(name)[1].lower()) in {*PACKED, ".zip"}:
         name = name[: -len(suffix)]
-    return f"{os.path.splitext(name)[0]}-{number}"
+    stem = os.path.splitext(name)[0]
+    return f"{stem}-{number}" if number else stem
 
 
 def pick_id(fields: Iterable[str], options: Options, where: str) -> str | None:
@@ -263,9 +217,16 @@ def pick_id(fields: Iterable[str], options: Options, where: str) -> str | None:
     """
     names = list(fields)
     if options.id_column is None:
-        return next((n for n in ID_NAMES if n in names), None)
-    if options.id_column not in names:
+        return _likely_id(tuple(names))
+    found = same_column(options.id_column, names)
+    if found is None:
         raise ValueError(
             f"{where} has no id column {options.id_column!r}: {nearest(options.id_column, names)}"
         )
-    return options.id_column
+    return found
+
+
+@lru_cache(maxsize=256)
+def _likely_id(names: tuple[str, ...]) -> str | None:
+    exact = next((n for n in ID_NAMES if n in names), None)
+    return exact or next((f for n in ID_NAMES if (f := same_column(n, names))), None)

@@ -9,7 +9,8 @@ from pathlib import Path
 from crysforge.datapipe.cif import structure_names
 from crysforge.datapipe.common.text import decode
 from crysforge.datapipe.crystals.crystal import BadCrystal
-from crysforge.datapipe.sources.base import NO, SOURCES, SURE, Look, Options, Raw, check_size
+from crysforge.datapipe.sources.base import NO, SOURCES, SURE, Look, Options, Raw
+from crysforge.datapipe.sources.texts import check_size
 
 _SUFFIXES = (".cif", ".mcif")
 

@@ -1,38 +1,48 @@
-"""Folders and archives of CIF and POSCAR files, with or without `id_prop.csv`."""
+"""Folders and archives of structure files, with or without tables of labels, and folders of other
+files that hold crystals."""
 
 from __future__ import annotations
 
-import csv
-import os
-import tarfile
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from crysforge.datapipe.crystals.crystal import BadCrystal
+from crysforge.datapipe.common.text import decode
 from crysforge.datapipe.sources.base import (
     MAYBE,
     NO,
     SOURCES,
+    SURE,
+    TABLES,
     Look,
     Options,
-    Payload,
     Raw,
-    check_size,
 )
+from crysforge.datapipe.sources.delimited import same_column, sniff
+from crysforge.datapipe.sources.file_names import (
+    SUFFIXES,
+    Names,
+    ids_of,
+    is_structure,
+    names_file,
+    short_id,
+)
+from crysforge.datapipe.sources.files import Files, open_files
+from crysforge.datapipe.sources.labels import (
+    LabelTable,
+    by_split,
+    of_split,
+    read_table,
+    split_of,
+)
+from crysforge.datapipe.sources.texts import SAVE_AS_TEXT, WORKBOOKS
+from crysforge.datapipe.storage.manifest import SPLITS
 
-_SUFFIXES = (".cif", ".vasp", ".poscar", ".contcar")
-_PLAIN = ("POSCAR", "CONTCAR")
-
-
-def is_structure(name: str) -> bool:
-    """Whether a file name is that of a CIF or POSCAR."""
-    base = name.rsplit("/", 1)[-1]
-    return not base.startswith(".") and (
-        base.lower().endswith(_SUFFIXES) or base.upper().startswith(_PLAIN)
-    )
+_MOST_TABLES = 20
+"""Tables that are looked into for labels."""
+_SHOWN = 5
+"""Examples of a long list."""
 
 
 def _likes(look: Look) -> int:
@@ -41,197 +51,245 @@ def _likes(look: Look) -> int:
     return MAYBE if is_structure(look.path.name) else NO
 
 
-@SOURCES.register("folder", _likes)
+def _splits(path: Path, options: Options) -> bool:
+    files = open_files(path, options.follow_links)
+    if files is None or options.labels:
+        return False
+    names = _tables(files) if any(map(is_structure, files.names)) else _data(files)
+    return bool(by_split(names))
+
+
+@SOURCES.register("folder", _likes, splits=_splits)
 def read_folder(path: Path, options: Options) -> Iterator[Raw]:
-    """A folder (searched through), `.zip` or `.tar(.gz)` of CIF and POSCAR files, or one such file.
+    """A folder (searched through), `.zip` or `.tar(.gz)` of CIF and POSCAR files, compressed or
+    not, or one such file.
 
-    With an `id_prop.csv` (headerless `file,label[,label…]`; the suffix of the file may be left
-    out), the crystals are those it lists, in its order (in a tar: in the archive's), and `targets`
-    names its columns; a header line is understood too. Without one, all files are taken, sorted by
-    name and unlabelled. Ids are file names without suffix; `a/POSCAR` has the id `a`.
+    With an `id_prop.csv` (`file,label[,label…]`; the suffix of the file may be left out), or with
+    another table in which the labels are that are wanted, the crystals are those that it lists, in
+    its order (in a tar: in the archive's). Tables of train, val and test (`id_prop_train.csv`, …)
+    make the splits. Without a table, all files are taken, sorted by name and unlabelled. Ids are
+    file names without suffix; `a/POSCAR` has the id `a`; where names repeat, paths.
+
+    A folder without such files may hold other files of crystals: one, one for each split, or many
+    in JSON or extxyz.
     """
-    if path.is_dir():
-        names = sorted(_walk(path))
-        read: Callable[[str], str] = lambda n: (path / n).read_text(encoding="utf-8-sig")  # noqa: E731
-        yield from _list(path, names, lambda n: ("file", str(path / n)), read, options)
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = sorted(n for n in archive.namelist() if not n.startswith("__MACOSX"))
-            read = lambda n: _zipped(archive, n)  # noqa: E731
-            yield from _list(path, names, lambda n: ("member", (str(path), n)), read, options)
-    elif tarfile.is_tarfile(path):
-        yield from _read_tar(path, options)
-    else:
-        yield Raw(_id(path.name), path.name, ("file", str(path)))
-
-
-def _walk(path: Path) -> Iterator[str]:
-    for folder, _, files in os.walk(path):
-        for name in files:
-            yield (Path(folder) / name).relative_to(path).as_posix()
-
-
-def _list(
-    path: Path,
-    names: list[str],
-    payload: Callable[[str], Payload],
-    read: Callable[[str], str],
-    options: Options,
-) -> Iterator[Raw]:
-    files = [n for n in names if is_structure(n)]
-    table = next((n for n in names if _is_table(n)), None)
-    if table is None:
-        if not files:
-            raise ValueError(f"{path} holds no structure files ({', '.join(_SUFFIXES)}, POSCAR…)")
-        for name in files:
-            yield Raw(_id(name), f"{path.name}/{name}", payload(name))
+    files = open_files(path, options.follow_links)
+    if files is None:
+        yield Raw(short_id(path.name), path.name, ("file", str(path)))
         return
-    properties = Properties.parse(read(table), table, options, files)
-    places = _places(n for n in names if n != table)
-    listed = set()
-    for number, (key, labels) in enumerate(properties.rows, start=1):
-        place = places.get(key)
-        where = f"{path.name}/{place or f'{table} line {number + properties.header}'}"
-        if place is None:
-            absent = (f"{table} lists {key!r}, but there is no such file", "missing file")
-            yield Raw(_id(key), where, ("bad", absent), labels)
-        else:
-            listed.add(place)
-            yield Raw(_id(key), where, payload(place), labels)
-    for name in files:
-        if name not in listed:
-            yield _unlisted(path, name, table)
+    structures = [n for n in files.names if is_structure(n)]
+    if not structures:
+        yield from _read_data(files, options)
+        return
+    ids = ids_of(structures)
+    tables = [] if options.labels else _choose(files, Names(ids, files.aliases), options)
+    _tell(files, {*structures, *(t.name for t in tables)}, options)
+    if not tables:
+        for name, payload in files.payloads():
+            yield Raw(ids[name], files.where(name), payload)
+    else:
+        yield from list_files(files, tables, ids)
 
 
-def _read_tar(path: Path, options: Options) -> Iterator[Raw]:
-    """Reads a tar in one go, as its compression wants; its table, if any, in a first one."""
-    table = None
-    with tarfile.open(path) as tar:
-        for member in tar:
-            if member.isfile() and _is_table(member.name):
-                text = _content(tar, member).decode("utf-8-sig")
-                table = Properties.parse(text, member.name, options)
-                break
-    labels: dict[str, Mapping[str, Any]] = {}
-    again = []
-    for listed, values in table.rows if table else ():
-        if labels.setdefault(listed, values) is not values:
-            again.append(listed)
-    found, count = set(), 0
-    with tarfile.open(path) as tar:
-        for member in tar:
-            name, count = member.name, count + 1
-            keys = _keys(name)
-            key = next((k for k in keys if k in labels), None)
-            if not member.isfile() or (key is None and not is_structure(name)):
-                continue
-            if table and key is None:
-                yield _unlisted(path, name, table.name)
-                continue
-            try:
-                text = _content(tar, member).decode("utf-8", errors="replace")
-                payload: Payload = ("text", text)
-            except BadCrystal as error:
-                payload = ("bad", (str(error), error.reason))
-            found.add(key)
-            yield Raw(_id(key or name), f"{path.name}/{name}", payload, labels.get(key or "", {}))
-    for key in labels:
-        if key not in found:
-            absent = (
-                f"{table.name if table else ''} lists {key!r}, but there is no such file",
-                "missing file",
-            )
-            yield Raw(_id(key), path.name, ("bad", absent), labels[key])
-    for key in again:
-        twice = (f"{table.name if table else ''} lists {key!r} twice", "duplicate id")
-        yield Raw(_id(key), path.name, ("bad", twice), labels[key])
-    if not found and not labels:
-        raise ValueError(f"{path} holds no structure files ({', '.join(_SUFFIXES)}, POSCAR…)")
+def list_files(
+    files: Files, tables: Sequence[LabelTable], ids: dict[str, str], rest: bool = True
+) -> Iterator[Raw]:
+    """The crystals that tables list: their files, with labels and splits. A row without a file is
+    bad, so is a second row of the same file; files without a row (unless not `rest`) are left out
+    by choice."""
+    listed: set[str] = set()
+    given: dict[str, Raw] = {}
+    for table in tables:
+        for row in table.rows:
+            at = files.where(row.file or f"{table.name} line {row.line}")
+            raw = Raw(row.id, at, ("skip", ("", "")), row.labels, table.split)
+            if row.file is None:
+                message = f"{table.name} lists {row.key!r}, but there is no such file"
+                yield replace(raw, payload=("bad", (message, "missing file")))
+            elif row.file in listed:
+                message = f"{table.name} lists {row.key!r}, which a row before it lists"
+                yield replace(raw, payload=("bad", (message, "duplicate id")))
+            elif files.in_order:
+                given[row.file] = raw
+            else:
+                yield replace(raw, payload=files.payload(row.file))
+            listed |= {row.file} if row.file else set()
+    name = " and ".join(t.name for t in tables)
+    unlisted = ("skip", (f"{name} does not list it", "not listed"))
+    if files.in_order:
+        for file, payload in files.payloads():
+            if file in given:
+                yield replace(given[file], payload=payload)
+            elif rest:
+                yield Raw(ids[file], files.where(file), unlisted)
+    elif rest:
+        for file in ids:
+            if file not in listed:
+                yield Raw(ids[file], files.where(file), unlisted)
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """What a regular member holds; its size may be a sparse file's. Nothing is written anywhere."""
-    check_size(member.name, member.size)
-    return tar.extractfile(member).read()  # type: ignore[union-attr]
+def _tables(files: Files) -> list[str]:
+    """Tables that may hold labels, `id_prop` first."""
+    found = [n for n in files.names if n.lower().endswith(TABLES) and not is_structure(n)]
+    return sorted(found, key=lambda n: (not _is_id_prop(n), TABLES.index(Path(n.lower()).suffix)))
 
 
-def _zipped(archive: zipfile.ZipFile, name: str) -> str:
-    check_size(name, archive.getinfo(name).file_size)
-    return archive.read(name).decode("utf-8-sig")
+def _is_id_prop(name: str) -> bool:
+    return name.rsplit("/", 1)[-1].lower().startswith("id_prop")
 
 
-def _unlisted(path: Path, name: str, table: str) -> Raw:
-    message = f"{table} does not list it"
-    return Raw(_id(name), f"{path.name}/{name}", ("skip", (message, "not listed")))
+def _choose(files: Files, names: Names, options: Options) -> list[LabelTable]:
+    """The tables that say which files are crystals of the set, and their labels: one for each split
+    where there are such, else `id_prop.csv`, else, if labels are wanted, the one that has them.
 
+    Raises:
+        ValueError: several tables could be meant; the only ones have a fault.
+    """
+    every = _tables(files)
+    found: list[LabelTable] = []
+    faults: list[ValueError] = []
 
-def _id(name: str) -> str:
-    path = PurePosixPath(name)
-    if path.name.upper() in _PLAIN and path.parent.name:
-        return path.parent.name
-    return path.name[: -len(path.suffix)] if path.suffix.lower() in _SUFFIXES else path.name
+    def read(name: str) -> LabelTable:
+        notes: list[str] = []
+        text = decode(files.read(name), notes)
+        for note in notes:
+            options.note(f"{name}: {note}")
+        return read_table(text, name, names, options, options.structure_column)
 
-
-def _keys(name: str) -> list[str]:
-    """What `id_prop.csv` may call a file, the most exact first."""
-    path = PurePosixPath(name)
-    keys = [name, path.name, _id(name)]
-    return [*keys, str(path.with_suffix(""))] if path.suffix.lower() in _SUFFIXES else keys
-
-
-def _places(names: Iterable[str]) -> dict[str, str]:
-    """File by what it may be called; an exact name wins over a shortened one."""
-    places: dict[str, str] = {}
-    named = [(n, _keys(n)) for n in names]
-    for rank in range(4):
-        for name, keys in named:
-            if rank < len(keys):
-                places.setdefault(keys[rank], name)
-    return places
-
-
-def _is_table(name: str) -> bool:
-    base = name.rsplit("/", 1)[-1].lower()
-    return base.startswith("id_prop") and base.endswith(".csv")
-
-
-@dataclass(frozen=True)
-class Properties:
-    """The content of an `id_prop.csv`."""
-
-    name: str
-    header: int
-    """1 if the first line names the columns."""
-    rows: list[tuple[str, Mapping[str, Any]]]
-    """File (or id) and labels."""
-
-    @classmethod
-    def parse(cls, text: str, name: str, options: Options, files: Iterable[str] = ()) -> Properties:
-        """Reads the table; `targets` names the label columns of a headerless one.
-
-        Raises:
-            ValueError: a different number of targets than columns, or rows of unequal length.
-        """
-        rows = [[x.strip() for x in row] for row in csv.reader(text.splitlines()) if any(row)]
-        if not rows:
-            raise ValueError(f"{name} is empty: it must hold lines 'file,label'")
-        width = len(rows[0])
-        for number, row in enumerate(rows, start=1):
-            if len(row) != width:
-                raise ValueError(f"{name} line {number} has {len(row)} fields, line 1 has {width}")
-        header = rows[0][0].lower() in ("id", "file", "filename", "material_id", "jid", "name")
-        columns = width - 1
-        if header:
-            labels = rows.pop(0)[1:]
-        elif options.targets and columns:
-            labels = list(options.targets)
-            if len(labels) != columns:
-                raise ValueError(
-                    f"{name} has {columns} label column(s) without names, targets names "
-                    f"{len(labels)}: name each column once, in order"
-                )
-        else:
-            labels = ["target"] if columns == 1 else [f"target_{i}" for i in range(1, width)]
-        return cls(
-            name, int(header), [(row[0], dict(zip(labels, row[1:], strict=True))) for row in rows]
+    splits = by_split(every)
+    if splits:
+        tables = [of_split(read(name), split) for split, name in sorted(splits.items(), key=_nth)]
+        if all(t.found for t in tables):
+            if absent := [s for s in SPLITS if s not in splits]:
+                options.note(f"no table is of {absent[0]}: that split is empty")
+            return tables
+    first = next((n for n in every if Path(n).stem.lower() == "id_prop"), None)
+    if first and not options.wanted:
+        return [read(first)]
+    some = every if options.wanted else [n for n in every if _is_id_prop(n)]
+    for name in some[:_MOST_TABLES]:
+        try:
+            table = read(name)
+        except ValueError as error:
+            faults.append(error)
+            continue
+        found += [table] if table.fits() or name == first else []
+    if faults and (not found or first not in (None, *(t.name for t in found))):
+        raise faults[0]
+    chosen = [t for t in found if _means(t, options.wanted)] or found
+    if first and all(t.name == first or not _means(t, options.wanted) for t in found):
+        chosen = [t for t in found if t.name == first]
+    if len(chosen) > 1:
+        listed = ", ".join(t.name for t in chosen)
+        raise ValueError(
+            f"{files.path} has several tables of labels ({listed}): say which with "
+            f"labels={files.path / chosen[0].name}"
         )
+    for table in chosen:
+        if table.name != first:
+            options.note(
+                f"labels are those of {table.name}, whose column {table.column} names "
+                f"{table.found:,} of {table.files:,} files"
+            )
+    return chosen
+
+
+def _means(table: LabelTable, wanted: Sequence[str]) -> bool:
+    """Whether a table says itself that it has these labels: in its header, or by its name."""
+    if table.headed:
+        return all(same_column(name, table.labels) for name in wanted)
+    words = re.split(r"[\s.,;]+", table.name.rsplit("/", 1)[-1].lower().replace("id_prop_", ""))
+    return len(wanted) == 1 and wanted[0].lower() in words
+
+
+def _nth(item: tuple[str, str]) -> int:
+    return SPLITS.index(item[0])
+
+
+def _tell(files: Files, used: set[str], options: Options) -> None:
+    """Notes what is passed over."""
+    others = [n for n in files.names if n not in used]
+    for what, names in (("other file", others), ("pipe or device", files.no_files)):
+        if names:
+            options.note(f"passed over {_listed(what, names)}")
+    if files.links:
+        options.note(f"{_listed('link', files.links)} to what is read anyway: it is read once")
+    if files.left_out:
+        options.note(f"not followed: {_outside(files)}")
+
+
+def _outside(files: Files) -> str:
+    remedy = "read them with follow_links=true" if files.path.is_dir() else "unpack it"
+    return f"{_listed('link', files.left_out)} out of {files.path.name} or to nothing; {remedy}"
+
+
+def _listed(what: str, names: Sequence[str]) -> str:
+    more = ", …" if len(names) > _SHOWN else ""
+    plural = "s" if len(names) > 1 else ""
+    return f"{len(names):,} {what}{plural} ({', '.join(names[:_SHOWN])}{more})"
+
+
+# Folders of other files
+
+
+def _data(files: Files) -> dict[str, str]:
+    """Files of crystals other than structure files, with the readers that are sure of them."""
+    found = {}
+    for name in files.names if files.path.is_dir() else ():
+        look = Look(files.path / name)
+        if look.suffix in TABLES or look.suffix in _MANY:
+            for reader in SOURCES:
+                if SOURCES[reader].likes(look) == SURE and (look.suffix in TABLES or _looks(look)):
+                    found[name] = reader
+    return found
+
+
+_MANY = (".json", ".jsonl", ".ndjson", ".extxyz", ".xyz", ".db")
+_SIGNS = ("lattice", "cell", "cif", "structure", "atoms", "Lattice")
+
+
+def _looks(look: Look) -> bool:
+    return look.suffix == ".db" or any(sign in look.head for sign in _SIGNS)
+
+
+def _names_files(look: Look) -> bool:
+    """Whether a table names structure files, wherever they are."""
+    return any(names_file(c) for row in sniff(look.head, look.whole)[0][1] for c in row)
+
+
+def _read_data(files: Files, options: Options) -> Iterator[Raw]:
+    data, tables = _data(files), _tables(files) if files.path.is_dir() else []
+    if not data and len(tables) == 1 and _names_files(Look(files.path / tables[0])):
+        data = {tables[0]: "csv"}
+    splits = by_split(data)
+    chosen = {n: split_of(n) if splits else None for n in (splits.values() if splits else data)}
+    single = {n for n in chosen if Path(n).suffix.lower() not in (".json", ".extxyz", ".xyz")}
+    if not chosen:
+        raise ValueError(_nothing(files))
+    if not splits and len(chosen) > 1 and single:
+        raise ValueError(
+            f"{files.path} has several files of crystals ({', '.join(chosen)}): give one as input, "
+            "or train=…, val=…, test=…"
+        )
+    _tell(files, set(chosen), options)
+    for name, split in chosen.items():
+        read: Callable[[Path, Options], Iterator[Raw]] = SOURCES[data[name]].read
+        for raw in read(files.path / name, options):
+            yield replace(raw, split=split) if split else raw
+
+
+def _nothing(files: Files) -> str:
+    """What is wrong with a folder without crystals."""
+    text = f"{files.path} holds no structure files ({', '.join(SUFFIXES)}, POSCAR…)"
+    if files.left_out:
+        return f"{text}; it has {_outside(files)}"
+    if workbook := next((n for n in files.names if n.lower().endswith(WORKBOOKS)), None):
+        return f"{text}; {workbook} is a workbook: {SAVE_AS_TEXT}"
+    if files.no_files:
+        return f"{text}; it has {_listed('pipe or device', files.no_files)}"
+    if not files.names:
+        return text
+    text = f"{text}; it has {_listed('other file', files.names)}"
+    if not files.path.is_dir():
+        return f"{text}: unpack it and give what holds the crystals as input"
+    return text

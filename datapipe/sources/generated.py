@@ -22,7 +22,11 @@ def read_prototypes(path: Path, options: Options) -> Iterator[Raw]:
         yield Raw("", f"prototype {index}", ("prototype", (index, options.seed)), labels)
 
 
-@SOURCES.register("shards", lambda look: SURE if (look.path / MANIFEST).is_file() else NO)
+@SOURCES.register(
+    "shards",
+    lambda look: SURE if (look.path / MANIFEST).is_file() else NO,
+    splits=lambda path, options: True,
+)
 def read_shards(path: Path, options: Options) -> Iterator[Raw]:
     """A data set that `prepare` wrote, with its labels and splits."""
     from crysforge.datapipe.storage.dataset import Dataset

@@ -7,7 +7,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from crysforge.datapipe.sources.base import NO, SOURCES, SURE, Look, Options, Raw, open_text
+from crysforge.datapipe.sources.base import NO, SOURCES, SURE, Look, Options, Raw
+from crysforge.datapipe.sources.texts import open_text
 
 _KEYS = ("MaterialId", "Reduced Formula", "Composition")
 """Columns that name the CIF of a row, one for each of the zips that are offered."""

@@ -20,6 +20,7 @@ class JsonText:
     def __init__(self, stream: TextIO, chunk: int = 1 << 20) -> None:
         self._stream, self._chunk = stream, chunk
         self._text, self._at, self._ended = "", 0, False
+        self._looked: tuple[Any, int] | None = None
 
     def peek(self) -> str:
         """The next character that is no space, empty at the end."""
@@ -35,6 +36,9 @@ class JsonText:
     def value(self) -> Any:
         """Decodes the next value."""
         self.peek()
+        if self._looked is not None:
+            (found, self._at), self._looked = self._looked, None
+            return found
         while True:
             try:
                 found, end = _DECODER.raw_decode(self._text, self._at)
@@ -48,6 +52,19 @@ class JsonText:
                     raise ValueError(f"not complete JSON: {error.msg}") from None
             self._fill()
 
+    def look(self, most: int) -> Any:
+        """The next value, an object or list, if it takes at most so many characters, else None;
+        nothing is taken."""
+        self.peek()
+        while True:
+            try:
+                self._looked = _DECODER.raw_decode(self._text, self._at)
+                return self._looked[0]
+            except json.JSONDecodeError:
+                if self._ended or len(self._text) - self._at > most:
+                    return None
+            self._fill()
+
     def items(self) -> Iterator[Any]:
         """Decodes the values of the array that comes next, one by one."""
         self._take("[")
@@ -59,6 +76,7 @@ class JsonText:
 
     def keys(self) -> Iterator[str]:
         """Keys of the object that comes next; the caller takes each value before the next key."""
+        self._looked = None
         self._take("{")
         while self.peek() != "}":
             key = str(self.value())

@@ -20,9 +20,11 @@ class ReadingConfig:
     format: str = "auto"
     """Reader or data set by name; "auto" goes by what the input looks like."""
     id_column: str | None = None
-    """Column or field of the id; None guesses."""
+    """Column or field of the id, that of a table of labels too; None guesses."""
     structure_column: str | None = None
     """Column or field of the structure; None guesses."""
+    follow_links: bool = False
+    """Whether to read files outside of the input, where links in it or paths in a table lead."""
     checks: str = "strict"
     """What to do with a CIF whose atoms contradict its formula, Z, density, volume or symbol:
     strict refuses it; warn reads it by its operations and lists it in warnings.csv."""

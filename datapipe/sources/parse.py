@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
-import math
+import os
 import re
 import warnings
 import zipfile
@@ -21,14 +21,12 @@ from ase.data import atomic_numbers
 from crysforge.datapipe.cif import read_cif
 from crysforge.datapipe.common.text import decode
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
-from crysforge.datapipe.sources.base import Payload, check_size
+from crysforge.datapipe.sources.base import Payload
 from crysforge.datapipe.sources.poscar import read_poscar
+from crysforge.datapipe.sources.texts import check_size
 
 _NUMBERS = {**atomic_numbers, "D": 1, "T": 1}
 del _NUMBERS["X"]
-
-MISSING = ("", "na")
-"""Texts (in lower case) that stand for a label nobody measured."""
 
 
 def parse(payload: Payload, checks: str = "strict") -> Crystal:
@@ -50,34 +48,6 @@ def parse(payload: Payload, checks: str = "strict") -> Crystal:
         except Exception as error:  # foreign parsers raise anything on malformed text
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise BadCrystal(f"cannot read the structure: {reason[:200]}", "unreadable") from None
-
-
-def parse_label(name: str, value: Any) -> float:
-    """A label as a number; NaN where it is missing (None, empty, "na").
-
-    Raises:
-        BadCrystal: text, infinity, an explicit NaN.
-    """
-    if value is None or (isinstance(value, str) and value.strip().lower() in MISSING):
-        return math.nan
-    try:
-        number = float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise BadCrystal(
-            f"label {name!r} is {str(value)[:40]!r}: give a finite number, or leave it empty if "
-            "it is unknown",
-            "bad label",
-        )
-    return number
-
-
-def is_labelled(value: Any) -> bool:
-    """Whether a raw label counts as present in the published split rule: not None, "na" or NaN."""
-    if isinstance(value, float):
-        return not math.isnan(value)
-    return value is not None and str(value).strip().lower() not in (*MISSING, "nan")
 
 
 def _atomic_number(symbol: Any) -> int:
@@ -119,13 +89,14 @@ def _bytes(path: str) -> bytes:
 
 
 def _member(place: tuple[str, str], checks: str) -> Crystal:
-    archive, name = _open_zip(place[0]), place[1]
+    path, name = place
+    archive = _open_zip(path, os.stat(path).st_mtime_ns)
     check_size(name, archive.getinfo(name).file_size)
     return _content(name, archive.read(name), checks)
 
 
 @lru_cache(maxsize=2)
-def _open_zip(path: str) -> zipfile.ZipFile:
+def _open_zip(path: str, changed: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
@@ -194,7 +165,7 @@ def _literal(value: Any) -> Any:
 
 
 def _json(text: str) -> Crystal:
-    record = json.loads(text)
+    record = _literal(text)
     return _structure(record) if "sites" in record else _atoms(record)
 
 
@@ -243,6 +214,7 @@ _PARSERS: Mapping[str, Callable[[Any], Crystal]] = {
 }
 _TEXTS: Mapping[str, Callable[[Any, str], Crystal]] = {
     "block": _block,
+    "content": lambda file, checks: _content(*file, checks),
     "file": _file,
     "member": _member,
     "text": _text,

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
+from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.workers import CHUNK, Workers
 from crysforge.datapipe.crystals.cells import AS_GIVEN, Cells
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.crystals.filters import Filters
-from crysforge.datapipe.sources.base import NO, READ_ERRORS, SOURCES, Look, Options, Raw
+from crysforge.datapipe.sources.base import NO, SOURCES, Look, Options, Raw
 from crysforge.datapipe.sources.catalog import ORIGIN
-from crysforge.datapipe.sources.parse import parse, parse_label
+from crysforge.datapipe.sources.delimited import same_column
+from crysforge.datapipe.sources.join import join
+from crysforge.datapipe.sources.parse import parse
+from crysforge.datapipe.sources.texts import READ_ERRORS, SAVE_AS_TEXT, WORKBOOKS
+from crysforge.datapipe.sources.values import parse_label
 
 AUTO = "auto"
 
@@ -111,14 +118,16 @@ def guess(path: Path) -> str:
                 f"{str(path)!r} is not on this machine. Get it from {ORIGIN[name]} and give the "
                 "path as input"
             )
-        raise ValueError(f"input {str(path)!r} does not exist")
+        raise ValueError(f"input {str(path)!r} does not exist{_meant(path)}")
     if path.is_dir() and not any(path.iterdir()):
         raise ValueError(f"{path} is empty: give a folder with structure files")
     try:
         look = Look(path)
         score = {name: SOURCES[name].likes(look) for name in SOURCES}
     except READ_ERRORS as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+        raise _unreadable(path, error) from None
+    if path.suffix.lower() in WORKBOOKS:
+        raise ValueError(f"{path} is a workbook: {SAVE_AS_TEXT}")
     best = max(score.values())
     names = [name for name, value in score.items() if value == best]
     if best == NO or len(names) > 1:
@@ -128,6 +137,26 @@ def guess(path: Path) -> str:
             f"{', '.join(SOURCES)}"
         )
     return names[0]
+
+
+def _meant(path: Path) -> str:
+    """What a user may have meant by an input that is not there."""
+    if str(path).startswith("~"):
+        return f": ~ has no meaning here, give {str(path.expanduser())!r}"
+    if "*" in path.name:
+        return f": give the folder, {str(path.parent)!r}"
+    name = str(path).lower().replace("_", "-").replace(" ", "-")
+    word = name.removesuffix(path.suffix.lower())
+    sets = difflib.get_close_matches(name, ORIGIN, n=1, cutoff=0.8)
+    sets = sets or [s for s in ORIGIN if s.startswith(word) or word.startswith(f"{s}-")]
+    sets = sets or difflib.get_close_matches(word, ORIGIN, n=1, cutoff=0.6)
+    if len(path.parts) == 1 and sets:
+        return f": did you mean the data set {sets[0]!r}? Get it from {ORIGIN[sets[0]]}"
+    files = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    alike = difflib.get_close_matches(path.name, files, n=1, cutoff=0.6)
+    if alike:
+        return f": did you mean {str(path.parent / alike[0])!r}?"
+    return "" if path.parent.is_dir() else f": there is no folder {str(path.parent)!r}"
 
 
 def resolve(input: str, format: str = AUTO) -> str:
@@ -140,8 +169,24 @@ def resolve(input: str, format: str = AUTO) -> str:
     guessed = guess(Path(input))  # says so if the input does not exist
     if format == AUTO or (format in ORIGIN and format not in SOURCES):
         return guessed
-    SOURCES[format]  # says so if there is no such format
+    if format not in SOURCES:
+        raise ValueError(f"unknown format {format!r}: {nearest(format, {*SOURCES, *ORIGIN})}")
     return format
+
+
+def brings_splits(input: str, format: str, options: Options) -> bool:
+    """Whether an input says which split each of its records belongs to.
+
+    Args:
+        format: a reader's name, from `resolve`.
+
+    Raises:
+        ValueError: the input cannot be read.
+    """
+    try:
+        return SOURCES[format].splits(Path(input), options)
+    except READ_ERRORS as error:
+        raise _unreadable(Path(input), error) from None
 
 
 def read_raw(input: str, format: str = AUTO, options: Options | None = None) -> Iterator[Raw]:
@@ -151,20 +196,35 @@ def read_raw(input: str, format: str = AUTO, options: Options | None = None) -> 
         ValueError: the input does not exist, cannot be read, or holds no crystal.
     """
     path = Path(input)
+    options = options or Options()
     source = SOURCES[resolve(input, format)]
+    raws = partial(source.read, path, options)
     count = 0
     try:
-        for raw in source.read(path, options or Options()):
-            yield raw
+        for raw in join(raws, Path(options.labels), options) if options.labels else raws():
+            yield _as_wanted(raw, options.wanted)
             count += 1
     except READ_ERRORS as error:
-        what = str(error) or type(error).__name__
-        raise ValueError(f"cannot read {path}: {what}") from None
+        raise _unreadable(path, error) from None
     except ValueError as error:
         text = str(error)
         raise ValueError(text if path.name in text else f"{path}: {text}") from None
     if not count:
         raise ValueError(f"{path} holds no crystals")
+
+
+def _as_wanted(raw: Raw, wanted: Sequence[str]) -> Raw:
+    """A record whose labels have the names that they are asked for by, where those in the file
+    differ in case and space alone."""
+    other = [name for name in wanted if name not in raw.labels]
+    called = {n: f for n in other if (f := same_column(n, raw.labels)) and f not in wanted}
+    if not called:
+        return raw
+    return replace(raw, labels={**raw.labels, **{n: raw.labels[f] for n, f in called.items()}})
+
+
+def _unreadable(path: Path, error: BaseException) -> ValueError:
+    return ValueError(f"cannot read {path}: {str(error) or type(error).__name__}")
 
 
 def read_crystals(
@@ -193,7 +253,7 @@ def read_crystals(
     Raises:
         ValueError: the input as a whole cannot be read.
     """
-    options = options or Options(targets=tuple(targets))
+    options = options or Options(targets=tuple(targets), wanted=tuple(targets))
     reading = Reading(
         tuple(targets), filters or Filters(), cells or AS_GIVEN, checks=options.checks
     )

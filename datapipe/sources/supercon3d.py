@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from crysforge.datapipe.sources.base import NO, SOURCES, SURE, Look, Options, Raw, open_text
+from crysforge.datapipe.sources.base import NO, SOURCES, SURE, Look, Options, Raw
+from crysforge.datapipe.sources.texts import open_text
 
 _COLUMNS = {"tc", "family", "order"}
 

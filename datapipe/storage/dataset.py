@@ -109,7 +109,10 @@ class Dataset:
         """Labels of one target for all items, [N] float64, NaN where missing."""
         if name not in self.names:
             known = ", ".join(self.names) or "none"
-            raise ValueError(f"{self.root} has no target {name!r}: it has {known}")
+            raise ValueError(
+                f"{self.root} has no target {name!r}: it has {known}; prepare it again with "
+                "targets=[…] (and labels=TABLE, where labels are in a table of their own)"
+            )
         return self.targets[:, self.names.index(name)]
 
     def shard_of(self, items: np.ndarray) -> np.ndarray:

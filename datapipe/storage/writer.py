@@ -20,6 +20,7 @@ import safetensors.numpy as safetensors
 from crysforge.datapipe.common.checked import Line, Name, checked
 from crysforge.datapipe.common.claims import LOCK, claim_directory, empty_directory
 from crysforge.datapipe.common.files import DISK_FULL, remove_tree, sync_directory, write_bytes
+from crysforge.datapipe.common.safe_names import check_names
 from crysforge.datapipe.crystals.crystal import MAX_Z, Crystal
 from crysforge.datapipe.storage.manifest import (
     MANIFEST,
@@ -91,7 +92,8 @@ class DatasetWriter:
         shard_size: crystals per tar.
 
     Raises:
-        ValueError: `root` holds files already, or another process is writing to it.
+        ValueError: `root` holds files already, another process is writing to it, or a target has
+            a name that none may have.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class DatasetWriter:
         units = dict(units or {})
         if shard_size < 1:
             raise ValueError(f"shard_size must be at least 1, got {shard_size}")
+        check_names(targets)
         if len(set(targets)) < len(targets) or not set(units) <= set(targets):
             raise ValueError(f"targets {list(targets)} must be unique and name every unit {units}")
         checked(list[Name], list(targets), "targets")

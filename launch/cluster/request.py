@@ -21,6 +21,7 @@ from crysforge.launch.cluster.suite import Suite
 from crysforge.launch.cluster.worker import Task
 from crysforge.trainer.base.command_line import (
     RECORDED,
+    as_typed,
     help_text,
     merge_sources,
     read_plain,
@@ -188,7 +189,7 @@ class Request:
 
     @cached_property
     def _base(self) -> dict[str, Any]:
-        base = merge_sources(self.files, self.overrides)
+        base = merge_sources(self.files, as_typed(self.job.schema(), self.overrides))
         if not base.get(self.job.output):
             raise ValueError(f"setting {self.job.output!r} is required: give {self.job.output}=…")
         return base

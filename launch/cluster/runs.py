@@ -112,7 +112,7 @@ def _from_results(run: Path, state: RunState) -> None:
     """The final MAE of a finetuning, with its unit."""
     metrics = read_mapping(run / "metrics.json", SHOWN)
     for split in ("val", "test"):
-        if "mae" in metrics.get(split, {}):
+        if isinstance(metrics.get(split, {}).get("mae"), float):
             unit = " ".join(metrics["units"].values())
             state.value = f"{split} MAE {metrics[split]['mae']:.4g} {unit}".strip()
 

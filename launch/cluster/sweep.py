@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from crysforge.datapipe.common.config import refuse_references
+from crysforge.datapipe.common.safe_names import file_part
 from crysforge.trainer.base.command_line import read_plain
 
 Cell = dict[str, Any]
@@ -68,7 +68,7 @@ def names(cells: list[Cell]) -> list[str]:
     """A directory name for each cell: `target=e_form,seed=0`. The names depend on the cell alone,
     so that a sweep can grow; they are all different."""
     found = [_name(cell) for cell in cells]
-    if len(set(found)) < len(found):
+    if len({name.casefold() for name in found}) < len(found):
         found = [f"{_name(cell)[: _LONGEST - 9]},{_hash(cell)}" for cell in cells]
     return found
 
@@ -110,7 +110,7 @@ def _split(text: str) -> list[str]:
     for c in text:
         if quote:
             quote = "" if c == quote else quote
-        elif c in "'\"":
+        elif c in "'\"" and parts[-1].rstrip()[-1:] in ("", *"[{,:="):  # none within a word
             quote = c
         elif c in "[{":
             depth += 1
@@ -147,7 +147,7 @@ def dotted(value: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _name(cell: Cell) -> str:
-    text = ",".join(f"{_slug(key)}={_slug(_text(value))}" for key, value in cell.items())
+    text = ",".join(f"{file_part(key)}={file_part(_text(value))}" for key, value in cell.items())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 9]},{_hash(cell)}"
 
 
@@ -159,11 +159,6 @@ def _text(value: Any) -> str:
         return {True: "true", False: "false", None: "null"}[value]
     text = str(value)
     return text.rstrip("/").rsplit("/", 1)[-1] if "/" in text else text
-
-
-def _slug(text: str) -> str:
-    """Characters that every file system and shell takes as they are."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text)
 
 
 def _hash(cell: Cell) -> str:

@@ -8,11 +8,15 @@ typed. The config that a submitted job was given (`--recorded`) counts as typed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
+import json
 import os
 import sys
 import traceback
+import types
+import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,7 +104,7 @@ def _key(flag: str) -> str:
 
 def from_sources(schema: type[T], files: Sequence[str] = (), overrides: Sequence[str] = ()) -> T:
     """Merges YAML files and dotlist overrides, in that order, into `schema`."""
-    return configure(schema, merge_sources(files, overrides))
+    return configure(schema, merge_sources(files, as_typed(schema, overrides)))
 
 
 def merge_sources(
@@ -190,6 +194,85 @@ def shipped_configs() -> list[str]:
     for folder in (Path(place, "configs") for place in crysforge.__path__):
         found += [p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml")]
     return sorted(found)
+
+
+def as_typed(schema: type, overrides: Sequence[str]) -> list[str]:
+    """Overrides in which names and other texts are what was typed, whatever they mean in YAML:
+    `target=E: 1e5`, `targets=[E (eV/atom),007]`, `units.E_f (0.1 K)=eV`, `units={"a.b": eV}`.
+
+    Raises:
+        ValueError: a list or mapping of texts that cannot be told apart without quotes.
+    """
+    return [_as_typed(schema, override) for override in overrides]
+
+
+def _as_typed(schema: type, override: str) -> str:
+    key, equals, value = override.partition("=")
+    place, path = schema, list[str]()
+    options: tuple[Any, ...] = ()
+    for name in key.split("."):
+        path.append(name)
+        options = _options(typing.get_type_hints(place).get(name))
+        section = next((o for o in options if dataclasses.is_dataclass(o)), None)
+        if section is None:
+            break
+        place = typing.cast(type, section)
+    prefix = ".".join(path)
+    below = next((typing.get_args(o)[1] for o in options if typing.get_origin(o) is dict), None)
+    if prefix != key and below not in (None, Any):  # what is left of the key is one name
+        name, _, value = override.removeprefix(f"{prefix}.").rpartition("=")
+        return f"{prefix}={{{_quoted(name)}: {_text(value) if below is str else value}}}"
+    if prefix != key or not equals:
+        return override
+    if str in options:
+        return f"{key}={_text(value)}"
+    if (list[str] in options and value[:1] == "[") or (below is str and value[:1] == "{"):
+        return f"{key}={_flow(override, value)}"
+    return override
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types that a value may have."""
+    either = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if either else (hint,)
+
+
+def _text(value: str) -> str:
+    """A typed text as YAML; what is in quotes, empty, null or a reference stays as it is."""
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if quoted or value in ("", "null", "~") or "${" in value or value[0] in "[{":
+        return value
+    return _quoted(value)
+
+
+def _flow(override: str, value: str) -> str:
+    """A typed list or mapping of texts as YAML in which they are quoted."""
+    if "${" in value:
+        return value
+    try:
+        found = as_written(yaml.compose(value, Loader=yaml.SafeLoader))
+    except yaml.YAMLError:
+        found = None
+    texts = [*found, *found.values()] if isinstance(found, dict) else found
+    if texts is None or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"{override}: cannot tell its parts apart; put names with any of , : # [ ] {{ }} in "
+            'quotes, as in targets=["E: total, relaxed"]'
+        )
+    return _quoted(found)
+
+
+def _quoted(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)  # which is YAML, too
+
+
+def as_written(node: yaml.Node) -> Any:
+    """A YAML value whose scalars are the texts that were written: `12:00:00`, `007`, `yes`."""
+    if isinstance(node, yaml.MappingNode):
+        return {str(as_written(k)): as_written(v) for k, v in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [as_written(v) for v in node.value]
+    return typing.cast(yaml.ScalarNode, node).value
 
 
 def read_yaml(name: str | Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from crysforge.trainer.figures.style import (
     WIDTH,
     crowding,
     new_figure,
+    plain_text,
     pretty_unit,
     save_png,
     with_unit,
@@ -209,7 +210,9 @@ def _curves(
     unit = units.get(target, "") if target != quantity else ""
     words = {"lr": "learning rate"}
     axes.set_ylabel(
-        f"MAE, {with_unit(target, unit)}" if target != quantity else words.get(quantity, quantity)
+        f"MAE, {with_unit(target, unit)}"
+        if target != quantity
+        else plain_text(words.get(quantity, quantity))
     )
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if "train" in curves and "val" in curves:

@@ -53,7 +53,16 @@ def save_png(figure: Figure, path: str | Path) -> None:
 
 def with_unit(name: str, unit: str) -> str:
     """A label of an axis: the name, and its unit if it has one."""
-    return f"{name} ({pretty_unit(unit)})" if unit else name
+    return plain_text(f"{name} ({pretty_unit(unit)})" if unit else name)
+
+
+def plain_text(text: str, longest: int = 60) -> str:
+    """A text as figures show it: as it is, no part of it as a formula, the middle of a long one
+    left out."""
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[-(longest // 2) + 1 :]}"
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text  # legends leave out what starts so
 
 
 def pretty_unit(unit: str) -> str:

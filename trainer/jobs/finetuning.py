@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from crysforge.datapipe.common.escape import file_part
+from crysforge.datapipe.common.safe_names import slugs
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.datapipe.storage.dataset import Dataset
@@ -85,8 +85,9 @@ def finetuned(
             name: errors(label[:, i], prediction[:, i]) for i, name in enumerate(config.targets)
         }
         out[split] = by_target[config.targets[0]] if len(by_target) == 1 else by_target
-        for i, name in enumerate(config.targets):
-            suffix = "" if len(config.targets) == 1 else f"_{file_part(name)}"
+        for i, (name, suffix) in enumerate(
+            zip(config.targets, file_suffixes(config.targets), strict=True)
+        ):
             plots.parity_plot(
                 label[:, i],
                 prediction[:, i],
@@ -126,6 +127,16 @@ class Predicted:
     dropped: int = 0
 
 
+def file_suffixes(targets: Sequence[str]) -> list[str]:
+    """What file names of each target end with: nothing where there is one."""
+    return [""] if len(targets) == 1 else [f"_{part}" for part in slugs(targets)]
+
+
+def scores_of(metrics: Mapping[str, Any], split: str, target: str) -> dict[str, Any]:
+    """Errors of a target in metrics.json, which has no level of targets where there is one."""
+    return metrics[split] if len(metrics["targets"]) == 1 else metrics[split][target]
+
+
 def summary(metrics: Mapping[str, Any], path: Path) -> str:
     """The result as a few lines for people."""
     lines = []
@@ -133,7 +144,7 @@ def summary(metrics: Mapping[str, Any], path: Path) -> str:
         unit = metrics["units"][name]
         for split in ("val", "test"):
             if split in metrics:
-                one = metrics[split] if "mae" in metrics[split] else metrics[split][name]
+                one = scores_of(metrics, split, name)
                 lines.append(
                     f"{split} MAE of {name}: {one['mae']:.4g} {unit} ({one['n']} crystals)"
                 )

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from crysforge.datapipe.common.safe_names import check_names
 from crysforge.datapipe.loading.config import LoaderConfig
 from crysforge.trainer.loop.config import TrainerConfig
 from crysforge.trainer.runs.checkpoint import TAG
@@ -105,6 +106,7 @@ class FinetuneJob(JobConfig):
             raise ValueError("finetune.epochs=0 evaluates a finetuned model: give init_head=true")
         if self.target:
             self.targets = [self.target]
+        check_names(self.targets)
 
 
 def pretrain_schema() -> type[PretrainJob]:

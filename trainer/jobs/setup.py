@@ -147,7 +147,10 @@ def labelled_items(dataset: Dataset, config: FinetuneJob) -> np.ndarray:
     count = len(items)
     if config.label_count is not None:
         if config.label_count > count:
-            raise ValueError(f"label_count={config.label_count}, but only {count} are labelled")
+            raise ValueError(
+                f"label_count={config.label_count}, but only {count} are labelled: give at most "
+                "that, or prepare the data again with more labels"
+            )
         count = config.label_count
     else:
         count = max(1, round(config.label_fraction * count))
@@ -213,7 +216,11 @@ def with_label(dataset: Dataset, split: str, targets: list[str]) -> np.ndarray:
         return items
     present = ~np.isnan(np.stack([dataset.targets_of(name)[items] for name in targets]))
     if missing := [n for n, some in zip(targets, present.any(axis=1), strict=True) if not some]:
-        raise ValueError(f"no crystal of the {split!r} split has a label for {', '.join(missing)}")
+        raise ValueError(
+            f"no crystal of the {split!r} split has a label for {', '.join(missing)}: prepare the "
+            "data again with labels for it (labels=TABLE reads them from a table), or with "
+            "another split"
+        )
     return items[present.any(axis=0)]
 
 

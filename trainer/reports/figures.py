@@ -16,6 +16,7 @@ from crysforge.trainer.figures.style import (
     WIDTH,
     crowding,
     new_figure,
+    plain_text,
     pretty_unit,
     save_png,
     with_unit,
@@ -60,7 +61,9 @@ class Look:
     def name(self, arm: Arm) -> str:
         """For legends and titles."""
         value = self.value(arm)
-        return f"{self.compared}: {value}" if self.is_baseline(value) else value or "all"
+        return plain_text(
+            f"{self.compared}: {value}" if self.is_baseline(value) else value or "all"
+        )
 
     def color(self, arm: Arm) -> str:
         """Its colour."""
@@ -92,7 +95,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def headline(figure: Figure, title: str, note: str = "") -> None:
     """A title at the left, and below it a note on how to read the figure."""
-    text = "\n".join(filter(None, (title, note)))
+    text = "\n".join(filter(None, (plain_text(title, 110), note)))
     figure.suptitle(text, x=0.01, ha="left", fontsize="medium" if note else "large")
 
 
@@ -172,7 +175,7 @@ def label_curves(curves: dict[str, list[Arm]], look: Look, path: Path, confidenc
             for line in by_value.values():
                 handles.setdefault(look.name(line[0]), _curve(axes, line, look, confidence))
             _log_ticks(axes, [a.first.labels for a in arms], [a.scores("mae") for a in arms])
-            axes.set_title(name, loc="left")
+            axes.set_title(plain_text(name), loc="left")
             axes.set_ylabel(mae_label(arms[0]))
             axes.set_xlabel("training labels")
         _legend(figure, handles)

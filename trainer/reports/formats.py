@@ -121,6 +121,7 @@ class Table:
         spec = "l" * self.heads + "r" * (len(self.columns) - self.heads)
         head = " & ".join(map(escape_latex, self.columns))
         body = [" & ".join(map(_latex, row)) + r" \\" for row in self.rows]
+        body = [f"{{}}{line}" if line.startswith("[") else line for line in body]  # no option of \\
         caption = escape_latex(" ".join([self.title + ".", *self.notes]))
         return "\n".join(
             [

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crysforge.datapipe.common.escape import file_part, markdown
+from crysforge.datapipe.common.escape import markdown
 from crysforge.datapipe.common.files import replacing_directory, write_text
+from crysforge.datapipe.common.safe_names import slugs
 from crysforge.trainer.base.tensors import code_version
 from crysforge.trainer.evaluation.compare import (
     Arm,
@@ -52,6 +52,9 @@ class Figure:
 
     name: str
     title: str
+    kind: str
+    of: str
+    """What it shows."""
 
 
 def evaluate(suite: Suite, config: EvaluateConfig) -> Report:
@@ -109,8 +112,12 @@ def _draw(
     look = figures.Look(suite, arms)
     drawn: list[Figure] = []
 
-    def path(name: str, title: str) -> Path:
-        drawn.append(Figure(name, title))
+    def path(kind: str, title: str, of: str = "") -> Path:
+        """Where a figure goes: its kind and what it is of, no two figures the same."""
+        others = [figure.of for figure in drawn if figure.kind == kind]
+        part = slugs([of, *others])[0] if of else ""
+        name = "-".join(filter(None, (kind, part)))
+        drawn.append(Figure(name, title, kind, of))
         return folder / name
 
     factor = next((f for f in _LABELS if f in varying(arms)), "")
@@ -132,32 +139,26 @@ def _draw(
             tasks.setdefault(share, {})[title_of(line[0], others)] = line
         for share, some in tasks.items():
             title = f"By {suite.compared}{f', {share}' if share else ''}"
-            name = path(_slug("bars", share), title)
+            name = path("bars", title, share)
             bars(some, look, name, config.confidence, title)
     most = {id(a) for a in most_labels(arms)}
     for line in lines:
         if id(line[0]) not in most:
             continue
         title = title_of(line[0], varying(arms, [suite.compared]))
-        figures.parity(line, title, look, path(_slug("parity", title), f"Parity: {title}"))
+        figures.parity(line, title, look, path("parity", f"Parity: {title}", title))
         known = facts_behind(line, facts)
         if known is None:
             continue
         if len(set(known.atoms.tolist())) > 1:
-            name = path(_slug("atoms", title), f"Error by number of atoms: {title}")
+            name = path("atoms", f"Error by number of atoms: {title}", title)
             crystal_figures.by_atoms(line, known, title, look, name)
-        name = path(_slug("elements", title), f"Error by element: {title}")
+        name = path("elements", f"Error by element: {title}", title)
         crystal_figures.by_element(line, known, title, look, name)
         if config.space_groups:
-            name = path(_slug("space_groups", title), f"Error by space group: {title}")
+            name = path("space_groups", f"Error by space group: {title}", title)
             crystal_figures.by_space_group(line, known, title, look, name)
     return drawn
-
-
-def _slug(*words: str) -> str:
-    """Words as a file's name."""
-    text = "-".join(filter(None, (re.sub(r"[^A-Za-z0-9._]+", "-", w).strip("-") for w in words)))
-    return file_part(text)
 
 
 def _text(

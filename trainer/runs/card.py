@@ -13,6 +13,7 @@ from torch import Tensor
 
 from crysforge.datapipe.common.escape import code_block, code_span, markdown
 from crysforge.datapipe.common.files import new_directory, write_json, write_text
+from crysforge.datapipe.common.safe_names import in_markdown
 from crysforge.datapipe.common.safe_read import read_mapping, to_yaml
 from crysforge.trainer.base.tensors import save_tensors
 from crysforge.trainer.runs.forms import METRICS
@@ -143,7 +144,7 @@ def model_card(name: str, config: Mapping[str, Any], scaler: Scaler | None) -> s
                 "stage": f"{config['stage']}, {counts['total']:,} parameters in all",
                 "started from": _start(config["start"]),
                 "versions": _pairs(config["versions"]),
-                "licence": license or "not stated: ask the author before you use it",
+                "licence": in_markdown(license) or "not stated: ask the author before you use it",
             }
         ),
         "## Data",
@@ -223,7 +224,7 @@ def _results_text(results: Mapping[str, Any], scaler: Scaler | None) -> str:
         shown = code_span(target) + (f" ({markdown(scaler.units[i])})" if scaler.units[i] else "")
         for split in ("val", "test"):
             row = results.get(split, {})
-            row = row if "mae" in row else row.get(target)
+            row = row if len(scaler.targets) == 1 else row.get(target)
             if row:
                 numbers = " | ".join(_number(row.get(k, "")) for k in ("n", "mae", "rmse", "r2"))
                 lines.append(f"| {shown} | {split} | {numbers} |")
@@ -243,7 +244,8 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 
 def _pairs(values: Mapping[str, Any] | None) -> str:
-    return ", ".join(f"{key} {_number(value)}" for key, value in (values or {}).items())
+    given = (values or {}).items()
+    return ", ".join(f"{in_markdown(key)} {in_markdown(_number(value))}" for key, value in given)
 
 
 def _number(value: Any) -> str:

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from crysforge.datapipe.common.escape import file_part
 from crysforge.datapipe.common.files import new_directory, write_json
 from crysforge.datapipe.common.safe_read import inside, read_mapping
 from crysforge.datapipe.common.tables import number, read_rows
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.trainer.figures import plots
+from crysforge.trainer.jobs.finetuning import file_suffixes
 from crysforge.trainer.jobs.tables import errors, suffixes, write_table
 from crysforge.trainer.runs.card import share
 from crysforge.trainer.runs.forms import ENSEMBLE as FORM
@@ -189,7 +189,8 @@ def _report(
         mean, uncertainty = given.mean, scale * given.spread
         columns = {}
         scores = {}
-        for i, (target, suffix) in enumerate(zip(targets, suffixes(targets), strict=True)):
+        endings = zip(targets, suffixes(targets), file_suffixes(targets), strict=True)
+        for i, (target, suffix, ending) in enumerate(endings):
             columns[f"target{suffix}"] = given.labels[:, i]
             columns[f"prediction{suffix}"] = mean[:, i]
             columns[f"uncertainty{suffix}"] = uncertainty[:, i]
@@ -198,15 +199,14 @@ def _report(
             alone = [errors(label, member[known, i])["mae"] for member in given.members]
             fit = calibration(guess - label, sigma)
             scores[target] = {**errors(label, guess), "members_mae": alone, "calibration": fit}
-            name = f"{split}{file_part(suffix)}.png"
-            plots.parity_plot(label, guess, target, units[i], path / f"parity_{name}")
+            plots.parity_plot(label, guess, target, units[i], path / f"parity_{split}{ending}.png")
             plots.calibration_plot(
                 guess - label,
                 sigma,
                 fit,
                 target,
                 units[i],
-                path / f"calibration_{name}",
+                path / f"calibration_{split}{ending}.png",
             )
         write_table(path / f"predictions_{split}.csv", given.ids, columns)
         out[split] = scores[targets[0]] if len(targets) == 1 else scores

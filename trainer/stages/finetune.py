@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.common.safe_names import check_names
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.layers.readout import ReadoutHead
@@ -174,6 +175,7 @@ def _head(name: str, dim: int, targets: Sequence[str]) -> nn.Module:
 def _check_statistics(targets: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
     if not targets or len(set(targets)) != len(targets):
         raise ValueError(f"targets must be one or more different names, got {list(targets)}")
+    check_names(targets)
     if not len(targets) == len(mean) == len(std):
         raise ValueError(
             f"{len(targets)} targets need as many means and standard deviations, "

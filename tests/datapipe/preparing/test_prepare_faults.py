@@ -56,7 +56,8 @@ def test_all_dropped_is_an_error(tmp_path, source):
 
 
 def test_unknown_target_names_the_nearest(tmp_path, source):
-    with pytest.raises(ValueError, match=r"no target 'gpa': did you mean 'gap'\? valid: gap$"):
+    words = r"no target 'gpa': did you mean 'gap'\? valid: gap; .*labels=TABLE"
+    with pytest.raises(ValueError, match=words):
         prepare(config(input=source, output=str(tmp_path / "out"), targets=["gpa"]))
     filters = Filters(labels={"ehull": [0, 1]})
     with pytest.raises(ValueError, match="no target 'ehull'"):
@@ -188,7 +189,8 @@ def test_command_ends_with_a_summary_or_one_line(tmp_path, source):
     text, error = bad.communicate()
     assert bad.returncode == 2 and text == ""
     assert error.splitlines() == [f"error: {source} has no target 'gpa': did you mean 'gap'? "
-                                  "valid: gap"]  # fmt: skip
+                                  "valid: gap; if it is in a table of its own, give "
+                                  "labels=TABLE"]  # fmt: skip
 
 
 KILL = """

@@ -93,23 +93,23 @@ def test_missing_labels_are_nan_and_garbage_is_a_failure(tmp_path, structures):
     path = write_table(tmp_path / "x.csv", ["id", "cif", "gap"], rows)
     found = list(read_crystals(str(path), targets=["gap"]))
     kinds = ["bad" if isinstance(f, Failure) else f.targets["gap"] for f in found]
-    np.testing.assert_equal(kinds, [np.nan, np.nan, 1.5, "bad", "bad", "bad", np.nan])
+    np.testing.assert_equal(kinds, [np.nan, np.nan, 1.5, "bad", "bad", np.nan, np.nan])
     assert "x.csv row 4 (id 'c3'): label 'gap' is 'abc'" in str(found[3])
     assert {f.reason for f in found if isinstance(f, Failure)} == {"bad label"}
 
 
-def test_json_null_and_na_are_missing_but_nan_is_not(tmp_path, structures):
+def test_json_null_na_and_nan_are_missing_but_infinity_is_not(tmp_path, structures):
     atoms = jarvis_atoms(structures[0], False)
     text = json.dumps(
         [
             {"jid": f"c{i}", "atoms": atoms, "gap": v}
-            for i, v in enumerate([None, "na", float("nan"), 2])
+            for i, v in enumerate([None, "na", float("nan"), 2, float("inf")])
         ]
     )
     write_text(tmp_path / "x.json", text)
     found = list(read_crystals(str(tmp_path / "x.json"), targets=["gap"]))
     kinds = ["bad" if isinstance(f, Failure) else f.targets["gap"] for f in found]
-    np.testing.assert_equal(kinds, [np.nan, np.nan, "bad", 2.0])
+    np.testing.assert_equal(kinds, [np.nan, np.nan, np.nan, 2.0, "bad"])
 
 
 # What cannot be used

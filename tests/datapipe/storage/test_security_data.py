@@ -23,7 +23,7 @@ import pytest
 import safetensors.numpy as safetensors
 
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
-from crysforge.datapipe.sources import Failure, base, read_crystals
+from crysforge.datapipe.sources import Failure, read_crystals, texts
 from crysforge.datapipe.storage import writer as writing
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.datapipe.storage.plain_tar import PlainEntries
@@ -53,7 +53,7 @@ Cl Cl 0.5 0.5 0.5
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
-    monkeypatch.setattr(base, "MAX_FILE", SMALL)
+    monkeypatch.setattr(texts, "MAX_FILE", SMALL)
 
 
 def read(path: Path) -> list[Crystal | Failure]:
@@ -153,12 +153,14 @@ def test_bombs_in_archives(tmp_path):
     for name in ("a.cif", "id_prop.csv"):
         with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(name, zeros)
-            archive.writestr("about.txt", "two files, so that it is not one table")
+            archive.writestr("b.cif" if name == "id_prop.csv" else "about.txt", "another file")
         refused("more than any structure", tmp_path / "a.zip")
         with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
             entry = tarfile.TarInfo(name)
             entry.size = len(zeros)
             tar.addfile(entry, io.BytesIO(zeros))
+            if name == "id_prop.csv":
+                tar.addfile(tarfile.TarInfo("b.cif"))
         refused("more than any structure", tmp_path / "a.tar.gz")
     with zipfile.ZipFile(tmp_path / "one.json.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("one.json", b'["' + b"0" * (SMALL * 12))
@@ -201,10 +203,10 @@ def test_members_and_tables_that_point_elsewhere(tmp_path):
     table = tmp_path / "listed"
     table.mkdir()
     (table / "id_prop.csv").write_text(f"../secret.cif,1\n{secret},1\n")
-    refused("there is no such file", table)
+    refused("names files outside of its folder", table)
     (table / "id_prop.csv").unlink()
     os.mkfifo(table / "pipe.cif")
-    refused("the file does not exist", table)
+    refused("it has 1 pipe or device (pipe.cif)", table)
     supercon = tmp_path / "supercon"
     supercon.mkdir()
     for name in ("../secret.cif", str(secret)):
