@@ -23,8 +23,7 @@ from crysforge.datapipe.common.tables import row_writer
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.preparing.config import PrepareConfig, Work
 from crysforge.datapipe.preparing.dedup import WITHIN, Duplicates, Found, Reference, search
-from crysforge.datapipe.preparing.prepare import WARNINGS
-from crysforge.datapipe.preparing.write import DROPPED, write
+from crysforge.datapipe.preparing.write import DROPPED, WARNINGS, write
 from crysforge.datapipe.sources import resolve
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.datapipe.storage.manifest import MANIFEST, SPLITS, Manifest

@@ -7,6 +7,7 @@ decides the splits; the second parses in parallel and writes shards as results c
 from __future__ import annotations
 
 from crysforge.datapipe.preparing.config import PrepareConfig
+from crysforge.datapipe.preparing.deduplicate import prepare_unique
 from crysforge.datapipe.preparing.write import write
 from crysforge.datapipe.storage.manifest import Manifest
 
@@ -22,9 +23,5 @@ def prepare(config: PrepareConfig) -> Manifest:
     if not config.output:
         raise ValueError("setting 'output' is required: the directory of the data set")
     if config.dedup or config.duplicates.within:
-        from crysforge.datapipe.preparing.deduplicate import (
-            prepare_unique,  # which calls `write` for its parts
-        )
-
         return prepare_unique(config)
     return write(config)
