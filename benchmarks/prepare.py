@@ -1,18 +1,23 @@
-"""Speed of preparing data on one core: crystals per second from CIF text and from JSON.
+"""Speed of preparing data on one core: crystals per second from CIF text of every dialect and from
+JSON.
 
     python benchmarks/prepare.py data=DIR            a data set made by launch/prepare.py
     … crystals=1000 repeats=5
 
-Crystals of the data set are written as the files they might have come from, a CSV with a `cif`
-column and JSON in the JARVIS layout, and prepared again with one process. `parse` is from a record
-of the file to a checked crystal, `all` from the file to finished shards: two passes over the
-records, parsing, checks, writing. `pymatgen` is `Structure.from_str` on the same CIF text. They run
-in alternation; times are CPU time, the best of the repeats. The last line is the table as JSON.
+Crystals of the data set are written as the files they might have come from, CSVs with a `cif`
+column and JSON in the JARVIS layout, and prepared again with one process. The dialects of CIF are
+pymatgen's without symmetry (as in CDVAE's files), pymatgen's with symmetry (`symprec=0.01`), the
+same with the symbol in place of the operations, and ASE's. `parse` is from a record of the file to
+a checked crystal, `all` from the file to finished shards: two passes over the records, parsing,
+checks, writing. `pymatgen` is `Structure.from_str` on the same CIF text, `gemmi` its SmallStructure
+with all atoms of the cell. They run in alternation; times are CPU time, the best of the repeats.
+The last line is the table as JSON.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 import tempfile
@@ -25,6 +30,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import ase.io
+import gemmi
 import numpy as np
 from ase.data import chemical_symbols
 from pymatgen.core import Structure
@@ -58,12 +65,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     crystals = read(config)
     with tempfile.TemporaryDirectory(prefix="crysforge-") as folder:
-        cifs = [str(CifWriter(crystal.to_pymatgen())) for crystal in crystals]
-        files = {
-            "CIF text in CSV": write_csv(f"{folder}/crystals.csv", crystals, cifs),
-            "JSON": write_json(f"{folder}/crystals.json", crystals),
-        }
-        rows = [measure(name, path, cifs, config.repeats) for name, path in files.items()]
+        rows = []
+        for name, write in DIALECTS.items():
+            cifs = [write(crystal) for crystal in crystals]
+            path = write_csv(f"{folder}/crystals.csv", crystals, cifs)
+            rows.append(measure(f"CIF, {name}", path, cifs, config.repeats))
+        path = write_json(f"{folder}/crystals.json", crystals)
+        rows.append(measure("JSON", path, [], config.repeats))
     atoms = np.mean([len(c) for c in crystals])
     print(f"{len(crystals)} crystals of {Path(config.data).name}, {atoms:.1f} atoms on average\n")
     show(rows, {"data": config.data, "crystals": len(crystals)})
@@ -74,6 +82,45 @@ def read(config: BenchmarkConfig) -> list[Crystal]:
     dataset = Dataset.open(config.data)
     items = np.unique(np.linspace(0, len(dataset) - 1, config.crystals).astype(np.int64))
     return [c for _, c in dataset.read(items) if isinstance(c, Crystal)]
+
+
+def plain(crystal: Crystal) -> str:
+    """CIF text as pymatgen writes it."""
+    return str(CifWriter(crystal.to_pymatgen()))
+
+
+def symmetric(crystal: Crystal) -> str:
+    """CIF text as pymatgen writes it when it looks for symmetry."""
+    return str(CifWriter(crystal.to_pymatgen(), symprec=0.01))
+
+
+def by_ase(crystal: Crystal) -> str:
+    """CIF text as ASE writes it."""
+    text = io.BytesIO()
+    ase.io.write(text, crystal.to_ase(), format="cif")
+    return text.getvalue().decode()
+
+
+def by_symbol(crystal: Crystal) -> str:
+    """CIF text with the symbol of the space group in place of the operations."""
+    lines = symmetric(crystal).split("\n")
+    first = next(i for i, line in enumerate(lines) if "_symmetry_equiv_pos_site_id" in line)
+    last = next(i for i in range(first + 2, len(lines)) if lines[i].startswith("loop_"))
+    return "\n".join([*lines[: first - 1], *lines[last:]])
+
+
+DIALECTS: dict[str, Callable[[Crystal], str]] = {
+    "pymatgen P 1": plain,
+    "pymatgen symmetric": symmetric,
+    "symbol alone": by_symbol,
+    "ASE": by_ase,
+}
+
+
+def with_gemmi(text: str) -> Any:
+    """All atoms of the cell as gemmi expands them."""
+    block = gemmi.cif.read_string(text).sole_block()
+    return gemmi.make_small_structure_from_block(block).get_all_unit_cell_sites()
 
 
 def write_csv(path: str, crystals: list[Crystal], cifs: list[str]) -> str:
@@ -121,8 +168,9 @@ def measure(name: str, path: str, cifs: list[str], repeats: int) -> dict[str, An
         "all": whole,
         "parse": lambda: [parse_one(raw) for raw in raws],
     }
-    if "CIF" in name:
+    if cifs:
         works["pymatgen"] = lambda: [Structure.from_str(text, fmt="cif") for text in cifs]
+        works["gemmi"] = lambda: [with_gemmi(text) for text in cifs]
     best = dict.fromkeys(works, float("inf"))
     for _ in range(repeats):
         for kind, work in works.items():
@@ -130,12 +178,13 @@ def measure(name: str, path: str, cifs: list[str], repeats: int) -> dict[str, An
             work()
             best[kind] = min(best[kind], time.process_time() - began)
     rates = {kind: len(raws) / seconds for kind, seconds in best.items()}
-    ratio = rates["parse"] / rates["pymatgen"] if "pymatgen" in rates else None
+    ratio = rates["parse"] / rates["pymatgen"] if cifs else None
     return {
         "source": name,
         "all, crystals/s": round(rates["all"]),
         "parse, crystals/s": round(rates["parse"]),
-        "pymatgen, crystals/s": round(rates["pymatgen"]) if ratio else None,
+        "pymatgen, crystals/s": round(rates["pymatgen"]) if cifs else None,
+        "gemmi, crystals/s": round(rates["gemmi"]) if cifs else None,
         "parse : pymatgen": round(ratio, 1) if ratio else None,
     }
 

@@ -55,6 +55,8 @@ def main() -> None:
 def kind(path: Path) -> str:
     """CIF, POSCAR or nothing."""
     name = path.name.lower().removesuffix(".gz")
+    if name.startswith("."):
+        return ""
     if name.endswith((".cif", ".mcif")):
         return "CIF"
     if name.endswith((".vasp", ".poscar")) or name.startswith(("poscar", "contcar")):

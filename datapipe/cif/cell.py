@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -14,9 +15,9 @@ from crysforge.datapipe.crystals.crystal import BadCrystal
 _LENGTHS = ("_cell_length_a", "_cell_length_b", "_cell_length_c")
 _ANGLES = ("_cell_angle_alpha", "_cell_angle_beta", "_cell_angle_gamma")
 
-_MISFIT = 0.03
-"""How far elements of the metric may differ that a group makes equal: 1.5 % of a length, 1.7° of a
-right angle."""
+_MISFIT = 0.015
+"""How far elements of the metric may be from those that a group makes of them: lengths that ought
+to be equal by 1.5 % of each other, right angles by 0.9°."""
 
 Parameters = tuple[list[float], list[float | None]]
 """Lengths in Å and angles in degrees; None where the file has no angle."""
@@ -81,7 +82,7 @@ def lattice(lengths: list[float], angles: list[float]) -> np.ndarray:
     """
     a, b, c = lengths
     radians = np.radians(angles)
-    cos, sin = np.cos(radians), np.sin(radians)
+    cos, sin = np.cos(radians).tolist(), np.sin(radians).tolist()
     x = cos[2]
     y = sin[2]
     if abs(y) < 1e-6:
@@ -91,17 +92,19 @@ def lattice(lengths: list[float], angles: list[float]) -> np.ndarray:
     height = 1 - z1**2 - z2**2
     if height <= 0:
         raise BadCrystal(f"no cell has the angles {angles}")
-    return np.array([[a, 0, 0], [b * x, b * y, 0], [c * z1, c * z2, c * np.sqrt(height)]])
+    return np.array([[a, 0.0, 0.0], [b * x, b * y, 0.0], [c * z1, c * z2, c * math.sqrt(height)]])
 
 
 def fits(cell: np.ndarray, group: Group) -> bool:
     """Whether the rotations of a group map the cell onto itself."""
     if len(group) == 1:
         return True
-    metric = cell @ cell.T
-    size = np.sqrt(metric.diagonal())
-    change = (group.turned_metric @ metric.ravel()).reshape(-1, 3, 3) - metric
-    return bool((np.abs(change) <= _MISFIT * size[:, None] * size).all())
+    metric = (cell @ cell.T).ravel()
+    change = (group.mean_metric @ metric - metric).tolist()
+    size = [math.sqrt(metric[i]) for i in (0, 4, 8)]
+    return all(
+        abs(change[3 * i + j]) <= _MISFIT * size[i] * size[j] for i in range(3) for j in range(i, 3)
+    )
 
 
 @lru_cache(maxsize=512)
@@ -111,7 +114,7 @@ def forced_angles(group: Group) -> tuple[float | None, float | None, float | Non
     found = []
     for _ in range(2):
         shape = rng.random((3, 3)) + np.eye(3)
-        metric = (group.turned_metric @ (shape @ shape.T).ravel()).reshape(-1, 3, 3).mean(0)
+        metric = (group.mean_metric @ (shape @ shape.T).ravel()).reshape(3, 3)
         size = np.sqrt(np.diag(metric))
         cosines = metric / np.outer(size, size)
         found.append(np.degrees(np.arccos([cosines[1, 2], cosines[0, 2], cosines[0, 1]])))

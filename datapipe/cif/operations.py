@@ -58,10 +58,11 @@ class Group:
         return np.unique(self.rotations, axis=0)
 
     @cached_property
-    def turned_metric(self) -> np.ndarray:
-        """[9 p, 9] takes the elements of a metric tensor to those that the rotations make of it."""
+    def mean_metric(self) -> np.ndarray:
+        """[9, 9] takes the elements of a metric tensor to their mean over all rotations, which is
+        the tensor itself where the group leaves it alone."""
         turned = np.einsum("rji,rkl->riljk", self.point_group, self.point_group)
-        return turned.reshape(-1, 9)
+        return turned.mean(0).reshape(9, 9)
 
     @cached_property
     def stacked(self) -> np.ndarray:

@@ -17,11 +17,13 @@ _MAX_IMAGES = 200_000
 
 _FRACT = ("_atom_site_fract_x", "_atom_site_fract_y", "_atom_site_fract_z")
 _ONES = {"1", "1.0", "1.", "1.00", "1.000", "1.0000", *NULLS}
-_IDEAL = (1 / 3, 2 / 3)
+_IDEAL = np.array([1 / 3, 2 / 3]).reshape(2, 1, 1)
 _IDEAL_TOLERANCE = 1e-4
 
 _EXACT = 1e-3
 """Å between images of a site that are the same for sure."""
+_NOTHING = 1e-9
+"""Å by which images of a site on a special position are apart for rounding in the machine."""
 _APART = 0.25
 """Å between images of a site that are never the same."""
 
@@ -98,8 +100,10 @@ def read_sites(block: Block) -> Sites:
             f"atom {sites.name(i)} has no {'xyz'[axis]} coordinate: found {sites.raw[axis][i]!r}",
             "no coordinates",
         )
-    for ideal in _IDEAL:
-        sites.frac[np.abs(sites.frac / ideal - 1) <= _IDEAL_TOLERANCE] = ideal
+    near = np.abs(sites.frac / _IDEAL - 1) <= _IDEAL_TOLERANCE
+    if near.any():
+        for ideal, places in zip(_IDEAL.ravel(), near, strict=True):
+            sites.frac[places] = ideal
     return sites
 
 
@@ -219,13 +223,14 @@ def expand(sites: Sites, group: Group, cell: np.ndarray) -> tuple[np.ndarray, np
     delta = images - sites.frac[:, None]
     delta -= np.rint(delta)
     square = np.square(delta @ cell).sum(-1)
-    same = square < _EXACT**2
-    if np.count_nonzero(square < _APART**2) > np.count_nonzero(same):
-        same = square < np.square(_tolerance(sites, cell))[:, None]
-    if np.count_nonzero(same) == n:  # each is its own image alone
+    near = square < _APART**2
+    if np.count_nonzero(near) == n:  # each is its own image alone
         return np.repeat(np.arange(n), m), images.reshape(-1, 3)
-    mean = np.einsum("nm,nmx->nx", same, delta) / same.sum(1)[:, None]
-    if np.abs(mean).max() > 1e-12:
+    same = square < _EXACT**2
+    if np.count_nonzero(near) > np.count_nonzero(same):
+        same = square < np.square(_tolerance(sites, cell))[:, None]
+    if square[same].max() > _NOTHING**2:
+        mean = np.einsum("nm,nmx->nx", same, delta) / same.sum(1)[:, None]
         images = _images(sites.frac + mean, group)
     chosen = []
     for i in range(n):

@@ -59,7 +59,7 @@ def _atomic_number(symbol: Any) -> int:
 
 def _text(text: str, checks: str) -> Crystal:
     """CIF or POSCAR."""
-    if _CIF.search(text):
+    if "_cell_length_a" in text or _CIF.search(text):
         return read_cif(text, checks)
     if len(text.split()) < 12:
         raise BadCrystal("the text is neither a CIF nor a POSCAR", "unreadable")
