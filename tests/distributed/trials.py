@@ -115,9 +115,9 @@ SAVE = [
     Moment("tensors are written", "crysforge.trainer.runs.checkpoint:save_tensors", 8, main=True),
     Moment("JSON is written", "crysforge.trainer.runs.checkpoint:write_json", 9, main=True),
     Moment("files are hashed", "crysforge.trainer.runs.checkpoint:sha256", 14, main=True),
-    Moment("it is in place", "crysforge.datapipe.common.files:sync_directory", 8, main=True),
+    Moment("it is in place", "crysforge.datapipe.common.files:sync_directory", 40, main=True),
     Moment("old ones are removed", "crysforge.trainer.runs.checkpoint:remove_tree", 4, main=True),
-    Moment("a file is put in place", "crysforge.datapipe.common.files:os.replace", 20, main=True),
+    Moment("a file is put in place", "crysforge.datapipe.common.files:os.replace", 36, main=True),
 ]
 BETWEEN = [
     Moment(
