@@ -23,7 +23,6 @@ from crysforge.datapipe.common.temporary import filling, name_beside, new_file
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers."""
 
-
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFDIR: "a directory",

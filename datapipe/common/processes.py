@@ -93,7 +93,8 @@ class Process:
         """What `to_json` gave. Raises ValueError for anything else."""
         found = values if isinstance(values, dict) else {}
         texts = [found.get(key) for key in ("host", "started", "space")]
-        if not isinstance(found.get("pid"), int) or not all(isinstance(x, str) for x in texts):
+        fit = all(isinstance(x, str) and x.isprintable() for x in texts)
+        if not fit or not isinstance(found.get("pid"), int):
             raise ValueError("no process")
         host, started, space = map(str, texts)
         return cls(host, found["pid"], started, space)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from crysforge.trainer.base.signals import REQUEUE
+from tests.attacks import start_twice
 from tests.distributed.faults import KILLED, Ended
 from tests.distributed.jobs import curve
 from tests.distributed.trials import ALONE, JOBS, KINDS, Blow, differences
@@ -86,3 +87,20 @@ def test_other_ranks_and_another_zero_stage_go_on(bench, tmp_path):
     first, second = Counter(sequence[:160]), Counter(sequence[160:])
     assert len(first) == 160 and set(first.values()) == {1}
     assert len(second) == 32 and set(second) < set(first)
+
+
+def test_loader_workers_go_with_a_run_that_is_killed(bench, tmp_path):
+    job = vae(5, "loader.workers=2")
+    fault = {
+        "at": "crysforge.trainer.engines.torch_engine:TorchEngine.step",
+        "call": 2,
+        "do": "SIGKILL",
+    }
+    ended = bench.start(job, tmp_path / "run", Blow("", {0: fault}))
+    assert ended.codes == [KILLED] and ended.left == []
+
+
+@pytest.mark.parametrize("number", range(2), ids=["pretraining", "finetuning"])
+def test_of_two_starts_at_once_the_later_has_the_run(bench, tmp_path, number):
+    """Two hundred times: tests/reliability.py."""
+    start_twice(number, bench, tmp_path)

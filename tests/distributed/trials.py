@@ -119,9 +119,9 @@ SAVE = [
     Moment("tensors are written", f"{RUNS}.checkpoint:save_tensors", 8, main=True),
     Moment("JSON is written", f"{RUNS}.checkpoint:write_json", 9, main=True),
     Moment("files are hashed", f"{RUNS}.checkpoint:sha256", 14, main=True),
-    Moment("it is in place", "crysforge.datapipe.common.files:sync_directory", 8, main=True),
+    Moment("it is in place", "crysforge.datapipe.common.files:sync_directory", 40, main=True),
     Moment("old ones are removed", f"{RUNS}.checkpoint:remove_tree", 4, main=True),
-    Moment("a file is put in place", "crysforge.datapipe.common.files:os.replace", 20, main=True),
+    Moment("a file is put in place", "crysforge.datapipe.common.files:os.replace", 36, main=True),
 ]
 BETWEEN = [
     Moment("the model is exported", f"{RUNS}.model_directory:save_tensors", 2, main=True),

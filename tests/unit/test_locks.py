@@ -15,7 +15,7 @@ import pytest
 
 from crysforge.datapipe.common import locks, owners, temporary
 from crysforge.datapipe.common.claims import claim_directory
-from crysforge.datapipe.common.files import write_text
+from crysforge.datapipe.common.files import replacing_directory, write_text
 from crysforge.datapipe.common.locks import Lock
 from crysforge.datapipe.common.owners import OwnerFile, owner_of
 from crysforge.datapipe.common.processes import Process
@@ -168,6 +168,22 @@ def test_it_is_said_once(tmp_path, no_locks, caplog):
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "has no file locks (flock: Function not implemented)" in record.getMessage()
+
+
+def test_nfs_locks_nothing_that_is_open_for_reading_only(tmp_path, monkeypatch, caplog):
+    """Which says nothing of its locks."""
+    flock = fcntl.flock
+
+    def answer(file, operation):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", answer)
+    with replacing_directory(tmp_path / "folder"), Lock(tmp_path / "lock", "busy"):
+        assert "busy" in taken(tmp_path / "lock")
+        assert not owner_of(tmp_path / "lock").exists()
+    assert caplog.records == []
 
 
 def test_who_is_known_to_be_gone_is_not_waited_for(tmp_path, no_locks):

@@ -94,6 +94,7 @@ def test_a_process_is_told_from_another_with_its_number():
         process.kill()
         until(lambda: not living([process]), "it has ended")
         assert known.alive() is False
-    for nonsense in (None, [], {}, {**known.to_json(), "pid": "1"}):
+    wrong = ({"pid": "1"}, {"host": "\x1b[31m"}, {"started": 3})
+    for nonsense in (None, [], {}, *({**known.to_json(), **one} for one in wrong)):
         with pytest.raises(ValueError, match="no process"):
             Process.from_json(nonsense)
