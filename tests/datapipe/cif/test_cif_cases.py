@@ -12,7 +12,7 @@ from crysforge.datapipe.sources.base import Raw
 from tests.cif_cases import in_short, is_as_wanted
 from tests.cif_contents import every
 
-FILES = Path(__file__).resolve().parents[1] / "data" / "cases"
+FILES = Path(__file__).resolve().parents[2] / "data" / "cases"
 READ = Reading((), Filters())
 
 

@@ -22,7 +22,7 @@ from crysforge.datapipe.common.safe_read import (
     to_yaml,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CODE = [p for d in ("datapipe", "models", "trainer", "launch") for p in (ROOT / d).rglob("*.py")]
 NUMBERS = [
     "1e-3", "1e3", "-1E+5", "1.", "1_000.5", ".5", "1.5e3", ".inf", "-.inf", ".nan", "inf", "yes",

@@ -16,7 +16,7 @@ from crysforge.datapipe.common import threads
 from crysforge.datapipe.common.threads import CHOSEN, COUNT, PROCESSES, WAITING, Choice, Share
 from crysforge.datapipe.common.workers import Workers
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def bare(**settings: str) -> dict[str, str]:
