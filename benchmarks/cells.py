@@ -35,7 +35,7 @@ from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders.base import ENCODERS
 from crysforge.models.encoders.pddformer import PDDFormer
-from crysforge.trainer import load
+from crysforge import load
 from crysforge.trainer.base.command_line import parse, required, run
 from tests.cell_changes import cells_of
 

@@ -41,9 +41,10 @@ from crysforge.launch.export import ExportConfig
 from crysforge.launch.leaderboard import LeaderboardConfig
 from crysforge.launch.predict import PredictConfig
 from crysforge.launch.prepare import BakeEncodersConfig
-from crysforge.trainer import load
+from crysforge import load
 from crysforge.trainer.base.command_line import PROSE, parse
-from crysforge.trainer.base.tensors import save_tensors, write_json
+from crysforge.datapipe.common.files import write_json
+from crysforge.trainer.base.tensors import save_tensors
 from crysforge.trainer.evaluation.report import EvaluateConfig, evaluate
 from crysforge.trainer.jobs import finetuning as reports
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema

@@ -141,7 +141,7 @@ def init(timeout_s: float = 1800, facts: Mapping[str, Any] | None = None) -> Wor
     """
     global _meeting, _alone
     rank, size, local_rank = place(os.environ)
-    if size > 1 and _meeting is None:
+    if size > 1 and _meeting is None and not dist.is_initialized():
         _alone = True  # until they meet
         _meeting = join(rank, size, timeout_s)
         _alone = False
@@ -225,7 +225,7 @@ def ended(error: Exception | None, code: int) -> None:
     elif isinstance(error, RankFailed | RankCrashed):
         meeting.leave(wait=True)
     elif isinstance(error, LostRank):
-        meeting.leave(wait=False)
+        meeting.close()
     else:
         known = isinstance(error, ValueError | OSError)
         what = str(error) if known else f"crashed, {type(error).__name__}: {first_line(error)}"

@@ -144,10 +144,14 @@ class Rendezvous:
 
     def leave(self, wait: bool) -> None:
         """Ends the watch; `wait` until all ranks leave or know why to, for a while at most."""
-        self._over.set()
+        self.close()
         self._acknowledge(self._main)
         if wait:
             self._await_others(self._main)
+
+    def close(self) -> None:
+        """Ends the watch, and asks nothing of the others."""
+        self._over.set()
 
     def _next(self) -> str:
         self._calls += 1

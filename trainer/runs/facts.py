@@ -35,10 +35,11 @@ def job_facts(config: Any, manifest: Manifest) -> dict[str, Any]:
     """What ranks must have alike before a job starts: settings, data, code, libraries.
 
     Args:
-        config: the job's config, a dataclass.
+        config: the job's config.
         manifest: of its data set.
     """
     facts = {k: v for k, v in flat(dataclasses.asdict(config)).items() if k not in MAY_DIFFER}
+    facts["init_from"] = "given" if config.init_from else "none"
     facts |= {"the data's fingerprint": manifest.fingerprint}
     facts |= {"the data's index": manifest.index_sha256}
     facts |= {f"the code's {k}": v for k, v in code_version().items() if k != "commit"}

@@ -28,7 +28,7 @@ from crysforge.launch.cluster.request import Request
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.base.command_line import from_sources, to_yaml
 from crysforge.trainer.base.distributed import World
-from crysforge.trainer.evaluation.formats import Table
+from crysforge.trainer.reports.formats import Table
 from crysforge.trainer.evaluation.results import _read_predictions
 from crysforge.trainer.figures import plots
 from crysforge.trainer.figures.style import with_unit

@@ -18,7 +18,7 @@ import pytest
 from crysforge import load
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.storage.dataset import Dataset
-from crysforge.trainer.base.tensors import sha256
+from crysforge.datapipe.common.files import sha256
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.logger import read_metrics
 

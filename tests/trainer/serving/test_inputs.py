@@ -19,8 +19,9 @@ from pymatgen.io.cif import CifWriter
 from crysforge.datapipe.crystals.cells import Cells
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.models.encoders import build_encoder
-from crysforge.trainer import load
-from crysforge.trainer.base.tensors import copied_state, write_json
+from crysforge import load
+from crysforge.datapipe.common.files import write_json
+from crysforge.trainer.base.tensors import copied_state
 from crysforge.trainer.runs.model_directory import Scaler, export_stage
 from crysforge.trainer.serving.trained_on import TrainedOn
 from crysforge.trainer.stages import FinetuneConfig, FinetuneStage
