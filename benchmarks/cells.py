@@ -26,6 +26,7 @@ import spglib
 import torch
 
 from benchmarks.tables import markdown, show
+from crysforge import load
 from crysforge.datapipe.crystals.bases import standard_basis
 from crysforge.datapipe.crystals.cells import Cells
 from crysforge.datapipe.crystals.crystal import Crystal
@@ -35,7 +36,6 @@ from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders.base import ENCODERS
 from crysforge.models.encoders.pddformer import PDDFormer
-from crysforge import load
 from crysforge.trainer.base.command_line import parse, required, run
 from tests.cell_changes import cells_of
 

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 import yaml
 
+from crysforge import load
+from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.edit import MergeConfig, ReshardConfig, SubsetConfig
@@ -41,9 +43,7 @@ from crysforge.launch.export import ExportConfig
 from crysforge.launch.leaderboard import LeaderboardConfig
 from crysforge.launch.predict import PredictConfig
 from crysforge.launch.prepare import BakeEncodersConfig
-from crysforge import load
 from crysforge.trainer.base.command_line import PROSE, parse
-from crysforge.datapipe.common.files import write_json
 from crysforge.trainer.base.tensors import save_tensors
 from crysforge.trainer.evaluation.report import EvaluateConfig, evaluate
 from crysforge.trainer.jobs import finetuning as reports

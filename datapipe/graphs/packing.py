@@ -198,14 +198,14 @@ def _nodes(
     node_batch, node_ptr = batch[first], np.searchsorted(first, ptr)
     local = np.arange(len(first)) - node_ptr[node_batch]
     # Hashed once more, so that no node key equals one that a stage derives from the crystal's.
-    node_key = derive(mix(key.astype(np.uint64))[node_batch], local).view(np.int64)
+    node_rng_key = derive(mix(key.astype(np.uint64))[node_batch], local).view(np.int64)
     return {
         "rng_key": key,
         "node_of_atom": node_of_atom,
         "node_multiplicity": np.bincount(node_of_atom, minlength=len(first)).astype(np.float32),
         "node_batch": node_batch,
         "node_ptr": node_ptr,
-        "node_rng_key": node_key,
+        "node_rng_key": node_rng_key,
     }
 
 

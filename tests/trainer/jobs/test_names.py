@@ -28,7 +28,6 @@ from crysforge.launch.cluster.request import Request
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.base.command_line import from_sources, to_yaml
 from crysforge.trainer.base.distributed import World
-from crysforge.trainer.reports.formats import Table
 from crysforge.trainer.evaluation.results import _read_predictions
 from crysforge.trainer.figures import plots
 from crysforge.trainer.figures.style import with_unit
@@ -36,11 +35,12 @@ from crysforge.trainer.jobs.finetuning import scores_of, summary
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.jobs.tables import write_predictions
 from crysforge.trainer.loop.guards import dump_batch, load_batch
+from crysforge.trainer.reports.formats import Table
 from crysforge.trainer.runs.card import model_card
 from crysforge.trainer.runs.logger import Logger, read_metrics
 from crysforge.trainer.runs.model_directory import Scaler, describe_stage, read_model
 from crysforge.trainer.serving.ensemble import read_predictions
-from crysforge.trainer.stages import FinetuneConfig, FinetuneStage
+from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
 from tests.launching import FINETUNE
 
 NASTY = [

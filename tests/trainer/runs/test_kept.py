@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from crysforge import load
+from crysforge.datapipe.common.files import sha256
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.storage.dataset import Dataset
-from crysforge.datapipe.common.files import sha256
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.logger import read_metrics
 

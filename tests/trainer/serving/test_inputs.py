@@ -16,15 +16,15 @@ from pymatgen.core import Lattice, Structure
 from pymatgen.io.ase import AseAtomsAdaptor
 from pymatgen.io.cif import CifWriter
 
+from crysforge import load
+from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.crystals.cells import Cells
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.models.encoders import build_encoder
-from crysforge import load
-from crysforge.datapipe.common.files import write_json
 from crysforge.trainer.base.tensors import copied_state
 from crysforge.trainer.runs.model_directory import Scaler, export_stage
 from crysforge.trainer.serving.trained_on import TrainedOn
-from crysforge.trainer.stages import FinetuneConfig, FinetuneStage
+from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
 from tests.cell_changes import MATERIALS, cells_of
 
 PRIMITIVE = {"cell": Cells().describe()}
