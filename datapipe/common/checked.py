@@ -109,7 +109,7 @@ Hash = Annotated[str, matching("[0-9a-f]{64}", "a SHA-256 in hexadecimal digits"
 Count = Annotated[int, between(0, LARGEST)]
 Finite = Annotated[float, Rule("finite", math.isfinite)]
 Seconds = Annotated[float, between(0, LARGEST)]
-Split = Literal["train", "val", "test"]
+Split = Annotated[str, matching("train|val|test", "train, val or test")]
 Number = Annotated[int, between(1, 118)]
 """An atomic number."""
 
@@ -269,7 +269,11 @@ def described(form: Any) -> str:
         return " or ".join(map(repr, args))
     if isinstance(form, Either) or origin in (Union, types.UnionType):
         return " or ".join(map(described, form.forms if isinstance(form, Either) else args))
-    return _WORDS.get(origin or form, "a mapping") if isinstance(form, Hashable) else "a mapping"
+    return (
+        _WORDS.get(typing.cast(Any, origin or form), "a mapping")
+        if isinstance(form, Hashable)
+        else "a mapping"
+    )
 
 
 def _both(form: Any, rule: Rule) -> str:

@@ -2,7 +2,7 @@
 elsewhere (a reference, the environment), and nothing is larger, deeper or elsewhere than it says.
 
 Every file of ours that holds values is read here, as JSON or YAML by its name, and held against a
-form of `common/checked.py`. `tests/datapipe/common/test_safe_read.py` walks the code for other ways.
+form of `common/checked.py`. `tests/datapipe/common/test_safe_read.py` walks the code for others.
 """
 
 from __future__ import annotations

@@ -103,7 +103,8 @@ def _graphs(manifest: Manifest) -> tuple[list[StoredGraphs], list[str]]:
     stored, problems = [], []
     for key, values in manifest.graphs.items():
         try:
-            graph = StoredGraphs(GraphSpec(**values))
+            spec: Any = values
+            graph = StoredGraphs(GraphSpec(**spec))
         except (TypeError, ValueError) as error:
             problems.append(f"{MANIFEST}: graphs.{key} is no graph spec: {error}")
             continue

@@ -214,7 +214,7 @@ _PARSERS: Mapping[str, Callable[[Any], Crystal]] = {
 }
 _TEXTS: Mapping[str, Callable[[Any, str], Crystal]] = {
     "block": _block,
-    "content": lambda file, checks: _content(*file, checks),
+    "content": lambda file, checks: _content(file[0], file[1], checks),
     "file": _file,
     "member": _member,
     "text": _text,

@@ -19,6 +19,7 @@ import re
 import stat
 import tempfile
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -210,7 +211,7 @@ def _open(path: Path, mode: str) -> BinaryIO:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
         raise ValueError(f"{path} is no file but a link or pipe: somebody tampers there") from None
-    return open(descriptor, mode)
+    return typing.cast(BinaryIO, open(descriptor, mode))
 
 
 def _place(file: BinaryIO, path: Path) -> Path:

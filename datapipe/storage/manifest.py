@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from crysforge.datapipe.common.checked import (
     Count,
@@ -70,7 +70,7 @@ class Target:
 class Manifest:
     """`manifest.json`: the completeness marker of a data set and all that is known about it."""
 
-    schema_version: Literal[1]
+    schema_version: Annotated[int, between(1, 1)]
     created_by: Line
     splits: Annotated[dict[Split, Annotated[int, between(0, 2**40)]], sized(3, 3)]
     """Crystals per split."""
