@@ -60,6 +60,10 @@ class BenchmarkConfig:
     most: float = 2.5
     """Largest ratio of busy to idle that is well."""
 
+    def __post_init__(self) -> None:
+        if self.steps < EVERY * (SKIPPED + 1):
+            raise ValueError(f"steps={self.steps}: {EVERY * (SKIPPED + 1)} or more are needed")
+
 
 def main() -> None:
     config = parse(BenchmarkConfig, __doc__)

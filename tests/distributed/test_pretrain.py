@@ -98,3 +98,4 @@ def test_the_deepspeed_launcher(alone, data, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert_same_curves(alone, run, rel=2e-4)
     assert open_model(run).stage == "joint"
+    assert done.stdout.count(" 2 processes); waiting: passive") == 2, done.stdout
