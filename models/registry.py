@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from crysforge.datapipe.common.escape import one_line
+
 T = TypeVar("T")
 
 
@@ -21,7 +23,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     choices = sorted(choices)
     match = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"did you mean {match[0]!r}? " if match else ""
-    return f"{hint}valid: {', '.join(choices)}"
+    return f"{hint}valid: {', '.join(map(one_line, choices))}"
 
 
 class Registry(Generic[T]):
@@ -48,9 +50,10 @@ class Registry(Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._items:
-            if name not in (offered := self._offered()):
-                raise ValueError(f"unknown {self.kind} {name!r}: {nearest(str(name), self)}")
+        if not isinstance(name, str) or name not in self._items:
+            if not isinstance(name, str) or name not in (offered := self._offered()):
+                shown = repr(name)[:80]
+                raise ValueError(f"unknown {self.kind} {shown}: {nearest(str(name)[:80], self)}")
             try:
                 item = offered[name].load()
             except Exception as error:  # it is not our code

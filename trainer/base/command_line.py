@@ -22,7 +22,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from crysforge.datapipe.common.safe_read import MAX_TEXT, as_text, parse_yaml
+from crysforge.datapipe.common.safe_read import as_text, parse_yaml, read_named
 from crysforge.datapipe.storage.remote import is_remote
 from crysforge.models.registry import configure, refuse_references
 
@@ -103,7 +103,7 @@ def merge_sources(
     merged: Any = OmegaConf.create({})
     typed: set[str] = set()
     for name in files:
-        data = _read(name)
+        data = read_named(name, "config file")
         values = _mapping(name, data)
         own = {key for key, _ in leaves(values)}
         trusted = hashlib.sha256(data).hexdigest() in recorded
@@ -162,21 +162,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: no such file, no mapping of settings, or one that refers to something elsewhere;
             see `datapipe.common.safe_read.parse_yaml`.
     """
-    return _mapping(path, _read(path))
-
-
-def _read(path: str | Path, what: str = "config file") -> bytes:
-    """A pipe and a link are files as well: the user has named it."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_TEXT + 1)
-    except FileNotFoundError:
-        raise ValueError(f"{what} {str(path)!r} does not exist") from None
-    except OSError as error:
-        raise ValueError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from None
-    if len(data) > MAX_TEXT:
-        raise ValueError(f"{what} {str(path)!r} has more than {MAX_TEXT} bytes")
-    return data
+    return _mapping(path, read_named(path, "config file"))
 
 
 def _mapping(path: str | Path, data: bytes) -> dict[str, Any]:
@@ -200,7 +186,7 @@ def read_plain(path: str | Path, what: str, as_written: bool = False) -> Any:
         ValueError: see `read_yaml`.
     """
     where = f"{what} {str(path)!r}"
-    value = parse_yaml(as_text(_read(path, what), where), where, as_written, aliases=True)
+    value = parse_yaml(as_text(read_named(path, what), where), where, as_written, aliases=True)
     refuse_references(value, f"{where}: ")
     refuse_locations(value if isinstance(value, dict) else {f"a setting of {where}": value})
     return value

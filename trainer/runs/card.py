@@ -13,6 +13,9 @@ from torch import Tensor
 
 from crysforge.datapipe.common.escape import code_block, code_span, markdown
 from crysforge.datapipe.common.safe_read import read_mapping, to_yaml
+from crysforge.trainer.base.tensors import new_directory, save_tensors, write_json, write_text
+from crysforge.trainer.runs.forms import METRICS
+from crysforge.trainer.runs.logger import read_metrics
 from crysforge.trainer.runs.model_directory import (
     SCALER,
     SCHEMA,
@@ -22,10 +25,7 @@ from crysforge.trainer.runs.model_directory import (
     read_model,
     write_config,
 )
-from crysforge.trainer.base.tensors import new_directory, save_tensors, write_json, write_text
 from crysforge.trainer.stages.base import count_parameters
-from crysforge.trainer.runs.logger import read_metrics
-from crysforge.trainer.runs.forms import METRICS
 
 CARD = "README.md"
 TRAINING = ("seed", "label_fraction", "label_count", "graph", "trainer")

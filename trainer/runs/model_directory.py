@@ -30,7 +30,7 @@ from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.models import __version__
 from crysforge.models.encoders import Encoder, build_encoder
 from crysforge.models.registry import configure, refuse_references
-from crysforge.trainer.runs.checkpoint import MAX_RECORD, RunDirectory
+from crysforge.trainer.base.safe_read import PICKLES, at_most, check_tensor_file
 from crysforge.trainer.base.tensors import (
     code_version,
     load_into,
@@ -40,10 +40,10 @@ from crysforge.trainer.base.tensors import (
     write_json,
     write_text,
 )
+from crysforge.trainer.runs.checkpoint import MAX_RECORD, RunDirectory
 from crysforge.trainer.runs.forms import MODEL, RUN
-from crysforge.trainer.stages.base import STAGES, Stage
 from crysforge.trainer.stages import FinetuneStage
-from crysforge.trainer.base.safe_read import PICKLES, at_most, check_tensor_file
+from crysforge.trainer.stages.base import STAGES, Stage
 
 SCHEMA = 2
 CONFIG, WEIGHTS, SCALER = "config.yaml", "model.safetensors", "scaler.json"

@@ -18,8 +18,8 @@ import pytest
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer import load
-from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.base.tensors import sha256
+from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.logger import read_metrics
 
 DATA = Path(__file__).resolve().parents[2] / "data"
