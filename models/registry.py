@@ -45,6 +45,8 @@ class Registry(Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
+        if not isinstance(name, str):
+            raise ValueError(f"unknown {self.kind} {repr(name)[:80]}: {nearest('', self)}")
         if name not in self._items and name in self.modules:
             importlib.import_module(self.modules[name])
         if name not in self._items:

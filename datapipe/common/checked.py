@@ -23,7 +23,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
@@ -269,11 +269,9 @@ def described(form: Any) -> str:
         return " or ".join(map(repr, args))
     if isinstance(form, Either) or origin in (Union, types.UnionType):
         return " or ".join(map(described, form.forms if isinstance(form, Either) else args))
-    return (
-        _WORDS.get(typing.cast(Any, origin or form), "a mapping")
-        if isinstance(form, Hashable)
-        else "a mapping"
-    )
+    if isinstance(form, Mapped | Mapping):
+        return _WORDS[dict]
+    return _WORDS.get(origin or form, _WORDS[dict])
 
 
 def _both(form: Any, rule: Rule) -> str:

@@ -14,6 +14,8 @@ from crysforge.datapipe.common.claims import claim_directory, empty_directory
 from crysforge.datapipe.common.files import remove_tree, write_text
 from crysforge.datapipe.common.safe_read import parse_json
 
+MAX_LINE = 1 << 28
+"""Bytes of the longest record."""
 _SYNC = 10.0
 """Seconds between moments when a journal is surely on the disk, not only with the system."""
 
@@ -69,10 +71,12 @@ class Journal:
 
     def __init__(self, path: Path, form: Any = Any) -> None:
         self.done: dict[str, Any] = {}
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(f"{path} is no regular file: remove its directory")
         self._file = open(path, "a+b")  # noqa: SIM115  (closed by `close`)
         self._file.seek(0)
         whole = 0
-        for line in self._file:
+        while line := self._file.readline(MAX_LINE):
             if not line.endswith(b"\n"):
                 break
             try:

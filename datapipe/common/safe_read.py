@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,6 +52,32 @@ def inside(root: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{path} leads out of {root}: put a copy there")
     return path
+
+
+def read_named(path: str | Path, what: str = "file", limit: int = MAX_TEXT) -> bytes:
+    """What a file holds that the user has named: a link is followed, and a pipe that a shell opened
+    (`<(command)`) is read.
+
+    Args:
+        what: the file is, for messages.
+
+    Raises:
+        ValueError: it is missing, another pipe or a device, which might never end, or longer than
+            `limit`.
+    """
+    try:
+        if not os.path.isfile(path) and not _DESCRIPTOR.fullmatch(str(path)):
+            os.stat(path)
+            raise ValueError(f"{what} {str(path)!r} is no regular file")
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise ValueError(f"{what} {str(path)!r} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from None
+    if len(data) > limit:
+        raise ValueError(f"{what} {str(path)!r} has more than {limit} bytes")
+    return data
 
 
 def read_text(path: Path, limit: int = MAX_TEXT) -> str:
@@ -234,6 +261,7 @@ def _check(value: Any, where: str) -> None:
     raise ValueError(f"{where} is nested more than {MAX_DEPTH} levels deep")
 
 
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/\d+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _FLOAT = re.compile(
     r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*(?:[eE][-+]?\d+)?)$"

@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 
 from crysforge.datapipe.common.checked import checked
-from crysforge.datapipe.common.safe_read import parse_json
+from crysforge.datapipe.common.safe_read import parse_json, read_named
 from crysforge.datapipe.storage.manifest import SPLITS
+
+MAX_IDS = 1 << 30
+"""Bytes of the longest file of ids."""
 
 NONE = -1
 PUBLISHED_SEED = 123
@@ -193,11 +196,7 @@ def read_ids(path: str) -> dict[str, list[str]]:
         if not found:
             raise ValueError(f"{path} holds none of train.txt, val.txt, test.txt")
         return found
-    try:
-        data = place.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"split_ids={path} does not exist") from None
-    lists = parse_json(data, path)
+    lists = parse_json(read_named(path, "split_ids", MAX_IDS), path)
     try:
         found = checked(dict[str, list[str | int]], lists, path)
     except ValueError:

@@ -19,7 +19,7 @@ from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.graphs.stored import StoredGraphs
 from crysforge.datapipe.schema import GraphSpec
-from crysforge.datapipe.storage.dataset import INDEX, Dataset, misfit
+from crysforge.datapipe.storage.dataset import INDEX, Dataset, largest_index, misfit
 from crysforge.datapipe.storage.manifest import MANIFEST, SPLITS, Manifest, open_file
 from crysforge.datapipe.storage.remote import local_path
 
@@ -77,7 +77,7 @@ def _open(root: str, manifest: Manifest) -> tuple[Dataset | None, list[str]]:
     """The data set, if its index can be used at all, and what is wrong with the index."""
     try:
         with open_file(root, INDEX) as file:
-            data = file.read()
+            data = file.read(largest_index(manifest) + 1)
         index = safetensors.load(data)
         if problem := misfit(index, manifest):
             return None, [f"{INDEX}: does not belong to the manifest: {problem}"]

@@ -70,13 +70,15 @@ class Dataset:
 
         url = join_path(root, INDEX)
 
+        most = largest_index(manifest)
+
         def check(data: bytes) -> None:
             if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
                 raise ValueError(f"{url} is damaged: its hash is not the manifest's")
 
         try:
             with open_file(root, INDEX, access, lambda path: check(path.read_bytes())) as file:
-                data = file.read()
+                data = file.read(most + 1)
         except FileNotFoundError:
             raise ValueError(f"{url} is missing: the data set is damaged") from None
         except OSError as error:
@@ -191,6 +193,12 @@ class Dataset:
             return decode_all(data, self.names)
         except BadCrystal as error:
             return BadCrystal(f"{self.where(item)}: {error}"), {}
+
+
+def largest_index(manifest: Manifest) -> int:
+    """Bytes that the index of a manifest's crystals has at most."""
+    row = sum(np.dtype(code).itemsize for code in COLUMNS.values()) + 8 * len(manifest.targets)
+    return row * sum(manifest.splits.values()) + (1 << 20)
 
 
 def misfit(index: Mapping[str, np.ndarray], manifest: Manifest) -> str:

@@ -120,8 +120,12 @@ def open_file(
 
 
 def open_local(path: str) -> BinaryIO:
-    """A file opened for reading. Raises OSError if it is missing, or a pipe or device, which might
-    never end."""
+    """A file opened for reading. Raises OSError if it is missing, a link out of its directory, or a
+    pipe or device, which might never end."""
+    if os.path.islink(path):
+        folder = os.path.realpath(os.path.dirname(path) or ".")
+        if not os.path.realpath(path).startswith(f"{folder}{os.sep}"):
+            raise OSError(errno.EINVAL, "a link out of its directory is not followed", path)
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  (it is what we return)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -168,7 +172,7 @@ def _copier(url: str, timeout_s: float) -> Callable[[Path], Any]:
     """A function that copies what is at the URL to a path."""
     local = local_path(url)
     if local is not None:
-        return lambda path: shutil.copyfile(local, path)
+        return lambda path: _copy_local(local, path)
     if url.startswith("pipe:"):
         command = shlex.split(url.removeprefix("pipe:"))
         if not command or shutil.which(command[0]) is None:
@@ -186,6 +190,11 @@ def _copier(url: str, timeout_s: float) -> Callable[[Path], Any]:
         raise ValueError(f"cannot read {url}: {error}") from None
     limit = {"timeout": timeout_s} if isinstance(system, AsyncFileSystem) else {}
     return lambda path: system.get_file(remote, str(path), **limit)
+
+
+def _copy_local(path: str, target: Path) -> None:
+    with open_local(path) as file, open(target, "wb") as copy:
+        shutil.copyfileobj(file, copy, 1 << 20)
 
 
 def _no_limit_of_its_own() -> dict[str, Any]:

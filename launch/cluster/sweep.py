@@ -136,7 +136,9 @@ def _from_file(path: Path) -> list[Cell]:
 
 
 def dotted(value: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings as (dotted key, value) pairs."""
+    """Nested mappings as (dotted key, value) pairs. Raises ValueError for what is no mapping."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"settings are a mapping of keys to values, not {repr(value)[:40]}")
     pairs: list[tuple[str, Any]] = []
     for key, item in value.items():
         if isinstance(item, dict) and item:

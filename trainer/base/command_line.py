@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 import crysforge
 from crysforge.datapipe.common.config import configure, refuse_references
 from crysforge.datapipe.common.names import nearest
-from crysforge.datapipe.common.safe_read import MAX_TEXT, as_text, parse_yaml
+from crysforge.datapipe.common.safe_read import as_text, parse_yaml, read_named
 from crysforge.datapipe.storage.remote import is_remote
 from crysforge.trainer.base.help import help_text, show
 
@@ -121,7 +121,7 @@ def merge_sources(
     merged: Any = OmegaConf.create({})
     typed: set[str] = set()
     for name in files:
-        data = _read(name)
+        data = read_named(name, "config file")
         values = _mapping(name, data)
         own = {key for key, _ in leaves(values)}
         trusted = hashlib.sha256(data).hexdigest() in recorded
@@ -284,24 +284,10 @@ def read_yaml(name: str | Path) -> dict[str, Any]:
             see `datapipe.common.safe_read.parse_yaml`.
     """
     path = find_config(name)
-    return _mapping(path, _read(path))
-
-
-def _read(path: str | Path, what: str = "config file") -> bytes:
-    """A pipe and a link are files as well: the user has named it."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_TEXT + 1)
-    except FileNotFoundError:
-        hint = ""
-        if what == "config file":
-            hint = f"; shipped: {nearest(str(path), shipped_configs())}"
-        raise ValueError(f"{what} {str(path)!r} does not exist{hint}") from None
-    except OSError as error:
-        raise ValueError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from None
-    if len(data) > MAX_TEXT:
-        raise ValueError(f"{what} {str(path)!r} has more than {MAX_TEXT} bytes")
-    return data
+    if not path.exists():
+        hint = nearest(str(name), shipped_configs())
+        raise ValueError(f"config file {str(name)!r} does not exist; shipped: {hint}")
+    return _mapping(path, read_named(path, "config file"))
 
 
 def _mapping(path: str | Path, data: bytes) -> dict[str, Any]:
@@ -325,7 +311,7 @@ def read_plain(path: str | Path, what: str, as_written: bool = False) -> Any:
         ValueError: see `read_yaml`.
     """
     where = f"{what} {str(path)!r}"
-    value = parse_yaml(as_text(_read(path, what), where), where, as_written, aliases=True)
+    value = parse_yaml(as_text(read_named(path, what), where), where, as_written, aliases=True)
     refuse_references(value, f"{where}: ")
     refuse_locations(value if isinstance(value, dict) else {f"a setting of {where}": value})
     return value
