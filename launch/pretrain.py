@@ -44,7 +44,7 @@ def main() -> None:
     world = distributed.init(config.trainer.timeout_s)
     print(world.describe(), flush=True)
 
-    encoder = jobs.starting_encoder(config)
+    encoder = jobs.starting_encoder(config, dataset)
     start = lineage(config.init_from, config.init_stage)
     data = jobs.learned_from(dataset, dataset.split_items("train"), start, read=False)
     directory = RunDirectory(config.run_dir)

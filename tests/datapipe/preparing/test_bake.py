@@ -299,6 +299,17 @@ def test_bake_by_name_and_by_config(built, tmp_path, monkeypatch, capsys):
     assert f"{TRAIN + VAL} crystals" in capsys.readouterr().out
     graphs = Manifest.load(tmp_path / "out").graphs.values()
     assert [(g["neighbors"], g["pdd"]) for g in graphs] == [(12, 0), (7, 5)]
+    path = built / "manifest.json"
+    values = json.loads(path.read_text())
+    values["provenance"] = {"cell": {"rule": "primitive", "tolerance": 0.01}}
+    primitive = shutil.copytree(built, tmp_path / "primitive")
+    (primitive / "manifest.json").write_text(json.dumps(values))
+    spec = script.graph_of("pddformer", Manifest.load(primitive))
+    assert (
+        spec.own_images_once
+        and not script.graph_of("pddformer", Manifest.load(built)).own_images_once
+    )
+    assert graph_key(spec) != graph_key(replace(spec, own_images_once=False))
     config.write_text("data: elsewhere\n")
     for encoder, message in ((str(config), "has no section 'encoder'"), ("x", "unknown encoder")):
         with pytest.raises(ValueError, match=message):
