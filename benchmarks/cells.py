@@ -1,13 +1,12 @@
 """What the cell that crystals are described in does to errors, to single predictions and to speed.
 
     python benchmarks/cells.py input=elastic2015.json.gz target=K_VRH output=runs/elastic
-    … n_train=800 n_val=150 n_test=231 seeds=[0,1,2] epochs=40 arms=[as_is,primitive,normalised]
+    … n_train=800 n_val=150 n_test=231 seeds=[0,1,2] epochs=40 arms=[as_is,primitive]
 
-Finetunes from scratch on cells as they are given, on primitive cells, and on cells as they are
-given with PDDFormer's atomic-number shares taken over the primitive cell. Each model then meets the
-test part in the cells that are given, in conventional ones, and in cells twice as long. Prints a
-table of errors, one of predictions for ten cells of a material, and one of what reduction takes
-(CPU time, one core); the runs stay in `output`, and a killed one goes on.
+Finetunes PDDFormer from scratch in four ways, see `ARMS`. Each model then meets the test part in
+the cells that are given, in conventional ones, and in cells twice as long. Prints a table of
+errors, one of predictions for ten cells of a material, and one of what reduction takes (CPU time,
+one core). The data sets and runs stay in `output`, and a killed run goes on.
 """
 
 from __future__ import annotations
@@ -39,7 +38,15 @@ from crysforge.models.encoders.pddformer import PDDFormer
 from crysforge.trainer.base.command_line import parse, required, run
 from tests.cell_changes import cells_of
 
-ARMS = ("as_is", "primitive", "normalised")
+ARMS = {
+    "as_is": ("as_is", {"name": "pddformer"}),
+    "normalised": ("as_is", {"name": "pddformer_normalised"}),
+    "twice": ("primitive", {"name": "pddformer", "own_images_once": "false"}),
+    "primitive": ("primitive", {"name": "pddformer"}),
+}
+"""Cell and encoder of each. as_is: cells and graph as published; normalised: the same, with shares
+of the atomic number over the primitive cell; twice: primitive cells, with the published graph, in
+which edges to an atom's own images count twice; primitive: the default, where they count once."""
 COPIES: dict[str, int] = {}
 """Primitive cells that the cell of each crystal holds, by id."""
 
@@ -74,11 +81,9 @@ class CellsConfig:
     epochs: int = 40
     """Epochs of each."""
     arms: list[str] = field(default_factory=lambda: list(ARMS))
-    """Which of as_is, primitive and normalised."""
+    """Which of as_is, normalised, twice and primitive."""
     config: str = "configs/finetune/small.yaml"
-    """Encoder and training."""
-    encoder: str = "pddformer"
-    """Encoder of as_is and primitive."""
+    """Size of the encoder, and training."""
     materials: list[str] = field(default_factory=lambda: ["rocksalt", "quartz"])
     """Materials whose ten cells are shown, see tests/cell_changes.py."""
     output: str = "runs/cells"
@@ -116,14 +121,13 @@ def make_set(config: CellsConfig, cell: str) -> Dataset:
 
 def train(config: CellsConfig, arm: str, seed: int) -> Path:
     """The run of an arm and a seed; made here if it is not there."""
-    path = Path(config.output) / f"{config.encoder}-{arm}-{seed}"
-    cell = "primitive" if arm == "primitive" else "as_is"
-    name = "pddformer_normalised" if arm == "normalised" else config.encoder
+    path = Path(config.output) / f"{arm}-{seed}"
+    cell, encoder = ARMS[arm]
     argv = sys.argv
     sys.argv = [
         "finetune", f"--config={config.config}", f"data={config.output}/data/{cell}",
-        f"run_dir={path}", f"target={config.target}", f"seed={seed}", f"encoder.name={name}",
-        f"finetune.epochs={config.epochs}",
+        f"run_dir={path}", f"target={config.target}", f"seed={seed}",
+        f"finetune.epochs={config.epochs}", *(f"encoder.{k}={v}" for k, v in encoder.items()),
     ]  # fmt: skip
     try:
         importlib.import_module("crysforge.launch.finetune").main()
@@ -167,6 +171,18 @@ def cost(crystals: list[Crystal]) -> list[dict]:
     return rows
 
 
+def ten_cells(config: CellsConfig, runs: dict[str, list[Path]]) -> list[dict]:
+    """What the first model of each arm says of ten cells of each material."""
+    columns = {
+        f"{material}, {arm}": load(runs[arm][0]).predict(list(cells_of(material).values()))
+        for material in config.materials
+        for arm in runs
+        if arm != "normalised"
+    }
+    names = cells_of(config.materials[0])
+    return [{"cell": n, **{k: v[i] for k, v in columns.items()}} for i, n in enumerate(names)]
+
+
 def main() -> None:
     config = parse(CellsConfig, __doc__)
     required(config, "input", "target")
@@ -182,27 +198,12 @@ def main() -> None:
         errors = {n: [error(r, cs, config.target) for r in runs[arm]] for n, cs in forms.items()}
         spread = {n: f"{np.mean(e):.4g} ± {np.std(e, ddof=1):.2g}" for n, e in errors.items()}
         rows.append({"cells": arm, **spread})
-    print(f"\n{config.target}, {config.encoder}: test MAE ± standard deviation over seeds\n")
-    about = {
-        "crystals": len(everything),
-        "not primitive": sum(COPIES[c.id] > 1 for c in everything),
-    }
-    show(rows, {**about, "target": config.target, "seeds": config.seeds, "epochs": config.epochs})
-    models = {arm: load(runs[arm][0]) for arm in config.arms if arm != "normalised"}
-    columns = {
-        f"{material}, {arm}": model.predict(list(cells_of(material).values()))
-        for material in config.materials
-        for arm, model in models.items()
-    }
-    names = list(cells_of(config.materials[0]))
-    print("\npredictions for ten cells\n")
-    print(
-        markdown(
-            [{"cell": n, **{k: v[i] for k, v in columns.items()}} for i, n in enumerate(names)], 6
-        )
-    )
-    print("\nwhat reduction takes\n")
-    print(markdown(cost(everything), 3))
+    print(f"\n{config.target}: test MAE ± standard deviation over seeds\n")
+    reducible = sum(COPIES[c.id] > 1 for c in everything)
+    about = {"target": config.target, "seeds": config.seeds, "epochs": config.epochs}
+    show(rows, {**about, "crystals": len(everything), "not primitive": reducible})
+    print("\npredictions for ten cells\n" + markdown(ten_cells(config, runs), 6))
+    print("\nwhat reduction takes\n" + markdown(cost(everything), 3))
 
 
 if __name__ == "__main__":

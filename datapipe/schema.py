@@ -48,7 +48,8 @@ class GraphSpec:
     the k nearest of the other, ties at the k-th distance kept (the ComFormer/Matformer recipe; its
     start radius has no influence on the result). With `radius=r`, all pairs within r Å are joined.
     Every pair appears in both directions. Pairs closer than 0.15 Å are ignored. As in that recipe,
-    an atom's edge to its own image is there twice under the k-nearest rule.
+    an atom's edge to its own image is there twice under the k-nearest rule, unless
+    `own_images_once`: then the atoms of a supercell have the edges of the cell's.
     """
 
     neighbors: int | None = None
@@ -73,6 +74,8 @@ class GraphSpec:
     sets it, and then runs on quotient graphs too; None keeps the full graph."""
     tie_tolerance: float = 1e-4
     """Distances in Å closer than this are equal."""
+    own_images_once: bool = False
+    """Whether an edge to an atom's own image counts as any other under the k-nearest rule."""
 
     def __post_init__(self) -> None:
         if (self.neighbors is None) == (self.radius is None):

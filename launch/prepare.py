@@ -56,10 +56,12 @@ from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.preparing.verify import VerifyConfig, verify
 from crysforge.datapipe.preparing.write import plan, summary
 from crysforge.datapipe.schema import GraphSpec
+from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.datapipe.storage.remote import join_path, local_path
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.base.command_line import parse, read_yaml, required, run
 from crysforge.trainer.figures.data_figures import histograms
+from crysforge.trainer.jobs.setup import suited
 
 
 def make() -> None:
@@ -114,20 +116,23 @@ class BakeEncodersConfig(BakeConfig):
     that of a run too."""
 
 
-def graph_of(encoder: str) -> GraphSpec:
+def graph_of(encoder: str, manifest: Manifest) -> GraphSpec:
+    """The graph that a training on this data set asks for."""
     if not encoder.endswith((".yaml", ".yml")):
-        return build_encoder({"name": encoder}).graph
+        return build_encoder(suited({"name": encoder}, manifest)).graph
     section = read_yaml(encoder).get("encoder")
     if not section:
         raise ValueError(f"{encoder} has no section 'encoder'")
-    return build_encoder(section).graph
+    return build_encoder(suited(section, manifest)).graph
 
 
 def bake_graphs() -> None:
     config = parse(BakeEncodersConfig, __doc__)
     required(config, "bake", "encoders")
     announce(config)
-    change(config, lambda config: bake(config, map(graph_of, config.encoders)))
+    manifest = Manifest.load(config.bake)
+    specs = (graph_of(encoder, manifest) for encoder in config.encoders)
+    change(config, lambda config: bake(config, specs))
 
 
 def change(config, action) -> None:

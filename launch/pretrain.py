@@ -55,7 +55,7 @@ def main() -> None:
     print(f"{world.describe()}; {threads.describe()}", flush=True)
 
     before = open_model(config.init_from, config.init_stage) if config.init_from else None
-    encoder = jobs.starting_encoder(config)
+    encoder = jobs.starting_encoder(config, dataset)
     start = lineage(config.init_from, config.init_stage)
     data = jobs.learned_from(dataset, dataset.split_items("train"), start, read=False)
     directory = RunDirectory(config.run_dir)

@@ -81,7 +81,8 @@ def recipe(crystal: Crystal, spec: GraphSpec) -> list[tuple[int, int, np.ndarray
                 else:
                     sets.setdefault((i, j), set()).add(image)
         sets.setdefault((i, i), set())
-    if spec.radius is not None:  # plain pairs: an image and its negative are one undirected edge
+    if spec.radius is not None or spec.own_images_once:
+        # plain pairs: an image and its negative are one undirected edge
         for (i, j), images in sets.items():
             if i == j:
                 sets[i, j] = {m for m in images if m > (0, 0, 0)}

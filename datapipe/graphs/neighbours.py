@@ -94,7 +94,8 @@ def neighbours(crystal: Crystal, spec: GraphSpec) -> Neighbours:
 
     The k-nearest rule is that of ComFormer and Matformer: an edge for every image of j within
     the k-th distance of i or of j. There an image of an atom in its own neighbour list stands in
-    the edge set with both signs and each is emitted in both directions, so its count is doubled.
+    the edge set with both signs and each is emitted in both directions, so its count is doubled,
+    unless the spec has it once.
     Lattice edges go into the same set: an image that is a near neighbour already adds nothing.
 
     Distances within `spec.tie_tolerance` of each other are one class and get the mean of the
@@ -107,7 +108,8 @@ def neighbours(crystal: Crystal, spec: GraphSpec) -> Neighbours:
     points = crystal.frac_coords @ lattice
     pairs = _Pairs.certified(points, lattice, spec)
     limit = pairs.reach(spec) + tolerance
-    edges = _near_edges(pairs, points, lattice, limit, doubled=spec.neighbors is not None)
+    doubled = spec.neighbors is not None and not spec.own_images_once
+    edges = _near_edges(pairs, points, lattice, limit, doubled)
     if spec.lattice_edges != "none":
         images = _MATFORMER_IMAGES if spec.lattice_edges == "matformer" else lattice_triple(lattice)
         added = _lattice_edges(images @ lattice, limit)

@@ -154,14 +154,7 @@ class Work:
             for name in self.labels
             if name not in known and (why := of_the_cell(name, units.get(name)))
         }
-        return Reading(
-            self.labels,
-            self.config.filters,
-            self.config.cells,
-            self.extensive(),
-            doubtful,
-            self.config.checks,
-        )
+        return self.config.reading(self.labels, extensive=self.extensive(), doubtful=doubtful)
 
     def extensive(self) -> tuple[str, ...]:
         """The labels that go with the number of atoms, by the user's or a data set's word."""
@@ -174,10 +167,10 @@ class Work:
         smaller one than is asked for."""
         manifests = self._manifests()
         if not manifests or len(manifests) < len(self.inputs):
-            return self.config.cells
+            return self.config.cell_rule
         before = [cells_of(manifest.provenance) for manifest in manifests]
         least = max(before, key=lambda cells: RULES.index(cells.rule))
-        asked = self.config.cells
+        asked = self.config.cell_rule
         return asked if RULES.index(asked.rule) <= RULES.index(least.rule) else least
 
     def _manifests(self) -> list[Manifest]:

@@ -68,7 +68,7 @@ def plan(config: PrepareConfig) -> str:
     return (
         f"{len(codes)} records in {', '.join(f'{i} ({f})' for _, i, f in work.inputs)}\n"
         f"split {work.rule}: {', '.join(counts)}, {int((codes == splits.NONE).sum())} in none\n"
-        f"cells: {config.cells}"
+        f"cells: {config.cell_rule}"
         + (f"\nleaving out duplicates of {', '.join(config.dedup)}" if config.dedup else "")
         + ("\nleaving out duplicates within" if config.duplicates.within else "")
         + notes

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from crysforge.datapipe.cif import CHECKS
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.crystals.cells import RULES, Cells
 from crysforge.datapipe.sources.base import Options
+from crysforge.datapipe.sources.read import Reading
 
 
 @dataclass(kw_only=True)
@@ -57,12 +58,22 @@ class ReadingConfig:
             raise ValueError(f"size must be at least 1, got {self.size}")
 
     @property
-    def cells(self) -> Cells:
+    def cell_rule(self) -> Cells:
         """What `cell` asks for."""
         return Cells(rule=self.cell, tolerance=self.cell_tolerance)
 
-    def options(self, **more: object) -> Options:
+    def options(self, **more: Any) -> Options:
         """What a reader is told: those of these settings that are one of its `Options`, and more
         of them."""
-        known = {f.name: getattr(self, f.name) for f in fields(Options) if hasattr(self, f.name)}
-        return Options(**known | more)
+        return Options(**self._among(Options) | more)
+
+    def reading(
+        self, labels: tuple[str, ...] = (), cells: Cells | None = None, **more: Any
+    ) -> Reading:
+        """What is done to each record: those of these settings that are one of `Reading`, and more
+        of them."""
+        given = {"labels": labels, "cells": cells or self.cell_rule, **more}
+        return Reading(**self._among(Reading) | given)
+
+    def _among(self, kind: Any) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(kind) if hasattr(self, f.name)}

@@ -233,8 +233,7 @@ def read_crystals(
     *,
     targets: Sequence[str] = (),
     options: Options | None = None,
-    filters: Filters | None = None,
-    cells: Cells | None = None,
+    reading: Reading | None = None,
     workers: int = 0,
     progress: bool = False,
 ) -> Iterator[Crystal | Failure]:
@@ -245,8 +244,8 @@ def read_crystals(
     Args:
         input: path of a file, archive, folder or prepared data set; or "prototypes".
         format: a reader's name; "auto" guesses.
-        targets: labels to read; a missing one is NaN. They stay what they are, whatever the cell.
-        cells: the cell to bring crystals to; None leaves them in the one that they have.
+        targets: labels to read; a missing one is NaN.
+        reading: what is done to each record; None takes it as it is, with the targets.
         workers: processes that parse; 0 takes every core. Small inputs are parsed in this one.
         progress: whether to show a progress bar.
 
@@ -254,9 +253,7 @@ def read_crystals(
         ValueError: the input as a whole cannot be read.
     """
     options = options or Options(targets=tuple(targets), wanted=tuple(targets))
-    reading = Reading(
-        tuple(targets), filters or Filters(), cells or AS_GIVEN, checks=options.checks
-    )
+    reading = reading or Reading(tuple(targets), checks=options.checks)
     raws = read_raw(input, format, options)
     first = list(islice(raws, 2 * CHUNK))
     seen: set[str] = set()

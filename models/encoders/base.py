@@ -78,8 +78,26 @@ def build_encoder(section: Mapping[str, Any]) -> Encoder:
         values = {**cls.tiny, **values}
     config: Any = configure(cls.Config, values, "encoder")
     encoder = cls(config)
-    encoder.section = {"name": name, **dataclasses.asdict(config)}
+    values = dataclasses.asdict(config)
+    for field in dataclasses.fields(config):  # what is left open is no setting of this encoder
+        if values[field.name] is field.default is None:
+            del values[field.name]
+    encoder.section = {"name": name, **values}
     return encoder
+
+
+OWN_IMAGES = "own_images_once"
+"""Setting of encoders on k-nearest graphs, see `GraphSpec`."""
+
+
+def for_primitive_cells(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A config section for crystals in primitive cells: where it leaves that open, an edge to an
+    atom's own image counts once, as it would in any larger cell."""
+    if section.get("name") in ENCODERS and section.get(OWN_IMAGES) is None:
+        config = getattr(ENCODERS[section["name"]], "Config", None)
+        if OWN_IMAGES in getattr(config, "__dataclass_fields__", {}):
+            return {**section, OWN_IMAGES: True}
+    return dict(section)
 
 
 def check_positive(config: Any, encoder: str, *names: str) -> None:

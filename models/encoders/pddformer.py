@@ -37,6 +37,9 @@ class PDDFormerConfig:
     """Nearest neighbours of the graph."""
     dropout: float = 0.1
     """Dropout in the gating blocks."""
+    own_images_once: bool | None = None
+    """Whether an edge to an atom's own image counts once; None: as published, twice, unless the
+    data set has primitive cells."""
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "node_inputs", "pdd", "neighbors"):
@@ -52,7 +55,8 @@ class PDDFormer(Encoder):
     distance rows. 4,332,800 parameters by default.
 
     Invariant to rotation, reflection, translation and the choice of unit cell; not to a supercell,
-    in which an atom's share of the atomic number (column 0 of `pdd`) is smaller.
+    in which an atom's share of the atomic number (column 0 of `pdd`) is smaller and, as published,
+    edges to what were own images count half.
     """
 
     Config = PDDFormerConfig
@@ -61,7 +65,12 @@ class PDDFormer(Encoder):
     def __init__(self, config: PDDFormerConfig) -> None:
         super().__init__()
         self.dim = config.width
-        self.graph = GraphSpec(neighbors=config.neighbors, pdd=config.pdd, depth=config.layers)
+        self.graph = GraphSpec(
+            neighbors=config.neighbors,
+            pdd=config.pdd,
+            depth=config.layers,
+            own_images_once=bool(config.own_images_once),
+        )
         self.embed_node = OneHotLinear(config.node_inputs, config.width)
         self.embed_edge = nn.Sequential(
             RBF(-4.0, 0.0, config.rbf_bins),

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from crysforge.datapipe.crystals.cells import PRIMITIVE, cells_of
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.loading.stream import Stream
 from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.models.encoders import Encoder, build_encoder
+from crysforge.models.encoders.base import for_primitive_cells
 from crysforge.trainer.base.agreement import same_file
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import load_into
@@ -32,12 +35,19 @@ def seed_everything(seed: int, purpose: str) -> None:
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def starting_encoder(config: JobConfig) -> Encoder:
-    """The encoder a job starts from: another run's (`init_from`) or a fresh one."""
+def starting_encoder(config: JobConfig, dataset: Dataset) -> Encoder:
+    """The encoder a job starts from: another run's (`init_from`) or a fresh one, which suits the
+    cells of the data set."""
     if config.init_from:
         return take_encoder(open_model(config.init_from, config.init_stage), config.encoder)
     seed_everything(config.seed, "encoder")
-    return build_encoder(config.encoder)
+    return build_encoder(suited(config.encoder, dataset.manifest))
+
+
+def suited(section: Mapping[str, Any], manifest: Manifest) -> Mapping[str, Any]:
+    """An encoder's section, with what suits the cells of a data set where it does not say."""
+    primitive = cells_of(manifest.provenance).rule == PRIMITIVE
+    return for_primitive_cells(section) if primitive else section
 
 
 def check_splits(dataset: Dataset, data: str, *names: str) -> None:
@@ -168,7 +178,7 @@ def finetune_stage(
         ValueError: `init_head`, but that run has no readout, or one for other targets, units or
             settings.
     """
-    encoder = starting_encoder(config)
+    encoder = starting_encoder(config, dataset)
     units = [dataset.manifest.targets[name].unit or "" for name in config.targets]
     known = open_model(config.init_from, config.init_stage) if config.init_head else None
     if known is None:

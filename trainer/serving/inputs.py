@@ -35,7 +35,11 @@ class PredictReading(ReadingConfig):
         """The cell that is asked for."""
         if self.cell == "model":
             return trained_on.cells
-        return self.cells
+        return self.cell_rule
+
+    def reading_for(self, trained_on: TrainedOn) -> Reading:
+        """What is done to each record."""
+        return self.reading(cells=self.cells_for(trained_on))
 
     def remark(self, trained_on: TrainedOn) -> str:
         """What a user should know of the cell; empty where every cell of a material gives the same
@@ -60,7 +64,7 @@ class PredictReading(ReadingConfig):
             self.input,
             self.format,
             options=self.options(),
-            cells=self.cells_for(trained_on),
+            reading=self.reading_for(trained_on),
             workers=self.workers,
             progress=self.progress,
         ):
@@ -123,7 +127,7 @@ def _found(
 def _each(
     structures: Iterable[Any], config: PredictReading, trained_on: TrainedOn
 ) -> Iterator[Crystal | Failure]:
-    reading = Reading(cells=config.cells_for(trained_on), checks=config.checks)
+    reading = config.reading_for(trained_on)
     for number, item in enumerate(structures):
         if not _is_path(item):
             yield reading(as_raw(item, number))

@@ -44,6 +44,8 @@ RULES = {
     "k=12": {"neighbors": 12},
     "k=3": {"neighbors": 3},
     "radius": {"radius": 4.5},
+    "k=12, once": {"neighbors": 12, "own_images_once": True},
+    "matformer, once": {"neighbors": 9, "lattice_edges": "matformer", "own_images_once": True},
     "matformer": {"neighbors": 12, "lattice_edges": "matformer"},
     "matformer, few": {"neighbors": 2, "lattice_edges": "matformer"},
     "comformer": {"neighbors": 9, "lattice_edges": "comformer"},

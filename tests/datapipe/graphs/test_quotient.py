@@ -62,6 +62,7 @@ SPECS = {
     "radius": GraphSpec(radius=4.0, depth=3),
     "one round": GraphSpec(radius=3.2, depth=1),
     "two rounds": GraphSpec(neighbors=6, depth=2),
+    "once": GraphSpec(neighbors=12, own_images_once=True, depth=3),
 }
 
 
@@ -201,10 +202,12 @@ def test_depth_bounds_what_is_told_apart():
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (1, 3, 2), (2, 2, 2)])
 @pytest.mark.parametrize("crystal", [PEROVSKITE, DIAMOND, random_crystal(3, 5)], ids=lambda c: c.id)
-@pytest.mark.parametrize("rule", [{"radius": 4.0}, {"neighbors": 2}])
+@pytest.mark.parametrize(
+    "rule", [{"radius": 4.0}, {"neighbors": 2}, {"neighbors": 12, "own_images_once": True}]
+)
 def test_supercell_has_the_same_quotient(crystal, shape, rule):
-    """The k-nearest recipe counts images of an atom in its own list twice, so there it holds as
-    long as no atom neighbours its own image: k = 2 here."""
+    """The k-nearest recipe counts images of an atom in its own list twice. So there it holds where
+    these are counted once, or as long as no atom neighbours its own image: k = 2 here."""
     spec = GraphSpec(**rule, pdd=20, depth=4)
     one, many = build([crystal], spec), build([supercell(crystal, shape)], spec)
     times = int(np.prod(shape))

@@ -45,6 +45,8 @@ SPECS = {
     "self-edges": GraphSpec(neighbors=6, lattice_edges="matformer", depth=2),
     "vectors": GraphSpec(neighbors=8, vectors=True),
     "radius": GraphSpec(radius=5.0, vectors=True),
+    "once": GraphSpec(neighbors=8, own_images_once=True, depth=2),
+    "once, vectors": GraphSpec(neighbors=8, own_images_once=True, vectors=True),
 }
 SALT = Crystal.create("salt", [11, 17], [[0, 0, 0], [0.5, 0.5, 0.5]], 3 * np.eye(3))
 

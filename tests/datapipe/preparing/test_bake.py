@@ -151,12 +151,12 @@ def test_the_key_is_of_all_that_a_graph_depends_on():
     others = [
         {"neighbors": 7}, {"pdd": 8}, {"tie_tolerance": 1e-3}, {"lattice_edges": "comformer"},
         {"lattice_triple": True}, {"vectors": True, "depth": None}, {"pair_sums": "exact"},
-        {"neighbors": None, "radius": 6.0},
+        {"neighbors": None, "radius": 6.0}, {"own_images_once": True},
     ]  # fmt: skip
     assert {next(iter(x)) for x in others} | {"radius", "depth"} == {
         f.name for f in dataclasses.fields(GraphSpec)
     }
-    assert len({graph_key(replace(spec, **x)) for x in others} | {graph_key(spec)}) == 9
+    assert len({graph_key(replace(spec, **x)) for x in others} | {graph_key(spec)}) == 10
 
 
 def test_the_manifest_says_which_graphs_there_are(built, baked):
@@ -295,6 +295,17 @@ def test_bake_by_name_and_by_config(built, tmp_path, monkeypatch, capsys):
     assert f"{TRAIN + VAL} crystals" in capsys.readouterr().out
     graphs = Manifest.load(tmp_path / "out").graphs.values()
     assert [(g["neighbors"], g["pdd"]) for g in graphs] == [(12, 0), (7, 5)]
+    path = built / "manifest.json"
+    values = json.loads(path.read_text())
+    values["provenance"] = {"cell": {"rule": "primitive", "tolerance": 0.01}}
+    primitive = shutil.copytree(built, tmp_path / "primitive")
+    (primitive / "manifest.json").write_text(json.dumps(values))
+    spec = script.graph_of("pddformer", Manifest.load(primitive))
+    assert (
+        spec.own_images_once
+        and not script.graph_of("pddformer", Manifest.load(built)).own_images_once
+    )
+    assert graph_key(spec) != graph_key(replace(spec, own_images_once=False))
     config.write_text("data: elsewhere\n")
     for encoder, message in ((str(config), "has no section 'encoder'"), ("x", "unknown encoder")):
         with pytest.raises(ValueError, match=message):

@@ -20,9 +20,12 @@ from crysforge import load
 from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.crystals.cells import Cells
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.base.tensors import copied_state
-from crysforge.trainer.runs.model_directory import Scaler, export_stage
+from crysforge.trainer.jobs.schemas import FinetuneJob
+from crysforge.trainer.jobs.setup import starting_encoder
+from crysforge.trainer.runs.model_directory import Scaler, export_stage, open_model, take_encoder
 from crysforge.trainer.serving.trained_on import TrainedOn
 from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
 from tests.cell_changes import MATERIALS, cells_of
@@ -244,3 +247,33 @@ def test_members_of_an_ensemble_see_one_cell(tmp_path):
     assert sum("unlike" in str(one.message) for one in told) == 1
     assert np.ptp(mean) < 1e-4 and np.ptp(sigma) < 1e-4
     assert ensemble.predict(ROCKSALT).shape == ()
+
+
+@pytest.mark.parametrize("rule", ["primitive", "niggli", "as_is", None])
+def test_a_fresh_encoder_suits_the_cells_of_its_data(tmp_path, rule, random_crystal):
+    with DatasetWriter(tmp_path / "set", []) as writer:
+        writer.add("train", random_crystal(np.random.default_rng(0), 4))
+        writer.finish({"cell": Cells(rule=rule).describe()} if rule else {})
+    dataset = Dataset.open(tmp_path / "set")
+
+    def start(**section):
+        job = FinetuneJob(encoder={"name": "pddformer", "tiny": True} | section)
+        return starting_encoder(job, dataset)
+
+    once = rule == "primitive"
+    assert start().graph.own_images_once is once
+    assert ("own_images_once" in start().section) is once  # as earlier versions wrote it
+    assert start(own_images_once=True).graph.own_images_once
+    assert not start(own_images_once=False).graph.own_images_once
+    assert start(name="schnet").graph.radius
+
+
+def test_an_encoder_is_taken_on_whatever_it_says_of_own_images(tmp_path):
+    section = {"name": "pddformer", "tiny": True}
+    encoder = build_encoder(section | {"own_images_once": True})
+    stage = FinetuneStage(FinetuneConfig(), encoder, ["gap"], [0.0], [1.0])
+    scaler = Scaler(["gap"], ["eV"], [0.0], [1.0])
+    export_stage(tmp_path / "m", stage, copied_state(stage), {}, scaler)
+    assert take_encoder(open_model(tmp_path / "m"), section).graph.own_images_once
+    with pytest.raises(ValueError, match="own_images_once=True, but the config asks for"):
+        take_encoder(open_model(tmp_path / "m"), section | {"own_images_once": False})
