@@ -208,17 +208,23 @@ def _rows(file: TextIO, layout: _Layout, path: Path, options: Options) -> Iterat
     width = len(layout.names)
     used = {*layout.structure, layout.id}
     labels = [(i, n) for i, n in enumerate(layout.names) if n and i not in used]
+    wanted = {plain(name) for name in options.wanted}
+    looked_at = [(i, n) for i, n in labels if plain(n) in wanted]
     values = Values(layout.dialect, path.name, options.wanted)
     for number, full in enumerate(rows, start=1):
         where, row = f"{path.name} row {number}", trim(full, width)
-        record = {name: values.read(name, row[i]) for i, name in labels if i < len(row)}
         if len(row) == width:
             payload = text_payload([row[i] for i in layout.structure])
         else:
             payload = ("bad", (f"{len(row)} fields, the header has {width}", "unreadable"))
-        found = numbered(path, number, options)
-        if layout.id is not None:
-            found = clean(row[layout.id]) if layout.id < len(row) else ""
+            row += [""] * (width - len(row))
+        record = {name: row[i] for i, name in labels}
+        for i, name in looked_at:
+            record[name] = values.read(name, row[i])
+        if layout.id is None:
+            found = numbered(path, number, options)
+        else:
+            found = clean(row[layout.id])
         yield Raw(found, where, payload if found else NO_ID, record)
     values.close()
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 
 from crysforge.datapipe.sources.values import has_comma, is_number, may_be_thousands
 
@@ -41,15 +41,19 @@ class Dialect:
         """
         ended = False
 
-        def source() -> Iterator[str]:
+        def end() -> Iterator[str]:
             nonlocal ended
-            for line in islice(lines, self.skip, None):
-                yield line if self.separator != " " else re.sub(r"\s+", " ", line.strip()) + "\n"
             ended = True
+            yield from ()
 
+        lines = islice(lines, self.skip, None)
+        if self.separator == " ":
+            lines = (re.sub(r"\s+", " ", line.strip()) + "\n" for line in lines)
         limit = csv.field_size_limit(LONGEST)
         try:
-            reader = csv.reader(source(), delimiter=self.separator, skipinitialspace=True)
+            reader = csv.reader(
+                chain(lines, end()), delimiter=self.separator, skipinitialspace=True
+            )
             start = 1
             for row in reader:
                 if ended:  # in the middle of a row

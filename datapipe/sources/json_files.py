@@ -129,15 +129,14 @@ def _row(table: Mapping[str, Any], number: int, row: Any) -> Item:
 def _raw(path: Path, options: Options, number: int, key: str | None, record: Any) -> Raw:
     """A record; of number 0 if it is the only one in its file."""
     where = f"{path.name} record {number}" if number else path.name
-    own = numbered(path, number, options)
     if not isinstance(record, Mapping):
         message = f"no crystal: found {str(record)[:40]!r}"
-        return Raw(own, where, ("bad", (message, "unreadable")))
+        return Raw(numbered(path, number, options), where, ("bad", (message, "unreadable")))
     if "lattice" in record and "sites" in record:
-        return Raw(key or own, where, ("structure", record))
-    if {"lattice_mat", "coords"} <= record.keys():
-        return Raw(key or own, where, ("atoms", record))
-    labels = {str(k): v for k, v in record.items()}
+        return Raw(key or numbered(path, number, options), where, ("structure", record))
+    if "lattice_mat" in record and "coords" in record:
+        return Raw(key or numbered(path, number, options), where, ("atoms", record))
+    labels = dict(record)
     if options.structure_column:
         column = same_column(options.structure_column, labels)
         if column is None:
@@ -153,7 +152,7 @@ def _raw(path: Path, options: Options, number: int, key: str | None, record: Any
     payload = text_payload([labels.pop(f) for f in fields] or [None])
     if key is None or options.id_column:
         id_name = pick_id(labels, options, where)
-        found = labels.pop(id_name) if id_name else own
+        found = labels.pop(id_name) if id_name else numbered(path, number, options)
     else:
         found = key
     if found in (None, ""):
