@@ -17,7 +17,8 @@ _SAME = 0.01
 _IMPOSSIBLE, _USUAL = 0.5, 0.75
 """Shares of the sum of covalent radii: no two atoms come closer than the first, and none in a
 crystal at rest closer than the second."""
-_MOST_ATOMS = 1000
+_MOST_ATOMS = 500
+"""Atoms of the largest cell in which all distances are looked at."""
 _TOLERANCES = (0.01, 0.05, 0.1, 0.3)
 """Å, for the search of a symmetry that a file names."""
 
@@ -70,9 +71,7 @@ def shortest_distances(crystal: Crystal) -> str:
 def has_symmetry(crystal: Crystal, number: int, settings: tuple[Setting, ...]) -> bool:
     """Whether the atoms have the symmetry that a file names: the group maps them onto themselves,
     or a search finds a group of that type."""
-    if len(crystal) > _MOST_ATOMS:
-        return False
-    if any(_is_closed(crystal, setting) for setting in settings):
+    if len(crystal) <= _MOST_ATOMS and any(_is_closed(crystal, s) for s in settings):
         return True
     import spglib
 

@@ -64,6 +64,18 @@ def test_pymatgens_poscars_are_read_as_pymatgen_reads_them(seed):
         SALT.replace("Na Cl\n4", "4"),  # VASP 4
         SALT.replace("Na Cl\n4", "4").replace("Na Cl", "Na4 Cl4  # salt"),
         lines(l6="Na Na Cl", l7="1 3 4"),
+        lines(l6="NA cl"),
+        SALT.replace("Na Cl\n4", "4")
+        .replace("Na Cl", "salt")
+        .replace(" 0\n0 ", " 0\n0 ")
+        .replace("0 0 0\n", "0 0 0 Na\n")
+        .replace("0 .5 .5\n", "0 .5 .5 Na\n")
+        .replace(".5 0 .5\n", ".5 0 .5 Na\n")
+        .replace("\n.5 .5 0\n", "\n.5 .5 0 Na\n")
+        .replace(".5 .5 .5\n", ".5 .5 .5 Cl\n")
+        .replace(".5 0 0\n", ".5 0 0 Cl\n")
+        .replace("\n0 .5 0\n", "\n0 .5 0 Cl\n")
+        .replace("0 0 .5\n", "0 0 .5 Cl\n"),
         SALT + "\n0.1 0.1 0.1\n" * 8,  # velocities after an empty line
     ],
 )

@@ -13,6 +13,9 @@ import yaml
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from crysforge.trainer.base.safe_read import read_mapping, read_object
+from crysforge.trainer.base.tensors import new_directory, save_tensors, write_json, write_text
+from crysforge.trainer.runs.logger import read_metrics
 from crysforge.trainer.runs.model_directory import (
     SCALER,
     SCHEMA,
@@ -22,10 +25,7 @@ from crysforge.trainer.runs.model_directory import (
     read_model,
     write_config,
 )
-from crysforge.trainer.base.tensors import new_directory, save_tensors, write_json, write_text
 from crysforge.trainer.stages.base import count_parameters
-from crysforge.trainer.runs.logger import read_metrics
-from crysforge.trainer.base.safe_read import read_mapping, read_object
 
 CARD = "README.md"
 TRAINING = ("seed", "label_fraction", "label_count", "graph", "trainer")

@@ -31,7 +31,13 @@ from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.models import __version__
 from crysforge.models.encoders import Encoder, build_encoder
 from crysforge.models.registry import configure
-from crysforge.trainer.runs.checkpoint import RunDirectory
+from crysforge.trainer.base.safe_read import (
+    PICKLES,
+    at_most,
+    check_tensor_file,
+    read_mapping,
+    read_object,
+)
 from crysforge.trainer.base.tensors import (
     code_version,
     load_into,
@@ -41,15 +47,9 @@ from crysforge.trainer.base.tensors import (
     write_json,
     write_text,
 )
-from crysforge.trainer.stages.base import STAGES, Stage
+from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.stages import FinetuneStage
-from crysforge.trainer.base.safe_read import (
-    PICKLES,
-    at_most,
-    check_tensor_file,
-    read_mapping,
-    read_object,
-)
+from crysforge.trainer.stages.base import STAGES, Stage
 
 SCHEMA = 2
 CONFIG, WEIGHTS, SCALER = "config.yaml", "model.safetensors", "scaler.json"
