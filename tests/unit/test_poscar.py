@@ -26,6 +26,11 @@ Direct
 0 .5 0
 0 0 .5
 """
+HEAD, ROWS = SALT.split("\n")[:8], SALT.split("\n")[8:16]
+BESIDE = "\n".join(
+    ["salt", *HEAD[1:5], *HEAD[6:]] + [f"{r} {'Na' if i < 4 else 'Cl'}" for i, r in enumerate(ROWS)]
+)
+"""VASP 4 with the symbols beside the positions."""
 WANTED = read_poscar(SALT)
 
 
@@ -65,17 +70,7 @@ def test_pymatgens_poscars_are_read_as_pymatgen_reads_them(seed):
         SALT.replace("Na Cl\n4", "4").replace("Na Cl", "Na4 Cl4  # salt"),
         lines(l6="Na Na Cl", l7="1 3 4"),
         lines(l6="NA cl"),
-        SALT.replace("Na Cl\n4", "4")
-        .replace("Na Cl", "salt")
-        .replace(" 0\n0 ", " 0\n0 ")
-        .replace("0 0 0\n", "0 0 0 Na\n")
-        .replace("0 .5 .5\n", "0 .5 .5 Na\n")
-        .replace(".5 0 .5\n", ".5 0 .5 Na\n")
-        .replace("\n.5 .5 0\n", "\n.5 .5 0 Na\n")
-        .replace(".5 .5 .5\n", ".5 .5 .5 Cl\n")
-        .replace(".5 0 0\n", ".5 0 0 Cl\n")
-        .replace("\n0 .5 0\n", "\n0 .5 0 Cl\n")
-        .replace("0 0 .5\n", "0 0 .5 Cl\n"),
+        BESIDE,
         SALT + "\n0.1 0.1 0.1\n" * 8,  # velocities after an empty line
     ],
 )
@@ -90,8 +85,7 @@ def test_every_form_is_the_same_crystal(text):
 def test_cartesian_positions_are_scaled(scale):
     direct = read_poscar(lines(l2=scale))
     vectors = np.array([[5.64, 0, 0], [0, 5.64, 0], [0.3, 0, 5.64]])
-    rows = SALT.split("\n")[8:16]
-    places = [" ".join(map(str, np.array(r.split(), float) @ vectors)) for r in rows]
+    places = [" ".join(map(str, np.array(r.split(), float) @ vectors)) for r in ROWS]
     head = lines(l2=scale, l8="Cartesian").split("\n")[:8]
     found = read_poscar("\n".join([*head, *places]))
     np.testing.assert_allclose(found.lattice, direct.lattice, atol=1e-9)
