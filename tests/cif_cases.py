@@ -159,6 +159,8 @@ def symmetry() -> Cases:
             block(symbol("P m -3 m"), f"{hall} '-F 4 2 3'\n", A, NACL), "refuse"),
         "Hall and origin differ": (
             block(symbol("F d -3 m :2"), f"{hall} 'F 4d 2 3 -1d'\n", SILICON), "refuse"),
+        "Hall and operations differ": (
+            block(f"{hall} '-P 4 2 3'\n", operations(*full), A, NACL), "refuse"),
         "cubic": (block("_symmetry_cell_setting cubic\n", A, NACL), "refuse"),
         "all atoms, no symmetry": (block(A, ALL), "refuse"),
         "origin open": (block(diamond, SILICON), "refuse"),

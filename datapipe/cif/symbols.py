@@ -22,6 +22,8 @@ _DOUBLE_GLIDES = {
 
 _MONOCLINIC = range(3, 16)
 _CUBIC = 195
+_LONGEST = 200
+"""Characters of a symbol with remarks."""
 _UNTABULATED = re.compile(r"[()]|a\)?$")
 """CCP4's names for shifted origins, which no file means."""
 
@@ -85,6 +87,8 @@ def settings_of_symbol(symbol: str) -> tuple[Setting, ...]:
     A short monoclinic symbol names no axis; `P 21/c` may be `P 1 21/c 1` or `P 21/c 1 1`.
     """
     remarks = " ".join(_REMARK.findall(symbol))
+    if len(symbol) > _LONGEST:
+        return ()
     said = _REMARK.sub(" ", symbol)
     found, extension = _look_up(_plain(said))
     screws = [word for word in said.replace("_", " ").split()[1:] if _SCREW.fullmatch(word)]
@@ -217,4 +221,4 @@ def _by_schoenflies() -> dict[str, int]:
     import spglib
 
     kinds = [spglib.get_spacegroup_type(hall) for hall in range(1, _ITB + 1)]
-    return {re.sub(r"[^a-z0-9^]", "", k.schoenflies.lower()): k.number for k in kinds}
+    return {re.sub(r"[^a-z0-9^]", "", k.schoenflies.lower()): k.number for k in kinds if k}
