@@ -91,8 +91,8 @@ def symbols() -> Cases:
     found: Cases = {}
     for text in (
         "F m -3 m", "Fm3m", "F 4/m -3 2/m", "FM-3M", "f m -3 m", "F_m_-3_m", "F m 3 m", "Fm-3m S",
-        "Fm-3m (No. 225)", "F m -3 m :1", "F m -3 m {no remark}", "F m 3\u0305 m", "F m \\bar{3} m",
-        "F m \u22123 m",
+        "Fm-3m (No. 225)", "F m -3 m (225)", "F m -3 m :1", "F m -3 m {no remark}",
+        "F m 3\u0305 m", "F m \\bar{3} m", "F m \u22123 m",
     ):  # fmt: skip
         found[text] = block(symbol(text), A, NACL), SALT
     for text, where in (
@@ -128,6 +128,8 @@ def symbols() -> Cases:
         found[f"{text}, hexagonal"] = block(symbol(text), HEXAGONAL, BITE), "Bi6 Te9|166"
     for text in ("R -3 m", "R -3 m :R", "R -3 m R", "R-3mr"):
         found[f"{text}, rhombohedral"] = block(symbol(text), RHOMBOHEDRAL, BITE_R), "Bi2 Te3|166"
+    for text in ("F d -3 m (x+1/8,y+1/8,z+1/8)", "F d -3 m (a)", "P 31 2", "F d -3 m S Z"):
+        found[text] = block(symbol(text), SILICON), "refuse"
     found["H on R"] = block(symbol("R -3 m :H"), RHOMBOHEDRAL, BITE_R), "refuse"
     found["R on H"] = block(symbol("R -3 m :R"), HEXAGONAL, BITE), "refuse"
     found["166:R"] = block("_space_group_IT_number 166:R\n", RHOMBOHEDRAL, BITE_R), "Bi2 Te3|166"
@@ -157,6 +159,8 @@ def symmetry() -> Cases:
             block(symbol("P m -3 m"), f"{hall} '-F 4 2 3'\n", A, NACL), "refuse"),
         "Hall and origin differ": (
             block(symbol("F d -3 m :2"), f"{hall} 'F 4d 2 3 -1d'\n", SILICON), "refuse"),
+        "Hall and operations differ": (
+            block(f"{hall} '-P 4 2 3'\n", operations(*full), A, NACL), "refuse"),
         "cubic": (block("_symmetry_cell_setting cubic\n", A, NACL), "refuse"),
         "all atoms, no symmetry": (block(A, ALL), "refuse"),
         "origin open": (block(diamond, SILICON), "refuse"),

@@ -180,7 +180,12 @@ def facts() -> Cases:
             "refuse"),
         "attached hydrogens": (salt("", hydrogens("2")), "refuse"),
         "no attached hydrogens": (salt("", hydrogens(".")), SALT),
-        "attached hydrogens that are listed": (salt(formula("Na Cl"), hydrogens("1")), SALT),
+        "attached hydrogens, none in the formula": (
+            salt(formula("Na Cl"), hydrogens("1")), "refuse"),
+        "attached hydrogens that are listed": (
+            block(formula("Mg (O H)2"), BRUCITE,
+                  sites("Mg Mg 0 0 0 0", "O O .33333 .66667 .22 1", "H H .33333 .66667 .43 0",
+                        more="attached_hydrogens")), MGOH),
         "dummy": (salt("", dummy), "refuse"),
         "dummy, formula without it": (salt(formula("Na Cl"), dummy), SALT),
         "dimension 0": (salt("_cell_modulation_dimension 0\n"), SALT),

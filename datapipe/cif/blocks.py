@@ -31,6 +31,7 @@ class Block:
         self.repeated: set[str] = set()
         self._loops: list[cif.Loop] = []
         self._values: dict[int, list[str]] = {}
+        item: cif.Item
         for item in source:
             if (pair := item.pair) is not None:
                 tag, value = _tag(pair[0]), pair[1]

@@ -79,6 +79,27 @@ class Facts:
     """Mass of a formula unit, where there is no formula."""
 
 
+@dataclass(frozen=True)
+class Doubt:
+    """A remark that needs the formula's word.
+
+    Attributes:
+        numbers: the elements that a label may stand for, or none.
+        hydrogens: whether hydrogen atoms are said to be somewhere.
+    """
+
+    words: str
+    numbers: tuple[int, ...] = ()
+    hydrogens: bool = False
+
+    def is_settled(self, verdict: Verdict, facts: Facts) -> bool:
+        """Whether the facts that agree with the atoms leave no doubt: a formula (that has hydrogen,
+        where there should be some), or, between several elements, Z or density."""
+        if self.hydrogens and not (facts.formula and 1 in facts.formula.elements):
+            return False
+        return verdict.formula or (len(self.numbers) > 1 and verdict.content)
+
+
 @dataclass
 class Verdict:
     """What the facts say of a set of atoms.
@@ -107,10 +128,10 @@ def facts_of(block: Block) -> Facts:
         if np.isfinite(value) and value > 0:
             facts.volume = value, _VOLUME * value + _last_digit(volume)
     for tag, share in _DENSITIES.items():
-        text = block.value(tag)
-        value = cif.as_number(text) if text else float("nan")
-        if text and np.isfinite(value) and value > 0:
-            facts.densities.append((tag, value, share * value + _last_digit(text)))
+        value = _number(block, tag)
+        if value is not None:
+            error = share * value + _last_digit(block.value(tag) or "")
+            facts.densities.append((tag, value, error))
     if facts.formula is None:
         facts.mass = _number(block, "_chemical_formula_weight")
     return facts

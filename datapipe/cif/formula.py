@@ -18,6 +18,9 @@ NUMBERS: Mapping[str, int] = {
 """Atomic number by symbol; those of hydrogen's isotopes are 1."""
 
 _CHARGE = re.compile(r"(?<=[\s\])}A-Za-z0-9])\d*\.?\d*[+-](?=[\s,;)\]}]|$)")
+_LONGEST = 2000
+"""Characters of a formula."""
+_DOT = re.compile(r"\s\.\s*(?=[\d(\[A-Z])")
 _TOKEN = re.compile(
     r"\s*(?:(?P<element>[A-Z][a-z]?)|(?P<open>[(\[{])|(?P<close>[)\]}])"
     r"|(?P<number>(?:\d+\.?\d*|\.\d+)(?:\(\d+\))?)|(?P<next>[,*·•;]))"
@@ -63,7 +66,9 @@ class Formula:
 def parse_formula(text: str) -> Formula | None:
     """`Ca H2 O2`, `Mg (O H)2`, `C6 H12 N2 2+, 2(Cl 1-)`, `Cu S O4 * 5H2 O`, `NA1 CL1`; None if it
     cannot be read, as where it holds unknowns (`Na1-x`)."""
-    clean = _CHARGE.sub("", text.strip().strip("'\""))
+    if len(text) > _LONGEST:
+        return None
+    clean = _DOT.sub(",", _CHARGE.sub("", text.strip().strip("'\"")))
     counts = _read(clean)
     if counts is None and (words := clean.split()):  # capitals throughout, in words
         found = [_PLAIN.fullmatch(word) for word in words]

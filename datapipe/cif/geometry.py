@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 from ase.data import covalent_radii
@@ -17,7 +18,10 @@ _SAME = 0.01
 _IMPOSSIBLE, _USUAL = 0.5, 0.75
 """Shares of the sum of covalent radii: no two atoms come closer than the first, and none in a
 crystal at rest closer than the second."""
-_MOST_ATOMS = 1000
+_OVERLAP = 0.5
+"""Å between two atoms that cannot both be there."""
+_MOST_ATOMS = 500
+"""Atoms of the largest cell in which all distances are looked at."""
 _TOLERANCES = (0.01, 0.05, 0.1, 0.3)
 """Å, for the search of a symmetry that a file names."""
 
@@ -58,25 +62,26 @@ def same_crystal(a: Crystal, b: Crystal) -> bool:
 
 
 def shortest_distances(crystal: Crystal) -> str:
-    """Whether the atoms of a crystal are "usual" distances apart, some are "impossible" ones, or it
-    is "open"."""
+    """Whether the atoms of a crystal are "usual" distances apart, some are "impossible" ones or
+    "overlap", or it is "open"."""
     if len(crystal) > _MOST_ATOMS:
         return "open"
     radii = covalent_radii[crystal.numbers]
-    least = float((_distances(crystal) / (radii[:, None] + radii)).min())
+    distances = _distances(crystal)
+    if distances.min() < _OVERLAP:
+        return "overlap"
+    least = float((distances / (radii[:, None] + radii)).min())
     return "usual" if least > _USUAL else "impossible" if least < _IMPOSSIBLE else "open"
 
 
 def has_symmetry(crystal: Crystal, number: int, settings: tuple[Setting, ...]) -> bool:
     """Whether the atoms have the symmetry that a file names: the group maps them onto themselves,
     or a search finds a group of that type."""
-    if len(crystal) > _MOST_ATOMS:
-        return False
-    if any(_is_closed(crystal, setting) for setting in settings):
+    if len(crystal) <= _MOST_ATOMS and any(_is_closed(crystal, s) for s in settings):
         return True
     import spglib
 
-    cell = crystal.lattice, crystal.frac_coords, crystal.numbers
+    cell: Any = crystal.lattice, crystal.frac_coords, crystal.numbers
     for tolerance in _TOLERANCES:
         try:
             found = spglib.get_symmetry_dataset(cell, symprec=tolerance, angle_tolerance=5)

@@ -13,8 +13,8 @@ import numpy as np
 
 from crysforge.datapipe.crystals.crystal import BadCrystal
 
-MAX_OPERATIONS = 1000
-"""Operations of the largest group that is read; a cubic F cell has 192."""
+MAX_OPERATIONS = 400
+"""Operations of the largest group that is read; a cubic F cell has 192, a magnetic one 384."""
 _MAX_DENOMINATOR = 360
 _MAX_ENTRY = 8
 _TERM = re.compile(r"([+-]?)(?:(\d+\.?\d*|\.\d+)(?:/(\d+\.?\d*))?)?\*?([xyzabc]?)")

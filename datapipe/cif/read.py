@@ -13,6 +13,7 @@ from crysforge.datapipe.cif.blocks import Block, structure_blocks
 from crysforge.datapipe.cif.cell import Parameters, lattice_for, read_parameters
 from crysforge.datapipe.cif.checks import (
     CHECKS,
+    Doubt,
     Facts,
     facts_of,
     judge,
@@ -43,9 +44,14 @@ _FULL = 1e-3
 class _Attempt:
     """The crystal by one reading of the symmetry and of the labels."""
 
-    name: str
+    candidate: Candidate
+    elements: str
+    """How doubtful labels are read."""
     crystal: Crystal
     problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, [self.candidate.name, self.elements]))
 
 
 def read_cif(text: str, checks: str = "strict", number: int | None = None) -> Crystal:
@@ -97,9 +103,8 @@ def _read(block: Block, checks: str) -> Crystal:
     sites = read_sites(block)
     facts = facts_of(block)
     species = _species(block, sites, facts)
-    _full_sites(
-        sites, np.array([s.numbers[0] for s in species])
-    )  # disorder is the first thing to say
+    if sites.occupancy is not None:  # disorder is what to say first
+        _full_sites(sites, np.array([s.numbers[0] for s in species]))
     symmetry = symmetry_of(block)
     parameters = read_parameters(block)
     attempts = list(_attempts(sites, species, facts, symmetry, parameters))
@@ -139,26 +144,37 @@ def _species(block: Block, sites: Sites, facts: Facts) -> list[Species]:
 def _attempts(
     sites: Sites, species: list[Species], facts: Facts, symmetry: Symmetry, parameters: Parameters
 ) -> Iterator[_Attempt]:
-    """One for each group that fits the cell and each way to read the labels."""
-    doubtful = list(dict.fromkeys(s for s in species if not s.sure))
-    doubts = [(d, False) for d in sites.doubts]
-    doubts += [(f"{s.words} may be more than an element", len(s.numbers) > 1) for s in doubtful]
-    readings = list(islice(product(*(s.numbers for s in doubtful)), _MOST_READINGS))
-    for candidate in _fitting(symmetry, parameters):
+    """One for each group that fits the cell and each way to read the labels.
+
+    Raises:
+        BadCrystal: the only group, or all that fit, make nonsense of the sites.
+    """
+    doubtful = {s.key: s for s in species if not s.sure}
+    doubts = list(sites.doubts)
+    doubts += [
+        Doubt(f"{s.words} may be more than an element", s.numbers) for s in doubtful.values()
+    ]
+    readings = list(islice(product(*(s.numbers for s in doubtful.values())), _MOST_READINGS))
+    candidates = _fitting(symmetry, parameters)
+    failed, any_good = [], False
+    for candidate in candidates:
         cell = lattice_for(parameters, candidate.group)
-        if cell is None:
-            continue
-        for reading in readings:
-            numbers, name = [s.numbers[0] for s in species], candidate.name
+        for reading in readings if cell is not None else ():
+            numbers, words = [s.numbers[0] for s in species], ""
             if doubtful:
                 said = dict(zip(doubtful, reading, strict=True))
-                numbers = [said.get(s, z) for s, z in zip(species, numbers, strict=True)]
-                words = dict.fromkeys(f"{s.words} as {in_words({z: 1})}" for s, z in said.items())
-                name = ", ".join([name, *words])
-            merged = _full_sites(sites, np.array(numbers))
-            attempt = _attempt(*merged, facts, symmetry, candidate, cell, doubts)
-            attempt.name = name
-            yield attempt
+                numbers = [said.get(s.key, z) for s, z in zip(species, numbers, strict=True)]
+                words = ", ".join(f"{key} as {in_words({z: 1})}" for key, z in said.items())
+            try:
+                merged = _full_sites(sites, np.array(numbers))
+                crystal, problems = _expanded(*merged, facts, symmetry, candidate, cell, doubts)
+            except BadCrystal as error:
+                failed.append(error)
+                continue
+            any_good = True
+            yield _Attempt(candidate, words, crystal, problems)
+    if failed and not any_good:
+        raise failed[0]
 
 
 def _fitting(symmetry: Symmetry, parameters: Parameters) -> list[Candidate]:
@@ -171,20 +187,16 @@ def _fitting(symmetry: Symmetry, parameters: Parameters) -> list[Candidate]:
     return list(symmetry.candidates)
 
 
-def _attempt(
+def _expanded(
     sites: Sites,
     numbers: np.ndarray,
     facts: Facts,
     symmetry: Symmetry,
     candidate: Candidate,
     cell: np.ndarray,
-    doubts: list[tuple[str, bool]],
-) -> _Attempt:
-    """The crystal by one group and one reading, and what contradicts it.
-
-    Args:
-        doubts: what only a formula can settle, and whether Z or a density can as well.
-    """
+    doubts: list[Doubt],
+) -> tuple[Crystal, list[str]]:
+    """The crystal by one group and one reading, and what contradicts it."""
     index, frac = expand(sites, candidate.group, cell)
     numbers = numbers[index]
     index, numbers, frac, copies = merge_copies(index, numbers, frac, cell)
@@ -194,17 +206,15 @@ def _attempt(
     atoms = Counter(numbers.tolist())
     verdict = judge(facts, atoms, float(cell[0, 0] * cell[1, 1] * cell[2, 2]))
     problems = [*symmetry.problems, *verdict.problems]
-    problems += [
-        f"{doubt}, and no formula settles it"
-        for doubt, by_content in doubts
-        if not (verdict.formula or (by_content and verdict.content))
-    ]
+    for doubt in doubts:
+        if not doubt.is_settled(verdict, facts):
+            problems.append(f"{doubt.words}, and no formula settles it")
     if sites.multiplicity and not copies and not symmetry.magnetic:
         found = np.bincount(index, minlength=len(sites)).tolist()
         wrong = judge_multiplicity(sites.multiplicity, found, candidate.group)
         problems += [wrong] if wrong else []
     problems += _against_name(symmetry, candidate, crystal, verdict.content)
-    return _Attempt(candidate.name, crystal, problems)
+    return crystal, problems
 
 
 def _against_name(
@@ -272,28 +282,31 @@ def _choose(attempts: list[_Attempt], checks: str) -> Crystal:
             return replace(only.crystal, notes=tuple(only.problems))
         raise BadCrystal(f"the CIF contradicts itself: {'; '.join(only.problems)}", "contradiction")
     if not sound:
-        each = "; ".join(f"as {a.name}: {a.problems[0]}" for a in attempts[:4])
+        each = "; ".join(f"as {a}: {a.problems[0]}" for a in attempts[:4])
         raise BadCrystal(f"no reading of the CIF agrees with it: {each}", "contradiction")
     if len(sound) > 1:
         distinct = _distinct(sound)
         sound = _by_distances(distinct) if len(distinct) > 1 else distinct
         if len(sound) > 1:
             each = "; ".join(
-                f"{a.name} gives {in_words(Counter(a.crystal.numbers.tolist()))}" for a in sound[:4]
+                f"{a} gives {in_words(Counter(a.crystal.numbers.tolist()))}" for a in sound[:4]
             )
             raise BadCrystal(
-                f"the symmetry of the CIF is ambiguous: {each}; give its operations", "ambiguous"
+                f"the CIF is ambiguous: {each}; give symmetry operations and type symbols",
+                "ambiguous",
             )
     return sound[0].crystal
 
 
 def _by_distances(attempts: list[_Attempt]) -> list[_Attempt]:
-    """The one attempt whose atoms are at usual distances, if they are impossible in all others;
-    else all."""
-    found = [shortest_distances(attempt.crystal) for attempt in attempts]
-    if found.count("usual") == 1 and found.count("impossible") == len(found) - 1:
-        return [attempts[found.index("usual")]]
-    return attempts
+    """Without the attempts whose atoms overlap; of those that are left, the one whose atoms are at
+    usual distances, if they are impossible in all others."""
+    found = [(attempt, shortest_distances(attempt.crystal)) for attempt in attempts]
+    found = [(a, kind) for a, kind in found if kind != "overlap"] or found
+    usual = [a for a, kind in found if kind == "usual"]
+    if len(usual) == 1 and all(kind in ("usual", "impossible") for _, kind in found):
+        return usual
+    return [a for a, _ in found]
 
 
 def _distinct(attempts: list[_Attempt]) -> list[_Attempt]:

@@ -8,6 +8,7 @@ import numpy as np
 from gemmi import cif
 
 from crysforge.datapipe.cif.blocks import NULLS, Block
+from crysforge.datapipe.cif.checks import Doubt
 from crysforge.datapipe.cif.operations import Group
 from crysforge.datapipe.crystals.crystal import BadCrystal
 
@@ -48,7 +49,7 @@ class Sites:
     raw: tuple[list[str], ...]
     occupancy: np.ndarray | None
     multiplicity: list[str]
-    doubts: list[str] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.frac)
@@ -147,10 +148,11 @@ def _atoms(block: Block, sites: Sites, known: bool) -> Sites:
     flags = _column(block, n, "_atom_site_calc_flag")
     gone = {i for i, flag in enumerate(flags) if flag.lower() == "dum"}
     if gone:
-        doubts.append(f"the file marks {', '.join(map(sites.name, sorted(gone)))} as dummy atoms")
+        names = ", ".join(map(sites.name, sorted(gone)))
+        doubts.append(Doubt(f"the file marks {names} as dummy atoms"))
     if sites.occupancy is not None and not sites.occupancy.all():
         absent = np.flatnonzero(sites.occupancy == 0).tolist()
-        doubts.append(f"the occupancy of {', '.join(map(sites.name, absent))} is 0")
+        doubts.append(Doubt(f"the occupancy of {', '.join(map(sites.name, absent))} is 0"))
         gone |= set(absent)
     if not known:
         named = [plain(label) for label in sites.labels] or [""] * n
@@ -158,7 +160,8 @@ def _atoms(block: Block, sites: Sites, known: bool) -> Sites:
     hydrogens = _column(block, n, "_atom_site_attached_hydrogens")
     for i, count in enumerate(hydrogens):
         if i not in gone and count not in (*NULLS, "0"):
-            doubts.append(f"the file attaches {count} hydrogen atoms to {sites.name(i)}")
+            words = f"the file attaches {count} hydrogen atoms to {sites.name(i)}"
+            doubts.append(Doubt(words, hydrogens=True))
     if not gone:
         return sites
     if len(gone) == n:

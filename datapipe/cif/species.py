@@ -25,13 +25,13 @@ class Species:
         sure: whether the first may be taken without the formula's word for it. Where it is not, a
             formula or density has to agree with the whole cell.
         words: type symbol or label, for messages.
-        by_type: whether a type symbol says it, which a formula does not overrule.
+        key: equal for sites that are the same element, whatever it is.
     """
 
     numbers: tuple[int, ...]
     sure: bool
     words: str
-    by_type: bool
+    key: str
 
 
 @lru_cache(maxsize=65536)
@@ -43,19 +43,20 @@ def species_of(label: str, type_symbol: str, allowed: frozenset[int] | None) -> 
         allowed: atomic numbers that the file's formula (or list of types) has; None if it has none.
     """
     if type_symbol:
+        words = f"type symbol {type_symbol!r}"
         number = _whole(type_symbol, allowed)
         if number is not None:
-            return Species((number,), True, f"type symbol {type_symbol!r}", True)
+            return Species((number,), True, words, words)
         numbers, _ = _readings(type_symbol, allowed)
         kept = tuple(z for z in numbers if allowed is None or z in allowed)
-        return Species(kept, False, f"type symbol {type_symbol!r}", True)
+        return Species(kept, False, words, words)
     numbers, sure = _readings(label, allowed)
     if allowed is not None:
         kept = tuple(z for z in numbers if z in allowed)
         sure = sure and kept[:1] == numbers[:1]
         sure = sure or (len(numbers) == 2 and len(kept) == 1 and len(_letters(label)) == 2)
         numbers = kept
-    return Species(numbers, sure, f"label {label!r}", False)
+    return Species(numbers, sure, f"label {label!r}", f"label {_letters(label)}…")
 
 
 def _whole(symbol: str, allowed: frozenset[int] | None) -> int | None:

@@ -22,15 +22,19 @@ _DOUBLE_GLIDES = {
 
 _MONOCLINIC = range(3, 16)
 _CUBIC = 195
+_LONGEST = 200
+"""Characters of a symbol with remarks."""
 _UNTABULATED = re.compile(r"[()]|a\)?$")
 """CCP4's names for shifted origins, which no file means."""
 
+_WORD = r"(?:[a-z]{3}|\bno\b|@|#)"
 _REMARK = re.compile(
-    r"\{[^{}]*[a-z@#][^{}]*\}|\[[^\[\]]*[a-z@#][^\[\]]*\]|\([^()]*[a-z@#][^()]*\)"
-    r"|[,;#].*$|\bno\.? ?\d+.*$",
+    rf"\{{[^{{}}]*{_WORD}[^{{}}]*\}}|\[[^\[\]]*{_WORD}[^\[\]]*\]|\([^()]*{_WORD}[^()]*\)"
+    r"|[,;#].*$|\bno\.? ?\d+.*$| \(\d{2,3}\)\s*$",
     re.I,
 )
-_NUMBER = re.compile(r"(?:#|\bno\.?) ?(\d{1,3})\b", re.I)
+"""Words beside a symbol. A shift of the origin (`(x+1/4,y,z)`, `(a)`) is none: it stays unknown."""
+_NUMBER = re.compile(r"(?:#|\bno\.?) ?(\d{1,3})\b| \((\d{2,3})\)\s*$", re.I)
 _SCREW = re.compile(r"21|3[12]|4[123]|6[1-5]")
 _ORIGIN = re.compile(r"(?:origin|choice|setting)\D{0,12}([12])\b", re.I)
 _CENTRE = re.compile(r"origin.{0,6}(?:centre|center|-1\b)|cent(?:er|re) of symmetry", re.I)
@@ -83,6 +87,8 @@ def settings_of_symbol(symbol: str) -> tuple[Setting, ...]:
     A short monoclinic symbol names no axis; `P 21/c` may be `P 1 21/c 1` or `P 21/c 1 1`.
     """
     remarks = " ".join(_REMARK.findall(symbol))
+    if len(symbol) > _LONGEST:
+        return ()
     said = _REMARK.sub(" ", symbol)
     found, extension = _look_up(_plain(said))
     screws = [word for word in said.replace("_", " ").split()[1:] if _SCREW.fullmatch(word)]
@@ -103,7 +109,7 @@ def _has_word(setting: Setting, word: str) -> bool:
 def number_in_symbol(symbol: str) -> int | None:
     """The number that a symbol is followed by: 225 for `F m -3 m (No. 225)`."""
     match = _NUMBER.search(symbol)
-    return int(match[1]) if match else None
+    return int(match[1] or match[2]) if match else None
 
 
 def choose(settings: tuple[Setting, ...], extension: str | None) -> tuple[Setting, ...]:
@@ -215,4 +221,4 @@ def _by_schoenflies() -> dict[str, int]:
     import spglib
 
     kinds = [spglib.get_spacegroup_type(hall) for hall in range(1, _ITB + 1)]
-    return {re.sub(r"[^a-z0-9^]", "", k.schoenflies.lower()): k.number for k in kinds}
+    return {re.sub(r"[^a-z0-9^]", "", k.schoenflies.lower()): k.number for k in kinds if k}

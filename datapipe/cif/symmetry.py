@@ -8,12 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from crysforge.datapipe.cif.blocks import Block
-from crysforge.datapipe.cif.operations import (
-    Group,
-    group_of_hall,
-    group_of_triplets,
-    product_of,
-)
+from crysforge.datapipe.cif.operations import Group, group_of_hall, product_of
 from crysforge.datapipe.cif.symbols import (
     Setting,
     choose,
@@ -29,6 +24,7 @@ _MAGNETIC_CENTRING = (
     "_space_group_symop_magn_centering_xyz",
     "_space_group_symop_magn_centring_xyz",
 )
+_MAGNETIC_NAME = ("_space_group_magn_name_bns", "_space_group_magn_number_bns")
 _OPERATIONS = (
     "_space_group_symop_operation_xyz",
     "_symmetry_equiv_pos_as_xyz",
@@ -66,8 +62,12 @@ class Candidate:
     """One reading of the symmetry."""
 
     group: Group
-    name: str
     setting: Setting | None = None
+
+    @property
+    def name(self) -> str:
+        """Symbol, for messages."""
+        return self.setting.name if self.setting else self.group.name
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ class Symmetry:
         candidates: the groups that it may mean; several where a symbol or number leaves the origin
             or the axes open.
         problems: contradictions between what it says in several places.
-        number: the space-group number that symbols and numbers name; None if they name none.
+        number: the space-group number that all names give; None if there are none.
         named: the settings that the symbol may mean.
         words: symbol or number, for messages.
         from_operations: whether the group was given by its operations.
@@ -117,6 +117,7 @@ def symmetry_of(block: Block) -> Symmetry:
         tuple(block.values(*_NUMBER)),
         tuple(block.values(*_SCHOENFLIES)),
         block.value(*_CODE) or "",
+        block.value(*_MAGNETIC_NAME) or "",
     )
 
 
@@ -139,33 +140,37 @@ def _resolve(
     numbers: tuple[str, ...],
     schoenflies: tuple[str, ...],
     code: str,
+    magnetic_name: str,
 ) -> Symmetry:
     for text in numbers:  # 166:R
         code = code or ((match := _DIGITS.match(text)) and match[2]) or ""
     named, unknown = _settings(symbols, code)
-    number, problems = _number(symbols, references, numbers, schoenflies, named)
-    words = " ".join([*dict.fromkeys(symbols), *(f"(number {n})" for n in dict.fromkeys(numbers))])
-    operations = tuple(o for o in operations if o.strip("'\" ") not in ("?", ".", ""))
-    if operations:
-        group = product_of(operations, centring) if centring else group_of_triplets(operations)
-        candidates = (Candidate(group, group.name),)
-        return Symmetry(candidates, tuple(problems), number, named, words, True, magnetic)
     hall = next((g for h in halls if (g := group_of_hall(h)) is not None), None)
-    if hall is not None:
-        problems += _against(hall, halls[0], number, named, words)
-        candidates = (Candidate(hall, f"Hall symbol {halls[0]}"),)
-        return Symmetry(candidates, tuple(problems), number, named, words, False)
-    settings = named or (settings_of_number(number or 0) if not unknown else ())
-    if number is not None and named:
-        settings = tuple(s for s in named if s.number == number)
-    settings = choose(settings, code)
-    if settings:
-        candidates = tuple(Candidate(s.group, s.name, s) for s in settings)
-        return Symmetry(candidates, tuple(problems), number, named, words, False)
-    found = " ".join([*halls, *symbols, *numbers, *schoenflies])
-    if found:
+    number, problems = _number(symbols, references, numbers, schoenflies, hall)
+    words = " ".join([*dict.fromkeys(symbols), *(f"(number {n})" for n in dict.fromkeys(numbers))])
+    words = words or " ".join((*halls, *schoenflies, *references))
+    operations = tuple(o for o in operations if o.strip("'\" ") not in ("?", ".", ""))
+    candidates: tuple[Candidate, ...] = ()
+    if operations:
+        candidates = (Candidate(product_of(operations, centring)),)
+    elif hall is not None:
+        if named and all(s.group.key != hall.key for s in named) and not problems:
+            problems = [f"the Hall symbol is that of {hall.name}, the file also says {words}"]
+        candidates = (Candidate(hall),)
+    elif not unknown or named:
+        settings = named or settings_of_number(number or 0)
+        alike = tuple(s for s in settings if s.number == number)
+        candidates = tuple(Candidate(s.group, s) for s in choose(alike or settings, code))
+    if candidates:
+        from_operations = bool(operations)
+        return Symmetry(
+            candidates, tuple(problems), number, named, words, from_operations, magnetic
+        )
+    if words or magnetic_name:
         raise BadCrystal(
-            f"the space group {found[:80]!r} is unknown: give its symmetry operations", "symmetry"
+            f"the space group {(words or magnetic_name)[:80]!r} is unknown: give its symmetry "
+            "operations",
+            "symmetry",
         )
     raise BadCrystal(
         "the CIF names no symmetry: give its operations or space group ('P 1' if all atoms are "
@@ -192,7 +197,7 @@ def _number(
     references: tuple[str, ...],
     numbers: tuple[str, ...],
     schoenflies: tuple[str, ...],
-    named: tuple[Setting, ...],
+    hall: Group | None,
 ) -> tuple[int | None, list[str]]:
     """The space-group number that all names agree on, and contradictions among them."""
     said: dict[int, str] = {}
@@ -211,17 +216,8 @@ def _number(
     for symbol in schoenflies:
         if (number := number_of_schoenflies(symbol)) is not None:
             said.setdefault(number, repr(symbol))
+    if hall is not None and hall.number:
+        said.setdefault(hall.number, f"that of its Hall symbol ({hall.number})")
     if len(said) > 1:
         return next(iter(said)), [f"the space group is {' but also '.join(said.values())}"]
     return (next(iter(said)) if said else None), []
-
-
-def _against(
-    hall: Group, symbol: str, number: int | None, named: tuple[Setting, ...], words: str
-) -> list[str]:
-    """What a Hall symbol contradicts."""
-    wrong_type = number is not None and hall.number != number
-    wrong_setting = bool(named) and all(s.group.key != hall.key for s in named)
-    if wrong_type or wrong_setting:
-        return [f"the Hall symbol {symbol!r} is that of {hall.name}, the file also says {words}"]
-    return []

@@ -10,7 +10,7 @@ from crysforge.datapipe.cif.formula import NUMBERS
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 
 _COMMENT = re.compile(r"[!#].*")
-_SYMBOL = re.compile(r"([A-Z][a-z]?)(?:_[A-Za-z0-9_.]+)?(?:/[0-9a-fA-F]*)?")
+_SYMBOL = re.compile(r"([A-Za-z]{1,2})(?:_[A-Za-z0-9_.]+)?(?:/[0-9a-fA-F]*)?")
 _TITLE = re.compile(r"([A-Z][a-z]?)(\d*)")
 _LEAST = 8
 """Lines of the shortest POSCAR."""
@@ -53,8 +53,7 @@ def read_poscar(text: str) -> Crystal:
         )
     if cartesian:
         frac = np.linalg.solve(cell.T, (frac * factor).T).T
-    listed = [s for s, n in zip(symbols, counts, strict=True) for _ in range(n)]
-    _check_trailing(rows, listed)
+    listed = _listed(lines[0], symbols, counts, rows)
     return Crystal.create("", [NUMBERS[s] for s in listed], frac, cell)
 
 
@@ -87,25 +86,59 @@ def _scaled(vectors: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndar
     return vectors * scale, scale
 
 
-def _species(lines: list[str]) -> tuple[list[str], list[int], int]:
-    """Symbol and count of each species, and the number of the line after."""
+def _species(lines: list[str]) -> tuple[list[str] | None, list[int], int]:
+    """Symbol (none in VASP 4) and count of each species, and the number of the line after."""
     words = _words(lines[5])
     if words and not words[0].isdigit():
         symbols = [_symbol(word) for word in words]
         return symbols, _counts(lines[6], 6, symbols), 7
-    counts = _counts(lines[5], 5, None)
-    title = _words(_COMMENT.sub("", lines[0]))
-    found = [_TITLE.fullmatch(word) for word in title]
-    fits = len(title) == len(counts) and all(
-        m and m[1] in NUMBERS and m[2] in ("", str(n)) for m, n in zip(found, counts, strict=False)
-    )
-    if not fits:
-        raise BadCrystal(
-            f"the POSCAR (VASP 4) does not name its {len(counts)} elements: put their symbols into "
-            f"the line before the counts; its title is {lines[0].strip()[:40]!r}",
-            "unknown element",
-        )
-    return [m[1] for m in found if m], counts, 6
+    return None, _counts(lines[5], 5, None), 6
+
+
+def _listed(title: str, symbols: list[str] | None, counts: list[int], rows: list[str]) -> list[str]:
+    """The symbol of every atom: by the line above the counts, else (VASP 4) by the title, else by
+    what stands beside the positions.
+
+    Raises:
+        BadCrystal: none of them says it, or two differ.
+    """
+    beside = [_beside(row) for row in rows]
+    symbols = symbols or _in_title(title, counts)
+    if symbols is None:
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        parts = [set(beside[i : i + n]) for i, n in zip(starts, counts, strict=True)]
+        if not all(len(part) == 1 and None not in part for part in parts):
+            raise BadCrystal(
+                f"the POSCAR (VASP 4) does not name its {len(counts)} elements: put their symbols "
+                f"into the line before the counts; its title is {title.strip()[:40]!r}",
+                "unknown element",
+            )
+        symbols = [str(*part) for part in parts]
+    listed = [s for s, n in zip(symbols, counts, strict=True) for _ in range(n)]
+    for symbol, other in zip(listed, beside, strict=True):
+        if other is not None and NUMBERS[other] != NUMBERS[symbol]:
+            raise BadCrystal(
+                f"the POSCAR calls an atom {symbol} by its counts, {other} beside its position"
+            )
+    return listed
+
+
+def _in_title(title: str, counts: list[int]) -> list[str] | None:
+    """The symbols in a title such as `Na Cl` or `Na4 Cl4`, if it has one for each count."""
+    words = _words(title)
+    found = [_TITLE.fullmatch(word) for word in words]
+    if len(words) != len(counts):
+        return None
+    named = [m[1] for m in found if m and m[1] in NUMBERS]
+    numbers = [m[2] for m in found if m]
+    fits = all(n in ("", str(count)) for n, count in zip(numbers, counts, strict=False))
+    return named if fits and len(named) == len(counts) else None
+
+
+def _beside(row: str) -> str | None:
+    """The symbol after a position, if there is one: the flags T and F are none."""
+    words = [w for w in _words(row)[3:] if w not in ("T", "F", ".TRUE.", ".FALSE.")]
+    return words[0] if words and words[0] in NUMBERS else None
 
 
 def _counts(line: str, at: int, symbols: list[str] | None) -> list[int]:
@@ -128,19 +161,10 @@ def _counts(line: str, at: int, symbols: list[str] | None) -> list[int]:
 def _symbol(word: str) -> str:
     """The element of `Na`, `Na_pv`, `Ti_sv_GW` or `Na/8a1b2c`."""
     match = _SYMBOL.fullmatch(word)
-    if match is None or match[1] not in NUMBERS:
+    symbol = match[1].capitalize() if match else ""
+    if symbol not in NUMBERS:
         raise BadCrystal(f"unknown element {word!r}", "unknown element")
-    return match[1]
-
-
-def _check_trailing(rows: list[str], listed: list[str]) -> None:
-    """Raises BadCrystal where a symbol beside a position is another than the one above it says."""
-    for row, symbol in zip(rows, listed, strict=True):
-        beside = [w for w in _words(row)[3:] if w in NUMBERS and w not in ("F", "T")]
-        if beside and beside[-1] != symbol and NUMBERS[beside[-1]] != NUMBERS[symbol]:
-            raise BadCrystal(
-                f"the POSCAR calls an atom {symbol} by its counts, {beside[-1]} beside its position"
-            )
+    return symbol
 
 
 def _words(line: str) -> list[str]:

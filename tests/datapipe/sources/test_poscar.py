@@ -26,6 +26,11 @@ Direct
 0 .5 0
 0 0 .5
 """
+HEAD, ROWS = SALT.split("\n")[:8], SALT.split("\n")[8:16]
+BESIDE = "\n".join(
+    ["salt", *HEAD[1:5], *HEAD[6:]] + [f"{r} {'Na' if i < 4 else 'Cl'}" for i, r in enumerate(ROWS)]
+)
+"""VASP 4 with the symbols beside the positions."""
 WANTED = read_poscar(SALT)
 
 
@@ -64,6 +69,8 @@ def test_pymatgens_poscars_are_read_as_pymatgen_reads_them(seed):
         SALT.replace("Na Cl\n4", "4"),  # VASP 4
         SALT.replace("Na Cl\n4", "4").replace("Na Cl", "Na4 Cl4  # salt"),
         lines(l6="Na Na Cl", l7="1 3 4"),
+        lines(l6="NA cl"),
+        BESIDE,
         SALT + "\n0.1 0.1 0.1\n" * 8,  # velocities after an empty line
     ],
 )
@@ -78,8 +85,7 @@ def test_every_form_is_the_same_crystal(text):
 def test_cartesian_positions_are_scaled(scale):
     direct = read_poscar(lines(l2=scale))
     vectors = np.array([[5.64, 0, 0], [0, 5.64, 0], [0.3, 0, 5.64]])
-    rows = SALT.split("\n")[8:16]
-    places = [" ".join(map(str, np.array(r.split(), float) @ vectors)) for r in rows]
+    places = [" ".join(map(str, np.array(r.split(), float) @ vectors)) for r in ROWS]
     head = lines(l2=scale, l8="Cartesian").split("\n")[:8]
     found = read_poscar("\n".join([*head, *places]))
     np.testing.assert_allclose(found.lattice, direct.lattice, atol=1e-9)
