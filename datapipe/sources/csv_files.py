@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crysforge.datapipe.common.escape import one_line
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.sources.base import (
     MAYBE,
@@ -70,7 +71,7 @@ def _rows(reader: Iterator[list[str]], path: Path, options: Options) -> Iterator
     elif not (fields := _structure_fields(names)):
         raise ValueError(
             f"{path.name} has no column 'cif': name the column that holds the structure with "
-            f"structure_column=…, one of {', '.join(names)}"
+            f"structure_column=…, one of {', '.join(map(one_line, names))}"
         )
     id_name = pick_id(names, options, path.name)
     for number, row in enumerate(filter(None, reader), start=1):

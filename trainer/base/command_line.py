@@ -22,6 +22,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from crysforge.datapipe.common.checked import checked
 from crysforge.datapipe.common.safe_read import as_text, parse_yaml, read_named
 from crysforge.datapipe.storage.remote import is_remote
 from crysforge.models.registry import configure, refuse_references
@@ -102,7 +103,7 @@ def merge_sources(
     """
     merged: Any = OmegaConf.create({})
     typed: set[str] = set()
-    for name in files:
+    for name in checked(list[str], list(files), "the list of config files"):
         data = read_named(name, "config file")
         values = _mapping(name, data)
         own = {key for key, _ in leaves(values)}
