@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 from crysforge.trainer.base.command_line import parse, run  # noqa: E402
 from crysforge.trainer.base.tensors import code_version  # noqa: E402
-from tests.attacks import Scene  # noqa: E402
 from tests.guarded import Breach, Guard  # noqa: E402
+from tests.intrusions import ATTACKS, Scene, mount  # noqa: E402
 from tests.malice import Malice, agree  # noqa: E402
 from tests.samples import READERS, Reader  # noqa: E402
 
@@ -97,6 +97,23 @@ def fuzz(
             yield reader, number, case(reader, guard, number)
 
 
+def attacked(times: int, first: int = 0) -> list[str]:
+    """Mounts every attack of tests/intrusions.py so often; what got through."""
+    guard, problems = prepared(), []
+    for attack in ATTACKS:
+        for number in range(first, first + times):
+            if problem := mount(attack, guard, number):
+                problems.append(f"{attack.name} {number}: {problem}")
+    clean(guard)
+    return problems
+
+
+def clean(guard: Guard) -> None:
+    """Removes what a watched process was given."""
+    os.chdir("/")
+    shutil.rmtree(guard.folder)
+
+
 @dataclass(kw_only=True)
 class Config:
     """What to try."""
@@ -107,6 +124,8 @@ class Config:
     """Number of the first."""
     only: str = ""
     """Only readers whose name contains this."""
+    attacks: int = 0
+    """How often to mount each attack of tests/intrusions.py besides."""
 
 
 def main() -> None:
@@ -119,8 +138,8 @@ def main() -> None:
         if problem:
             problems.append(f"{reader.name} {number}: {problem}")
             print(problems[-1], flush=True)
-    os.chdir("/")
-    shutil.rmtree(guard.folder)
+    clean(guard)
+    problems += attacked(config.attacks) if config.attacks else []
     print(json.dumps({"cases": sum(tried.values()), "tried": tried, "failed": len(problems)}))
     if problems:
         raise SystemExit(1)

@@ -1,7 +1,7 @@
 """What a stranger may try, attack by attack: each draws how, mounts it on real files, reads them
 with the code that users call, and fails where it gets through; `tests/guarded.py` watches.
 
-    python tests/reliability.py attacks=1000       all of them, with the fuzzer; docs/security.md
+    python tests/fuzz.py cases=0 attacks=1000      each so often; docs/security.md
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from crysforge.trainer.base.tensors import sha256
-from tests.attacks import FORMULAS, MARKUP, Scene
 from tests.exploits import Exploit
+from tests.intrusions import FORMULAS, MARKUP, Scene
 
 TEXTS = [
     "..", ".", "~", "a/b", "a\x00b", "-rf", "--all", "%s%n", "{}", "\n", "x" * 600, "9" * 5000,

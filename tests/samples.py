@@ -42,8 +42,8 @@ from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.forms import STATE
 from crysforge.trainer.runs.logger import read_metrics
 from crysforge.trainer.runs.model_directory import open_checkpoint, open_model
-from tests.attacks import MODEL, RUN, SET, Scene, submission
 from tests.evaluation_runs import arms_and_seeds
+from tests.intrusions import MODEL, RUN, SET, Scene, submission
 
 
 def a_set(root: Path, scene: Scene) -> None:
@@ -155,6 +155,7 @@ def a_config(root: Path, scene: Scene) -> None:
         "factors": {"pretraining": {"none": {"init_from": "none"}}, "seed": [0, 1]},
     }  # fmt: skip
     (root / "suite.yaml").write_text(yaml.safe_dump(suite))
+    write_json(root / "ids.json", {"train": ["a"], "val": [1], "test": []})
 
 
 def read_a_config(root: Path, scene: Scene) -> None:
@@ -162,6 +163,7 @@ def read_a_config(root: Path, scene: Scene) -> None:
     for read in (
         lambda: parse(FinetuneJob, None, [config]),
         lambda: parse(pretrain_schema(), None, [config, "data=s3://typed"]),
+        lambda: read_ids(str(root / "ids.json")),
         lambda: read_sweep(str(root / "sweep.yaml")),
         lambda: Request.parse(["job=pretrain", f"site={root / 'site.yaml'}"], ""),
         lambda: Suite([str(root / "suite.yaml")], []),
@@ -236,7 +238,6 @@ def a_state(root: Path, scene: Scene) -> None:
     }  # fmt: skip
     found = {"matches": [match], "undecided": [], "pairs": {"formula": 1}}
     (root / "decided.jsonl").write_text(json.dumps(["Na1Cl1 0", found]) + "\n")
-    write_json(root / "ids.json", {"train": ["a"], "val": [1], "test": []})
     shutil.copytree(SET, root / "set")
     dataset = Dataset.open(SET)
     crystals = [c for _, c in dataset.read(range(2)) if isinstance(c, Crystal)]
@@ -244,8 +245,6 @@ def a_state(root: Path, scene: Scene) -> None:
 
 
 def read_a_state(root: Path, scene: Scene) -> None:
-    with contextlib.suppress(ValueError):
-        read_ids(str(root / "ids.json"))
     with contextlib.suppress(ValueError):
         load_batch(root / "batch.safetensors")
     Journal(root / "decided.jsonl", OUTCOME).close()
@@ -269,12 +268,12 @@ class Reader:
 
 READERS = [
     Reader("manifests and data sets", a_set, read_set, 3),
-    Reader("configs, suites, sweeps, sites", a_config, read_a_config, 3, replaced=False),
+    Reader("configs, suites, sweeps, id lists", a_config, read_a_config, 3, replaced=False),
     Reader("models", a_model, read_a_model, 3),
     Reader("ensembles", an_ensemble, read_an_ensemble),
     Reader("runs and checkpoints", a_run, read_a_run, 3),
     Reader("suites of runs and their results", a_suite, read_a_suite, 2),
     Reader("submissions", a_submission, read_a_submission, 2),
     Reader("sources of crystals", a_source, read_a_source, 4, replaced=False),
-    Reader("journals, id lists, kept batches", a_state, read_a_state),
+    Reader("journals, kept batches", a_state, read_a_state),
 ]

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import crysforge
+from crysforge.datapipe.common.checked import checked
 from crysforge.datapipe.common.config import configure, refuse_references
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.safe_read import as_text, parse_yaml, read_named
@@ -120,7 +121,7 @@ def merge_sources(
     """
     merged: Any = OmegaConf.create({})
     typed: set[str] = set()
-    for name in files:
+    for name in checked(list[str], list(files), "the list of config files"):
         data = read_named(name, "config file")
         values = _mapping(name, data)
         own = {key for key, _ in leaves(values)}
