@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -93,6 +94,8 @@ def guess(path: Path) -> str:
         score = {name: SOURCES[name].likes(look) for name in SOURCES}
     except READ_ERRORS as error:
         raise _unreadable(path, error) from None
+    if path.suffix.lower() in (".7z", ".rar", ".zst"):
+        raise ValueError(f"{path} is packed in a way that is not read: unpack it first")
     if path.suffix.lower() in WORKBOOKS:
         raise ValueError(f"{path} is a workbook: {SAVE_AS_TEXT}")
     best = max(score.values())
@@ -213,7 +216,7 @@ def read_crystals(
         format: a reader's name; "auto" guesses.
         targets: labels to read; a missing one is NaN.
         workers: processes that parse; 0 takes every core. Small inputs are parsed in this one.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar, and in the end what there is to say of the input.
 
     Raises:
         ValueError: the input as a whole cannot be read.
@@ -231,3 +234,6 @@ def read_crystals(
                     result = Failure(result.id, input, "duplicate id", "the id occurred before")
                 seen.add(result.id)
             yield result
+    if progress:
+        for note in options.notes:
+            tqdm.write(f"note: {note}", file=sys.stderr)
