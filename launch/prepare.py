@@ -1,7 +1,8 @@
 """Prepares a data set: files of crystals to shards, in parallel.
 
     python launch/prepare.py input=mp20.csv output=data/mp20 targets=[formation_energy_per_atom]
-    python launch/prepare.py input=cifs/ output=data/mine targets=[band_gap]    CIFs, id_prop.csv
+    python launch/prepare.py input=cifs/ output=data/mine targets=[band_gap]    CIFs and a table
+    python launch/prepare.py input=cifs/ labels=gaps.csv output=data/mine targets=[band_gap]
     python launch/prepare.py train=train.csv val=val.csv test=test.csv output=data/perov5 \\
         targets=[heat_ref]
     python launch/prepare.py input=prototypes size=2000 output=data/demo targets=[ewald_energy]
@@ -10,9 +11,9 @@
     python launch/prepare.py input=gnome/ output=data/gnome dedup=[data/mp20,data/jarvis] \\
         duplicates.splits=[val,test] duplicates.within=true
 
-Reads CSV with a `cif` column, folders and archives of CIF or POSCAR files (with id_prop.csv or
-without), JARVIS, MEGNet, Matbench, pymatgen and OQMD JSON, extxyz, ASE databases, GNoME,
-SuperCon3D, and data sets prepared before. Bad crystals are listed in dropped.csv.
+Reads tables with structures or names of files, folders and archives of CIF or POSCAR files (with
+a table of labels or without), JARVIS, MEGNet, Matbench, pymatgen and OQMD JSON, extxyz, ASE
+databases, GNoME, SuperCon3D, and data sets prepared before. Bad crystals are listed in dropped.csv.
 
 Cells are reduced to primitive ones, so that a material is the same whatever cell it came in;
 cell=as_is leaves them alone. Labels of the cell (a total energy) are named in extensive=[…].

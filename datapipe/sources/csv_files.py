@@ -117,6 +117,8 @@ def _layout(path: Path, options: Options) -> _Layout | None:
     look = Look(path)
     if not look.head.strip():
         raise ValueError(f"{path.name} is empty: the first line must name the columns")
+    if look.head.lstrip().startswith(("[{", "[\n", "[\r", '{"')):
+        raise ValueError(f"{path.name} holds JSON: give format=json")
     if "\0" in look.head:
         raise ValueError(f"{path.name} holds zero bytes: this is no table as text")
     for dialect, sample in sniff(look.head, look.whole):

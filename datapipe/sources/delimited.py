@@ -48,7 +48,7 @@ class Dialect:
 
         lines = islice(lines, self.skip, None)
         if self.separator == " ":
-            lines = (re.sub(r"\s+", " ", line.strip()) + "\n" for line in lines)
+            lines = (re.sub(r"\s+", " ", line.strip().lstrip("#")) + "\n" for line in lines)
         limit = csv.field_size_limit(LONGEST)
         try:
             reader = csv.reader(
@@ -119,11 +119,11 @@ def sniff(head: str, whole: bool) -> list[tuple[Dialect, list[list[str]]]]:
     Args:
         head: start of the text. whole: whether this is all of it; else its last row may be cut.
     """
-    first = re.match(r"sep=(.)\r?\n?", head)  # spreadsheets write and obey it
-    skip, separators = (1, first[1]) if first else (0, _SEPARATORS)
+    first = re.match(r"sep=(.)[\r\n]", head)  # spreadsheets write and obey it
+    separators = first[1] if first else _SEPARATORS
     found = []
     for rank, separator in enumerate(separators):
-        dialect = Dialect(separator, skip)
+        dialect = Dialect(separator, 1 if first else _remarks(head, separator))
         rows = _sample(head, whole, dialect)
         width = len(rows[0]) if rows else 0
         regular = sum(len(trim(row, width)) == width for row in rows) / max(len(rows), 1)
@@ -131,9 +131,23 @@ def sniff(head: str, whole: bool) -> list[tuple[Dialect, list[list[str]]]]:
         if width > 1 and regular >= least:
             found.append((-round(regular, 1), rank, dialect, rows))
     if not found:
-        dialect = Dialect(",", skip)
+        dialect = Dialect(",", 1 if first else _remarks(head, ","))
         return [(dialect, _sample(head, whole, dialect))]
     return [(dialect, rows) for *_, dialect, rows in sorted(found, key=lambda f: f[:2])]
+
+
+def _remarks(head: str, separator: str) -> int:
+    """Lines of remarks, which start with #, before a table; not a header that starts so."""
+    lines = head.splitlines()
+    count = next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)
+    if not count:
+        return 0
+    cells = [
+        len(line.lstrip("# ").split() if separator == " " else line.split(separator))
+        for line in lines[count - 1 : count + 1]
+    ]
+    least = 3 if separator == " " else 2  # two words are rather a remark
+    return count - 1 if cells[0] == cells[1] >= least else count
 
 
 def _sample(head: str, whole: bool, dialect: Dialect) -> list[list[str]]:

@@ -98,7 +98,7 @@ class Names:
         spelt += [(n, _spellings(alias, "")[:_PATHS]) for alias, n in (aliases or {}).items()]
         for rank in range(_SPELLINGS):
             _add(self._by, ((s[rank], name) for name, s in spelt if rank < len(s)))
-            if rank < _PATHS:
+            if rank < _PATHS or rank == _SPELLINGS - 1:
                 _add(self._by_path, ((s[rank], name) for name, s in spelt if rank < len(s)))
         _add(self._by, ((s.casefold(), name) for name, all in spelt for s in all))
         numbers = ((_number(s), name) for name, all in spelt for s in all if _number(s))
@@ -153,8 +153,8 @@ def _add(by: dict[str, str | None], pairs: Iterable[tuple[str, str]]) -> None:
         by.setdefault(spelling, found)
 
 
-_SPELLINGS, _PATHS = 8, 3
-"""Spellings of a file's name, the first of which are paths."""
+_SPELLINGS, _PATHS = 9, 3
+"""Spellings of a file's name, the first of which are paths, and so is the last, its folder's."""
 
 
 def _spellings(name: str, id: str) -> list[str]:
@@ -164,7 +164,8 @@ def _spellings(name: str, id: str) -> list[str]:
     place = _place(name)
     short = PurePosixPath(place).name
     plain = re.sub(r"^(?:POSCAR|CONTCAR)[._-]+", "", short, flags=re.IGNORECASE)
-    return [name, bare, place, base, without_packing(base), short, _normal(id), plain]
+    folder = str(PurePosixPath(name).parent)
+    return [name, bare, place, base, without_packing(base), short, _normal(id), plain, folder]
 
 
 def _normal(name: str) -> str:

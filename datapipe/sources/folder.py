@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from crysforge.datapipe.common.text import decode
 from crysforge.datapipe.sources.base import (
@@ -27,8 +27,9 @@ from crysforge.datapipe.sources.file_names import (
     is_structure,
     names_file,
     short_id,
+    without_packing,
 )
-from crysforge.datapipe.sources.files import Files, open_files
+from crysforge.datapipe.sources.files import Files, Zip, open_files
 from crysforge.datapipe.sources.labels import (
     LabelTable,
     by_split,
@@ -130,8 +131,12 @@ def list_files(
 
 def _tables(files: Files) -> list[str]:
     """Tables that may hold labels, `id_prop` first."""
-    found = [n for n in files.names if n.lower().endswith(TABLES) and not is_structure(n)]
-    return sorted(found, key=lambda n: (not _is_id_prop(n), TABLES.index(Path(n.lower()).suffix)))
+    found = [n for n in files.names if _suffix(n) in TABLES and not is_structure(n)]
+    return sorted(found, key=lambda n: (not _is_id_prop(n), TABLES.index(_suffix(n))))
+
+
+def _suffix(name: str) -> str:
+    return Path(without_packing(name).lower()).suffix
 
 
 def _is_id_prop(name: str) -> bool:
@@ -157,13 +162,16 @@ def _choose(files: Files, names: Names, options: Options) -> list[LabelTable]:
         return read_table(text, name, names, options, options.structure_column)
 
     splits = by_split(every)
+    lists: list[LabelTable] = []
     if splits:
         tables = [of_split(read(name), split) for split, name in sorted(splits.items(), key=_nth)]
         if all(t.found for t in tables):
             if absent := [s for s in SPLITS if s not in splits]:
                 options.note(f"no table is of {absent[0]}: that split is empty")
-            return tables
-    first = next((n for n in every if Path(n).stem.lower() == "id_prop"), None)
+            if any(t.labels for t in tables) or not options.wanted:
+                return tables
+            lists, every = tables, [n for n in every if n not in splits.values()]
+    first = next((n for n in every if PurePosixPath(n.lower()).name.startswith("id_prop.")), None)
     if first and not options.wanted:
         return [read(first)]
     some = every if options.wanted else [n for n in every if _is_id_prop(n)]
@@ -191,7 +199,13 @@ def _choose(files: Files, names: Names, options: Options) -> list[LabelTable]:
                 f"labels are those of {table.name}, whose column {table.column} names "
                 f"{table.found:,} of {table.files:,} files"
             )
-    return chosen
+    return [_listed_in(t, chosen[0]) for t in lists] if lists and chosen else chosen
+
+
+def _listed_in(split: LabelTable, table: LabelTable) -> LabelTable:
+    """The rows of a table that are of a split, from a list of its files."""
+    rows = {row.file: row for row in table.rows if row.file is not None}
+    return replace(split, rows=[rows.get(row.file, row) if row.file else row for row in split.rows])
 
 
 def _means(table: LabelTable, wanted: Sequence[str]) -> bool:
@@ -235,9 +249,10 @@ def _listed(what: str, names: Sequence[str]) -> str:
 def _data(files: Files) -> dict[str, str]:
     """Files of crystals other than structure files, with the readers that are sure of them."""
     found = {}
-    for name in files.names if files.path.is_dir() else ():
+    folder = files.path.is_dir()
+    for name in files.names if folder or isinstance(files, Zip) else ():
         look = Look(files.path / name)
-        if look.suffix in TABLES or look.suffix in _MANY:
+        if look.suffix in TABLES or look.suffix in (_MANY if folder else _MANY[:-1]):
             for reader in SOURCES:
                 if SOURCES[reader].likes(look) == SURE and (look.suffix in TABLES or _looks(look)):
                     found[name] = reader

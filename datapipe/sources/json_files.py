@@ -41,7 +41,10 @@ def read_json(path: Path, options: Options) -> Iterator[Raw]:
     with open_text(path, options.note) as file:
         text = JsonText(file)
         if text.peek() not in ("[", "{"):
-            raise ValueError("it holds neither a list nor an object of crystals")
+            raise ValueError(
+                "it holds neither a list nor an object of crystals; if it is a table, give "
+                "format=csv"
+            )
         number = 0
         while text.peek():  # one record after another
             for key, record in _records(text, options):
@@ -119,6 +122,9 @@ def _row(table: Mapping[str, Any], number: int, row: Any) -> Item:
     if not isinstance(row, list):
         return None, row
     columns, index = table.get("columns"), table.get("index")
+    if number == 0 and isinstance(columns, list) and len(set(map(str, columns))) < len(columns):
+        again = sorted({str(c) for c in columns if columns.count(c) > 1})
+        raise ValueError(f"two columns are named {', '.join(again)}: rename or remove one")
     if not isinstance(columns, list) or len(columns) != len(row):
         raise ValueError(f"row {number} of 'data' does not fit 'columns', which must come first")
     record = dict(zip(map(str, columns), row, strict=True))

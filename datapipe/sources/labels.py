@@ -99,7 +99,6 @@ def read_table(
             column, or another number of label columns than targets.
     """
     dialect, rows = _cut(text, name, files)
-    rows = _without_remarks(rows)
     place = _named_column(rows[0], column, name) if column else None
     keys = [_column(rows, place)] if place is not None else _columns(rows)
     folder = name.rpartition("/")[0]
@@ -108,10 +107,11 @@ def read_table(
     key = _column(rows, place)
     headed = column is not None or _has_header(rows, place, found)
     width = len(rows[0])
-    for line, row in enumerate(rows, start=1):
+    for line, row in enumerate(rows, start=1 + dialect.skip):
         if len(row) != width:
             raise ValueError(
-                f"{name} line {line} has {len(row)} fields, line 1 has {width}: quote what holds a "
+                f"{name} line {line} has {len(row)} fields, line {1 + dialect.skip} has {width}: "
+                "quote what holds a "
                 f"{dialect.separator!r}"
             )
     names = header(rows[0], name) if headed else []
@@ -124,7 +124,7 @@ def read_table(
             found[i],
             ids.get(i) or _id(key[i], found[i], files),
             {label: values.read(label, rows[i][j]) for j, label in labels.items()},
-            i + 1,
+            i + 1 + dialect.skip,
         )
         for i in range(headed, len(rows))
     ]
@@ -174,17 +174,6 @@ def _cut(text: str, name: str, files: Names) -> tuple[Dialect, list[list[str]]]:
         raise ValueError(f"{name} is empty: it must hold lines 'file,label'")
     width = len(rows[0])
     return dialect, [trim(row, width) for row in rows]
-
-
-def _without_remarks(rows: list[list[str]]) -> list[list[str]]:
-    """Rows without remarks in front of them; one as wide as the rows after it is a header."""
-    start = 0
-    while start < len(rows) - 1 and rows[start][0].startswith("#"):
-        after = rows[start + 1]
-        if len(rows[start]) == len(after) and not after[0].startswith("#"):
-            break
-        start += 1
-    return rows[start:]
 
 
 def _named_column(names: Sequence[str], column: str, where: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -126,6 +127,8 @@ def guess(path: Path) -> str:
         score = {name: SOURCES[name].likes(look) for name in SOURCES}
     except READ_ERRORS as error:
         raise _unreadable(path, error) from None
+    if path.suffix.lower() in (".7z", ".rar", ".zst"):
+        raise ValueError(f"{path} is packed in a way that is not read: unpack it first")
     if path.suffix.lower() in WORKBOOKS:
         raise ValueError(f"{path} is a workbook: {SAVE_AS_TEXT}")
     best = max(score.values())
@@ -247,7 +250,7 @@ def read_crystals(
         targets: labels to read; a missing one is NaN.
         reading: what is done to each record; None takes it as it is, with the targets.
         workers: processes that parse; 0 takes every core. Small inputs are parsed in this one.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar, and in the end what there is to say of the input.
 
     Raises:
         ValueError: the input as a whole cannot be read.
@@ -265,3 +268,6 @@ def read_crystals(
                     result = Failure(result.id, input, "duplicate id", "the id occurred before")
                 seen.add(result.id)
             yield result
+    if progress:
+        for note in options.notes:
+            tqdm.write(f"note: {note}", file=sys.stderr)

@@ -80,8 +80,8 @@ class Unpacked(io.RawIOBase):
 
 
 def open_text(path: Path, note: Callable[[str], Any] | None = None) -> TextIO:
-    """A text file, compressed (gzip, bzip2, xz, the only file of its kind in a `.zip`) or not, in
-    any encoding; line ends stay as they are.
+    """A text file, compressed (gzip, bzip2, xz, the only file of its kind in a `.zip`) or not, or
+    one in a zip (`a.zip/train.csv`), in any encoding; line ends stay as they are.
 
     Args:
         note: told what a reader should know, such as that the text is Latin-1.
@@ -94,9 +94,10 @@ def open_text(path: Path, note: Callable[[str], Any] | None = None) -> TextIO:
         if note is not None:
             note(f"{path.name}: {text}")
 
-    if path.suffix.lower() == ".zip" and (name := zipped_text(path)):
-        packed: BinaryIO = zipfile.ZipFile(path).open(name)  # type: ignore  # noqa: SIM115
-        return open_decoded(io.BufferedReader(Unpacked(path, packed), 1 << 18), tell)
+    place = _in_zip(path)
+    if place is not None:
+        packed: BinaryIO = zipfile.ZipFile(place[0]).open(place[1])  # type: ignore  # noqa: SIM115
+        return open_decoded(io.BufferedReader(Unpacked(place[0], packed), 1 << 18), tell)
     with open(path, "rb") as file:
         start = file.read(8)
     if start.startswith((_ZIP, _OLE)):
@@ -112,6 +113,15 @@ def check_size(name: str, size: int) -> None:
     """Raises BadCrystal for a file in a folder or archive that no structure fills."""
     if size > MAX_FILE:
         raise BadCrystal(f"{name} has {size} bytes, more than any structure", "too large")
+
+
+def _in_zip(path: Path) -> tuple[Path, str] | None:
+    """The zip, and the name within, of a text in a zip; None for any other path."""
+    if path.exists():
+        name = zipped_text(path) if path.suffix.lower() == ".zip" else None
+        return (path, name) if name else None
+    archive = next((parent for parent in path.parents if parent.is_file()), None)
+    return (archive, path.relative_to(archive).as_posix()) if archive else None
 
 
 def zipped_text(path: Path) -> str | None:

@@ -17,7 +17,7 @@ import pytest
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.preparing.write import plan
-from crysforge.datapipe.sources import Failure
+from crysforge.datapipe.sources import Failure, Options, read_crystals
 from tests.salts import CASES, GAP_OF, GAPS, TEXTS, N, labelled, put, read, table
 from tests.tables import config
 
@@ -205,6 +205,19 @@ def test_a_table_for_each_split(tmp_path, kind, names):
     assert manifest.provenance["split"] == {"rule": "keep"}
 
 
+@pytest.mark.parametrize("labels", ["id_prop.csv", "gaps.tsv"])
+def test_lists_of_files_for_each_split_beside_a_table_of_labels(tmp_path, labels):
+    folder = put(tmp_path / "set")
+    parts = {"train.txt": ROWS[:8], "val.txt": ROWS[8:10], "test.txt": ROWS[10:]}
+    for name, part in parts.items():
+        (folder / name).write_text("".join(f"{id}\n" for id, _ in part))
+    (folder / labels).write_text(table(ROWS, ("sample", "gap"), "\t"))
+    manifest = prepare(config(input=str(folder), output=str(tmp_path / "out")))
+    assert manifest.splits == {"train": 8, "val": 2, "test": 2}
+    assert manifest.targets["gap"].labelled == manifest.splits
+    assert labelled(folder) == GAP_OF
+
+
 def test_one_table_called_test_is_no_split(tmp_path):
     folder = put(tmp_path / "set")
     (folder / "test.csv").write_text(table(ROWS))
@@ -212,8 +225,9 @@ def test_one_table_called_test_is_no_split(tmp_path):
     assert manifest.splits == {"train": 10, "val": 1, "test": 1}
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
 @pytest.mark.parametrize("suffix", ["csv", "json"])
-def test_a_folder_of_one_file_for_each_split(tmp_path, suffix):
+def test_a_folder_of_one_file_for_each_split(tmp_path, suffix, kind):
     folder = tmp_path / "mp_20"
     folder.mkdir()
     for split, part in (("train", range(8)), ("val", range(8, 10)), ("test", range(10, 12))):
@@ -222,10 +236,11 @@ def test_a_folder_of_one_file_for_each_split(tmp_path, suffix):
         text = table(rows, tuple(records[0])) if suffix == "csv" else json.dumps(records)
         (folder / f"{split}.{suffix}").write_text(text)
     (folder / "README.md").write_text("x")
-    manifest = prepare(config(input=str(folder), output=str(tmp_path / "out")))
+    path = str(pack(folder, kind))
+    manifest = prepare(config(input=path, output=str(tmp_path / "out")))
     assert manifest.splits == {"train": 8, "val": 2, "test": 2}
-    assert manifest.provenance["notes"] == ["passed over 1 other file (README.md)"]
-    assert "8 train, 2 val, 2 test" in plan(config(input=str(folder), output=str(tmp_path / "b")))
+    assert "passed over 1 other file (" in manifest.provenance["notes"][0]
+    assert "8 train, 2 val, 2 test" in plan(config(input=path, output=str(tmp_path / "b")))
 
 
 def test_a_folder_of_structures_in_json(tmp_path):
@@ -261,11 +276,32 @@ def test_folders_without_crystals(tmp_path, files, words):
 
 
 def test_archives_of_other_files_say_what_to_do(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        for split in ("train", "test"):
-            archive.writestr(f"{split}.csv", table([("a", TEXTS[0])], ("id", "cif")))
-    with pytest.raises(ValueError, match=r"it has 2 other files \(test.csv, train.csv\): unpack"):
-        read(tmp_path / "a.zip", [])
+    (tmp_path / "set").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "set" / f"{split}.csv").write_text(table([("a", TEXTS[0])], ("id", "cif")))
+    with pytest.raises(ValueError, match=r"it has 2 other files \(set/test.csv, .*\): unpack it"):
+        read(pack(tmp_path / "set", "tar"), [])
+    (tmp_path / "a.7z").touch()
+    with pytest.raises(ValueError, match=r"a.7z is packed in a way that is not read: unpack it"):
+        read(tmp_path / "a.7z", [])
+
+
+def test_files_under_a_wrong_name_say_what_to_do(tmp_path):
+    (tmp_path / "a.csv").write_text(json.dumps(RECORDS))
+    (tmp_path / "b.json").write_text(table([tuple(r.values()) for r in RECORDS], RECORDS[0]))
+    for name, kind in (("a.csv", "json"), ("b.json", "csv")):
+        with pytest.raises(ValueError, match=f"{name}.* give format={kind}"):
+            read(tmp_path / name)
+        options = Options(targets=("gap",), wanted=("gap",))
+        found = read_crystals(str(tmp_path / name), kind, targets=["gap"], options=options)
+        assert {c.id: c.targets["gap"] for c in found} == GAP_OF
+
+
+def test_pandas_tables_with_two_columns_of_one_name(tmp_path):
+    split = {"columns": ["id", "cif", "gap", "gap"], "data": [["a", TEXTS[0], 1, 2]]}
+    (tmp_path / "a.json").write_text(json.dumps(split))
+    with pytest.raises(ValueError, match=r"a.json: two columns are named gap: rename"):
+        read(tmp_path / "a.json")
 
 
 def test_workbooks_say_what_to_do(tmp_path):

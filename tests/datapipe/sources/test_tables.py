@@ -23,6 +23,7 @@ CALLED = {
     "case": "SALT{}",
     "relative": "./salt{}.cif",
     "folder": "cifs/salt{}.cif",
+    "Unicode": "sàlt{}.cif",
     "elsewhere": "/home/me/cifs/salt{}.cif",
     "windows": "C:\\me\\cifs\\salt{}.cif",
 }
@@ -42,14 +43,23 @@ def test_a_table_in_a_folder_of_files(tmp_path, separator, header):
 @pytest.mark.parametrize("called", CALLED)
 @pytest.mark.parametrize("headed", [True, False])
 def test_what_a_table_may_call_files(tmp_path, called, headed):
-    folder = put(tmp_path / "cifs")
+    composed = "\u0300" if called == "Unicode" else ""  # as file systems of Apple spell it
+    folder = put(tmp_path / "cifs", f"sa{composed}lt{{}}.cif")
     rows = [(CALLED[called].format(i), gap) for i, gap in enumerate(GAPS)]
     (tmp_path / "labels.tsv").write_text(table(rows, ("name", "gap") if headed else (), "\t"))
     found = labelled(folder, labels=str(tmp_path / "labels.tsv"))
-    assert found == GAP_OF
+    assert {id.replace("\u0300", ""): gap for id, gap in found.items()} == GAP_OF
     (tmp_path / "labels.tsv").rename(folder / "labels.tsv")
     found = labelled(folder)
-    assert {id.lower(): gap for id, gap in found.items()} == GAP_OF
+    assert {id.lower().replace("\u0300", ""): gap for id, gap in found.items()} == GAP_OF
+
+
+def test_folders_may_stand_for_their_only_file(tmp_path):
+    folder = put(tmp_path / "runs", "a/salt{}/relax/structure.cif")
+    for form in ("salt{}", "a/salt{}/relax", "runs/a/salt{}/relax"):
+        rows = [(form.format(i), gap) for i, gap in enumerate(GAPS)]
+        (folder / "t.csv").write_text(table(rows, ("x", "gap")))
+        assert list(labelled(folder).values()) == GAPS
 
 
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "latin-1", "cp1252"]
@@ -303,6 +313,21 @@ def test_structures_without_a_header(tmp_path):
     assert list(labelled(tmp_path / "n.csv").values()) == GAPS
     with pytest.raises(ValueError, match="has no header and 2 columns beside the structure"):
         read(tmp_path / "s.csv", ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("separator", [",", "\t", ";", " "])
+def test_remarks_before_a_table(tmp_path, separator):
+    folder = put(tmp_path / "cifs")
+    rows = table([(f"salt{i}", gap) for i, gap in enumerate(GAPS)], (), separator, "\n")
+    for header in ("", f"id{separator}gap\n", f"# id{separator}gap\n"):
+        (folder / "t.csv").write_text(f"# measured, by hand\n# in eV\n{header}{rows}")
+        assert labelled(folder) == GAP_OF
+    if separator != " ":
+        rows = table([(f"salt{i}", TEXTS[i], x) for i, x in enumerate(GAPS)], (), separator, "\n")
+        for start in ("id", "# id", "#id"):
+            header = separator.join((start, "cif", "gap"))
+            (tmp_path / "s.csv").write_text(f"# exported; see above\n{header}\n{rows}")
+            assert labelled(tmp_path / "s.csv") == GAP_OF
 
 
 def test_what_spreadsheets_write(tmp_path):
