@@ -128,10 +128,10 @@ def facts_of(block: Block) -> Facts:
         if np.isfinite(value) and value > 0:
             facts.volume = value, _VOLUME * value + _last_digit(volume)
     for tag, share in _DENSITIES.items():
-        value = _number(block, tag)
-        if value is not None:
-            error = share * value + _last_digit(block.value(tag) or "")
-            facts.densities.append((tag, value, error))
+        density = _number(block, tag)
+        if density is not None:
+            error = share * density + _last_digit(block.value(tag) or "")
+            facts.densities.append((tag, density, error))
     if facts.formula is None:
         facts.mass = _number(block, "_chemical_formula_weight")
     return facts

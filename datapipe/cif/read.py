@@ -10,7 +10,7 @@ from itertools import islice, product
 import numpy as np
 
 from crysforge.datapipe.cif.blocks import Block, structure_blocks
-from crysforge.datapipe.cif.cell import Parameters, lattice_for, read_parameters
+from crysforge.datapipe.cif.cell import Parameters, lattice_for, misfit, read_parameters
 from crysforge.datapipe.cif.checks import (
     CHECKS,
     Doubt,
@@ -36,6 +36,8 @@ from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 
 _MOST_READINGS = 64
 """Ways to read ambiguous labels that are tried."""
+_EQUAL = 2e-4
+"""Difference of two misfits that are the same: 0.01° of a right angle."""
 _FULL = 1e-3
 """How far an occupancy may be from 1."""
 
@@ -155,11 +157,9 @@ def _attempts(
         Doubt(f"{s.words} may be more than an element", s.numbers) for s in doubtful.values()
     ]
     readings = list(islice(product(*(s.numbers for s in doubtful.values())), _MOST_READINGS))
-    candidates = _fitting(symmetry, parameters)
     failed, any_good = [], False
-    for candidate in candidates:
-        cell = lattice_for(parameters, candidate.group)
-        for reading in readings if cell is not None else ():
+    for candidate, cell in _fitting(symmetry, parameters):
+        for reading in readings:
             numbers, words = [s.numbers[0] for s in species], ""
             if doubtful:
                 said = dict(zip(doubtful, reading, strict=True))
@@ -177,14 +177,21 @@ def _attempts(
         raise failed[0]
 
 
-def _fitting(symmetry: Symmetry, parameters: Parameters) -> list[Candidate]:
-    """The candidates without those that are far-fetched: a short monoclinic symbol means unique
-    axis a only where the cell says so."""
-    usual = [c for c in symmetry.candidates if c.setting is None or "a" not in c.setting.qualifier]
-    far_fetched = symmetry.named and len(usual) < len(symmetry.candidates)
-    if far_fetched and any(lattice_for(parameters, c.group) is not None for c in usual):
-        return usual
-    return list(symmetry.candidates)
+def _fitting(symmetry: Symmetry, parameters: Parameters) -> list[tuple[Candidate, np.ndarray]]:
+    """The candidates that fit the cell, and the cell vectors; of several, those that fit best: a
+    beta of 90.3° says which axis is unique. A short monoclinic symbol means unique axis a only
+    where the cell says so."""
+    found = [
+        (candidate, cell)
+        for candidate in symmetry.candidates
+        if (cell := lattice_for(parameters, candidate.group)) is not None
+    ]
+    if len(found) < 2:
+        return found
+    gaps = [misfit(cell, c.group) for c, cell in found]
+    best = [one for one, gap in zip(found, gaps, strict=True) if gap <= min(gaps) + _EQUAL]
+    usual = [(c, cell) for c, cell in best if c.setting and not c.setting.has_unique_a]
+    return usual if symmetry.named and usual else best
 
 
 def _expanded(

@@ -68,6 +68,11 @@ class Setting:
         return f"{self.hm} :{self.extension.upper()}" if self.extension else self.hm
 
     @property
+    def has_unique_a(self) -> bool:
+        """Whether it is monoclinic with unique axis a."""
+        return self.number in _MONOCLINIC and "a" in self.qualifier
+
+    @property
     def group(self) -> Group:
         """Its operations."""
         return group_of_entry(self.hall)
