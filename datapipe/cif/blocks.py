@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from typing import Any
 
 from gemmi import cif
 
@@ -32,7 +32,7 @@ class Block:
         self.repeated: set[str] = set()
         self._loops: list[cif.Loop] = []
         self._values: dict[int, list[str]] = {}
-        items: Iterable[cif.Item] = source  # type: ignore[assignment]
+        items: Any = source
         for item in items:
             if (pair := item.pair) is not None:
                 tag, value = _tag(pair[0]), pair[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice, product
 
 import numpy as np
@@ -20,13 +20,9 @@ from crysforge.datapipe.cif.checks import (
     judge_multiplicity,
     refuse_modulated,
 )
+from crysforge.datapipe.cif.choice import Attempt, choose
 from crysforge.datapipe.cif.formula import in_words
-from crysforge.datapipe.cif.geometry import (
-    has_symmetry,
-    merge_copies,
-    same_crystal,
-    shortest_distances,
-)
+from crysforge.datapipe.cif.geometry import has_symmetry, merge_copies
 from crysforge.datapipe.cif.order import ELECTRONEGATIVITY_RANK
 from crysforge.datapipe.cif.sites import Sites, check_count, expand, plain, read_sites
 from crysforge.datapipe.cif.species import Species, species_of
@@ -40,20 +36,6 @@ _EQUAL = 2e-4
 """Difference of two misfits that are the same: 0.01° of a right angle."""
 _FULL = 1e-3
 """How far an occupancy may be from 1."""
-
-
-@dataclass
-class _Attempt:
-    """The crystal by one reading of the symmetry and of the labels."""
-
-    candidate: Candidate
-    elements: str
-    """How doubtful labels are read."""
-    crystal: Crystal
-    problems: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return ", ".join(filter(None, [self.candidate.name, self.elements]))
 
 
 def read_cif(text: str, checks: str = "strict", number: int | None = None) -> Crystal:
@@ -115,7 +97,7 @@ def _read(block: Block, checks: str) -> Crystal:
         lengths, angles = parameters
         cell = f"a, b, c = {lengths}, angles {angles}"
         raise BadCrystal(f"the space group {names} does not fit the cell ({cell})", "symmetry")
-    return _choose(attempts, checks)
+    return choose(attempts, checks)
 
 
 def _species(block: Block, sites: Sites, facts: Facts) -> list[Species]:
@@ -145,7 +127,7 @@ def _species(block: Block, sites: Sites, facts: Facts) -> list[Species]:
 
 def _attempts(
     sites: Sites, species: list[Species], facts: Facts, symmetry: Symmetry, parameters: Parameters
-) -> Iterator[_Attempt]:
+) -> Iterator[Attempt]:
     """One for each group that fits the cell and each way to read the labels.
 
     Raises:
@@ -172,7 +154,7 @@ def _attempts(
                 failed.append(error)
                 continue
             any_good = True
-            yield _Attempt(candidate, words, crystal, problems)
+            yield Attempt(candidate, words, crystal, problems)
     if failed and not any_good:
         raise failed[0]
 
@@ -274,51 +256,3 @@ def _full_sites(sites: Sites, numbers: np.ndarray) -> tuple[Sites, np.ndarray]:
         keep[here[1:]] = False
     kept = np.flatnonzero(keep)
     return replace(sites.take(kept), occupancy=None), numbers[kept]
-
-
-def _choose(attempts: list[_Attempt], checks: str) -> Crystal:
-    """The one crystal that the file means.
-
-    Raises:
-        BadCrystal: none that agrees with the file, or several.
-    """
-    sound = [a for a in attempts if not a.problems]
-    if not sound and len(attempts) == 1:
-        (only,) = attempts
-        if checks == "warn":
-            return replace(only.crystal, notes=tuple(only.problems))
-        raise BadCrystal(f"the CIF contradicts itself: {'; '.join(only.problems)}", "contradiction")
-    if not sound:
-        each = "; ".join(f"as {a}: {a.problems[0]}" for a in attempts[:4])
-        raise BadCrystal(f"no reading of the CIF agrees with it: {each}", "contradiction")
-    if len(sound) > 1:
-        distinct = _distinct(sound)
-        sound = _by_distances(distinct) if len(distinct) > 1 else distinct
-        if len(sound) > 1:
-            each = "; ".join(
-                f"{a} gives {in_words(Counter(a.crystal.numbers.tolist()))}" for a in sound[:4]
-            )
-            raise BadCrystal(
-                f"the CIF is ambiguous: {each}; give symmetry operations and type symbols",
-                "ambiguous",
-            )
-    return sound[0].crystal
-
-
-def _by_distances(attempts: list[_Attempt]) -> list[_Attempt]:
-    """Without the attempts whose atoms overlap; of those that are left, the one whose atoms are at
-    usual distances, if they are impossible in all others."""
-    found = [(attempt, shortest_distances(attempt.crystal)) for attempt in attempts]
-    found = [(a, kind) for a, kind in found if kind != "overlap"] or found
-    usual = [a for a, kind in found if kind == "usual"]
-    if len(usual) == 1 and all(kind in ("usual", "impossible") for _, kind in found):
-        return usual
-    return [a for a, _ in found]
-
-
-def _distinct(attempts: list[_Attempt]) -> list[_Attempt]:
-    found: list[_Attempt] = []
-    for attempt in attempts:
-        if not any(same_crystal(attempt.crystal, other.crystal) for other in found):
-            found.append(attempt)
-    return found
