@@ -118,6 +118,8 @@ def symbols() -> Cases:
     in_c = cell(6, 7, 8, 90, 90, 95)
     found["P 21/b, unique c"] = block(symbol("P 21/b"), in_c, ZNS), "Zn4 S4|14"
     found["P 21/c, unique c"] = block(symbol("P 21/c"), in_c, ZNS), "refuse"
+    near = cell(6, 7, 8, 90, 90.3, 90)
+    found["P 21/n, beta 90.3"] = block(symbol("P 21/n"), near, ZNS), "Zn4 S4|14"
     found["P 21/n, no unique axis"] = block(symbol("P 21/n"), cell(6, 7, 8), ZNS), "refuse"
     one = sites("Zn1 Zn .1 .2 .3")
     found["B 2/b"] = block(symbol("B 2/b"), in_c, one), "Zn8|15"

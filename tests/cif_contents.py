@@ -186,6 +186,13 @@ def facts() -> Cases:
             block(formula("Mg (O H)2"), BRUCITE,
                   sites("Mg Mg 0 0 0 0", "O O .33333 .66667 .22 1", "H H .33333 .66667 .43 0",
                         more="attached_hydrogens")), MGOH),
+        "electrons": (salt("_exptl_crystal_F_000 112\n"), SALT),
+        "electrons of hydrogen atoms that are missing": (
+            salt("_exptl_crystal_F_000 120\n"), "refuse"),
+        "F000 of neutrons": (
+            salt("_exptl_crystal_F_000 52\n_diffrn_radiation_probe neutron\n"), SALT),
+        "split site, no word of it": (
+            salt("", sites("Na Na 0 0 0", "Cl1 Cl .5 .5 .5", "Cl2 Cl .5 .5 .38")), "refuse"),
         "dummy": (salt("", dummy), "refuse"),
         "dummy, formula without it": (salt(formula("Na Cl"), dummy), SALT),
         "dimension 0": (salt("_cell_modulation_dimension 0\n"), SALT),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import gemmi
 import numpy as np
-from ase.data import chemical_symbols
+from ase.data import chemical_symbols, covalent_radii
 
 from crysforge.datapipe.crystals.crystal import Crystal
 
@@ -58,10 +58,11 @@ def example(entry: gemmi.SpaceGroup, rng: np.random.Generator, sites: int = 3) -
             if rng.random() < 0.6:
                 x = _special(x, rotations, shifts, rng)
             orbit = _orbit(x, rotations, shifts)
-            if _apart(np.concatenate([atoms, orbit]), lattice):
+            z = gemmi.Element(str(symbol)).atomic_number
+            if _apart(np.concatenate([atoms, orbit]), [*numbers, *[z] * len(orbit)], lattice):
                 chosen.append((f"{symbol}{number + 1}", str(symbol), x))
                 atoms = np.concatenate([atoms, orbit])
-                numbers += [gemmi.Element(str(symbol)).atomic_number] * len(orbit)
+                numbers += [z] * len(orbit)
                 break
     counts = {s: numbers.count(gemmi.Element(s).atomic_number) for _, s, _ in chosen}
     units = int(np.gcd.reduce(list(counts.values())))
@@ -103,14 +104,15 @@ def _orbit(x, rotations, shifts) -> np.ndarray:
     return images[np.sort(np.unique(keys, axis=0, return_index=True)[1])]
 
 
-def _apart(atoms: np.ndarray, lattice: np.ndarray, least: float = 1.7) -> bool:
+def _apart(atoms: np.ndarray, numbers: list[int], lattice: np.ndarray) -> bool:
+    """Whether all atoms are 0.8 of the sum of their covalent radii apart."""
     shifts = np.array(list(np.ndindex(3, 3, 3))) - 1.0
     gap = atoms[:, None] - atoms
     gap -= np.rint(gap)
-    vectors = (gap[:, :, None] + shifts) @ lattice
-    square = np.square(vectors).sum(-1)
+    square = np.square((gap[:, :, None] + shifts) @ lattice).sum(-1)
     square[np.arange(len(atoms)), np.arange(len(atoms)), 13] = np.inf
-    return bool(square.min() > least**2)
+    radii = 0.8 * covalent_radii[numbers]
+    return bool((square.min(-1) > np.square(radii[:, None] + radii)).all())
 
 
 def text(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from typing import Any
 
 from gemmi import cif
 
@@ -31,8 +32,8 @@ class Block:
         self.repeated: set[str] = set()
         self._loops: list[cif.Loop] = []
         self._values: dict[int, list[str]] = {}
-        item: cif.Item
-        for item in source:
+        items: Any = source
+        for item in items:
             if (pair := item.pair) is not None:
                 tag, value = _tag(pair[0]), pair[1]
                 if tag in self.places:

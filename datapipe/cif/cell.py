@@ -97,14 +97,18 @@ def lattice(lengths: list[float], angles: list[float]) -> np.ndarray:
 
 def fits(cell: np.ndarray, group: Group) -> bool:
     """Whether the rotations of a group map the cell onto itself."""
+    return misfit(cell, group) <= _MISFIT
+
+
+def misfit(cell: np.ndarray, group: Group) -> float:
+    """How far the cell is from one that the rotations of a group map onto itself: the largest
+    difference of an element of its metric, as a share of the lengths."""
     if len(group) == 1:
-        return True
+        return 0.0
     metric = (cell @ cell.T).ravel()
     change = (group.mean_metric @ metric - metric).tolist()
     size = [math.sqrt(metric[i]) for i in (0, 4, 8)]
-    return all(
-        abs(change[3 * i + j]) <= _MISFIT * size[i] * size[j] for i in range(3) for j in range(i, 3)
-    )
+    return max(abs(change[3 * i + j]) / (size[i] * size[j]) for i in range(3) for j in range(i, 3))
 
 
 @lru_cache(maxsize=512)

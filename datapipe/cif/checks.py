@@ -28,6 +28,9 @@ _FORMULAE = (
 _DENSITIES = {"_exptl_crystal_density_diffrn": 0.02, "_exptl_crystal_density_meas": 0.15}
 """Density tags and the share by which each may be off."""
 _VOLUME = 0.015
+_ELECTRONS = 0.03
+"""Share by which F000 may differ from the number of electrons: anomalous dispersion."""
+_PROBES = ("_diffrn_radiation_probe", "_diffrn_radiation_type")
 _PER_CM3 = 1.66053907
 """g/cm³ of one atomic mass unit in one Å³."""
 
@@ -77,6 +80,8 @@ class Facts:
     """Tag, g/cm³, how far it may be off."""
     mass: float | None = None
     """Mass of a formula unit, where there is no formula."""
+    electrons: float | None = None
+    """Electrons in the cell (F000 of X-rays), where there is no formula."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +133,15 @@ def facts_of(block: Block) -> Facts:
         if np.isfinite(value) and value > 0:
             facts.volume = value, _VOLUME * value + _last_digit(volume)
     for tag, share in _DENSITIES.items():
-        value = _number(block, tag)
-        if value is not None:
-            error = share * value + _last_digit(block.value(tag) or "")
-            facts.densities.append((tag, value, error))
+        density = _number(block, tag)
+        if density is not None:
+            error = share * density + _last_digit(block.value(tag) or "")
+            facts.densities.append((tag, density, error))
     if facts.formula is None:
         facts.mass = _number(block, "_chemical_formula_weight")
+        probe = " ".join(block.values(*_PROBES)).lower()
+        if "neutron" not in probe and "electron" not in probe:
+            facts.electrons = _number(block, "_exptl_crystal_f_000")
     return facts
 
 
@@ -162,6 +170,15 @@ def judge(facts: Facts, atoms: Mapping[int, int], volume: float) -> Verdict:
             verdict.problems.append(
                 f"{facts.units:g} formula units of mass {facts.mass:g} make "
                 f"{facts.mass * facts.units:.1f}, the atoms have {mass:.1f}"
+            )
+        else:
+            verdict.content = True
+    electrons = sum(z * n for z, n in atoms.items())
+    if facts.electrons is not None:
+        if abs(facts.electrons / electrons - 1) > _ELECTRONS:
+            verdict.problems.append(
+                f"_exptl_crystal_F_000 is {facts.electrons:g}, the atoms {in_words(atoms)} have "
+                f"{electrons} electrons"
             )
         else:
             verdict.content = True

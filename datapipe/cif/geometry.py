@@ -74,6 +74,24 @@ def shortest_distances(crystal: Crystal) -> str:
     return "usual" if least > _USUAL else "impossible" if least < _IMPOSSIBLE else "open"
 
 
+def impossible_pair(crystal: Crystal) -> tuple[int, int, float] | None:
+    """Two atoms that are closer than any such atoms come, and their distance in Å; None if there
+    are none, or if they overlap, which filters say of any crystal."""
+    if len(crystal) > _MOST_ATOMS:
+        return None
+    gap = crystal.frac_coords[:, None] - crystal.frac_coords
+    gap -= np.rint(gap)
+    square = np.square(gap @ crystal.lattice).sum(-1)
+    radii = _IMPOSSIBLE * covalent_radii[crystal.numbers]
+    near = square < np.square(radii[:, None] + radii)
+    if np.count_nonzero(near) == len(crystal):  # each to itself
+        return None
+    np.fill_diagonal(square, np.inf)
+    i, j = np.unravel_index(np.where(near, square, np.inf).argmin(), square.shape)
+    distance = float(np.sqrt(square[i, j]))
+    return (int(i), int(j), distance) if distance >= _OVERLAP else None
+
+
 def has_symmetry(crystal: Crystal, number: int, settings: tuple[Setting, ...]) -> bool:
     """Whether the atoms have the symmetry that a file names: the group maps them onto themselves,
     or a search finds a group of that type."""

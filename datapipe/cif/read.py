@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice, product
 
 import numpy as np
 
 from crysforge.datapipe.cif.blocks import Block, structure_blocks
-from crysforge.datapipe.cif.cell import Parameters, lattice_for, read_parameters
+from crysforge.datapipe.cif.cell import Parameters, lattice_for, misfit, read_parameters
 from crysforge.datapipe.cif.checks import (
     CHECKS,
     Doubt,
@@ -20,13 +20,9 @@ from crysforge.datapipe.cif.checks import (
     judge_multiplicity,
     refuse_modulated,
 )
+from crysforge.datapipe.cif.choice import Attempt, choose
 from crysforge.datapipe.cif.formula import in_words
-from crysforge.datapipe.cif.geometry import (
-    has_symmetry,
-    merge_copies,
-    same_crystal,
-    shortest_distances,
-)
+from crysforge.datapipe.cif.geometry import has_symmetry, merge_copies
 from crysforge.datapipe.cif.order import ELECTRONEGATIVITY_RANK
 from crysforge.datapipe.cif.sites import Sites, check_count, expand, plain, read_sites
 from crysforge.datapipe.cif.species import Species, species_of
@@ -36,22 +32,10 @@ from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 
 _MOST_READINGS = 64
 """Ways to read ambiguous labels that are tried."""
+_EQUAL = 2e-4
+"""Difference of two misfits that are the same: 0.01° of a right angle."""
 _FULL = 1e-3
 """How far an occupancy may be from 1."""
-
-
-@dataclass
-class _Attempt:
-    """The crystal by one reading of the symmetry and of the labels."""
-
-    candidate: Candidate
-    elements: str
-    """How doubtful labels are read."""
-    crystal: Crystal
-    problems: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return ", ".join(filter(None, [self.candidate.name, self.elements]))
 
 
 def read_cif(text: str, checks: str = "strict", number: int | None = None) -> Crystal:
@@ -113,7 +97,7 @@ def _read(block: Block, checks: str) -> Crystal:
         lengths, angles = parameters
         cell = f"a, b, c = {lengths}, angles {angles}"
         raise BadCrystal(f"the space group {names} does not fit the cell ({cell})", "symmetry")
-    return _choose(attempts, checks)
+    return choose(attempts, checks)
 
 
 def _species(block: Block, sites: Sites, facts: Facts) -> list[Species]:
@@ -143,7 +127,7 @@ def _species(block: Block, sites: Sites, facts: Facts) -> list[Species]:
 
 def _attempts(
     sites: Sites, species: list[Species], facts: Facts, symmetry: Symmetry, parameters: Parameters
-) -> Iterator[_Attempt]:
+) -> Iterator[Attempt]:
     """One for each group that fits the cell and each way to read the labels.
 
     Raises:
@@ -155,11 +139,9 @@ def _attempts(
         Doubt(f"{s.words} may be more than an element", s.numbers) for s in doubtful.values()
     ]
     readings = list(islice(product(*(s.numbers for s in doubtful.values())), _MOST_READINGS))
-    candidates = _fitting(symmetry, parameters)
     failed, any_good = [], False
-    for candidate in candidates:
-        cell = lattice_for(parameters, candidate.group)
-        for reading in readings if cell is not None else ():
+    for candidate, cell in _fitting(symmetry, parameters):
+        for reading in readings:
             numbers, words = [s.numbers[0] for s in species], ""
             if doubtful:
                 said = dict(zip(doubtful, reading, strict=True))
@@ -172,19 +154,26 @@ def _attempts(
                 failed.append(error)
                 continue
             any_good = True
-            yield _Attempt(candidate, words, crystal, problems)
+            yield Attempt(candidate, words, crystal, problems)
     if failed and not any_good:
         raise failed[0]
 
 
-def _fitting(symmetry: Symmetry, parameters: Parameters) -> list[Candidate]:
-    """The candidates without those that are far-fetched: a short monoclinic symbol means unique
-    axis a only where the cell says so."""
-    usual = [c for c in symmetry.candidates if c.setting is None or "a" not in c.setting.qualifier]
-    far_fetched = symmetry.named and len(usual) < len(symmetry.candidates)
-    if far_fetched and any(lattice_for(parameters, c.group) is not None for c in usual):
-        return usual
-    return list(symmetry.candidates)
+def _fitting(symmetry: Symmetry, parameters: Parameters) -> list[tuple[Candidate, np.ndarray]]:
+    """The candidates that fit the cell, and the cell vectors; of several, those that fit best: a
+    beta of 90.3° says which axis is unique. A short monoclinic symbol means unique axis a only
+    where the cell says so."""
+    found = [
+        (candidate, cell)
+        for candidate in symmetry.candidates
+        if (cell := lattice_for(parameters, candidate.group)) is not None
+    ]
+    if len(found) < 2:
+        return found
+    gaps = [misfit(cell, c.group) for c, cell in found]
+    best = [one for one, gap in zip(found, gaps, strict=True) if gap <= min(gaps) + _EQUAL]
+    usual = [(c, cell) for c, cell in best if c.setting and not c.setting.has_unique_a]
+    return usual if symmetry.named and usual else best
 
 
 def _expanded(
@@ -267,51 +256,3 @@ def _full_sites(sites: Sites, numbers: np.ndarray) -> tuple[Sites, np.ndarray]:
         keep[here[1:]] = False
     kept = np.flatnonzero(keep)
     return replace(sites.take(kept), occupancy=None), numbers[kept]
-
-
-def _choose(attempts: list[_Attempt], checks: str) -> Crystal:
-    """The one crystal that the file means.
-
-    Raises:
-        BadCrystal: none that agrees with the file, or several.
-    """
-    sound = [a for a in attempts if not a.problems]
-    if not sound and len(attempts) == 1:
-        (only,) = attempts
-        if checks == "warn":
-            return replace(only.crystal, notes=tuple(only.problems))
-        raise BadCrystal(f"the CIF contradicts itself: {'; '.join(only.problems)}", "contradiction")
-    if not sound:
-        each = "; ".join(f"as {a}: {a.problems[0]}" for a in attempts[:4])
-        raise BadCrystal(f"no reading of the CIF agrees with it: {each}", "contradiction")
-    if len(sound) > 1:
-        distinct = _distinct(sound)
-        sound = _by_distances(distinct) if len(distinct) > 1 else distinct
-        if len(sound) > 1:
-            each = "; ".join(
-                f"{a} gives {in_words(Counter(a.crystal.numbers.tolist()))}" for a in sound[:4]
-            )
-            raise BadCrystal(
-                f"the CIF is ambiguous: {each}; give symmetry operations and type symbols",
-                "ambiguous",
-            )
-    return sound[0].crystal
-
-
-def _by_distances(attempts: list[_Attempt]) -> list[_Attempt]:
-    """Without the attempts whose atoms overlap; of those that are left, the one whose atoms are at
-    usual distances, if they are impossible in all others."""
-    found = [(attempt, shortest_distances(attempt.crystal)) for attempt in attempts]
-    found = [(a, kind) for a, kind in found if kind != "overlap"] or found
-    usual = [a for a, kind in found if kind == "usual"]
-    if len(usual) == 1 and all(kind in ("usual", "impossible") for _, kind in found):
-        return usual
-    return [a for a, _ in found]
-
-
-def _distinct(attempts: list[_Attempt]) -> list[_Attempt]:
-    found: list[_Attempt] = []
-    for attempt in attempts:
-        if not any(same_crystal(attempt.crystal, other.crystal) for other in found):
-            found.append(attempt)
-    return found

@@ -68,6 +68,11 @@ class Setting:
         return f"{self.hm} :{self.extension.upper()}" if self.extension else self.hm
 
     @property
+    def has_unique_a(self) -> bool:
+        """Whether it is monoclinic with unique axis a."""
+        return self.number in _MONOCLINIC and "a" in self.qualifier
+
+    @property
     def group(self) -> Group:
         """Its operations."""
         return group_of_entry(self.hall)
@@ -191,7 +196,8 @@ def _by_name() -> dict[str, tuple[Setting, ...]]:
 
 def _names(setting: Setting, full: str) -> list[str]:
     """The spellings of a setting's symbol, in any case and with any spaces."""
-    names = [setting.hm, full] if full else [setting.hm]
+    second = setting.number in (67, 68) and "-" in setting.qualifier  # C m m b: C m m e is C m m a
+    names = [setting.hm, full] if full and not (second and "e" in full) else [setting.hm]
     parts = setting.hm.lower().split()
     if setting.number in _MONOCLINIC and full:
         names.append("".join(p for p in parts if p != "1"))
@@ -199,7 +205,8 @@ def _names(setting: Setting, full: str) -> list[str]:
             names.append(setting.hm.replace("1 1 ", ""))
     if setting.number >= _CUBIC:
         names += [name.replace("-3", "3") for name in names]
-    for position in range(1, len(parts) if setting.number in _DOUBLE_GLIDES else 0):
+    double = setting.number in _DOUBLE_GLIDES and not second
+    for position in range(1, len(parts) if double else 0):
         name = "".join([*parts[:position], "e", *parts[position + 1 :]])
         if name in _DOUBLE_GLIDES[setting.number].split():
             names.append(name)
