@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
-from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
+from crysforge.models.encoders.base import ENCODERS, Encoder, NearestConfig, check_positive
 from crysforge.models.layers.basic import RBF, OneHotLinear, line_graph, own_rows, row_weight
 from crysforge.models.ops.edges import Edges
 from crysforge.models.ops.norm import BatchNorm
@@ -24,7 +24,7 @@ sigmoid_backward = torch.ops.aten.sigmoid_backward
 
 
 @dataclass(kw_only=True)
-class ALIGNNConfig:
+class ALIGNNConfig(NearestConfig):
     """Settings of ALIGNN; the defaults are the published ones."""
 
     width: int = 256
@@ -76,7 +76,9 @@ class ALIGNN(Encoder):
         super().__init__()
         width, layers = config.width, config.alignn_layers
         self.dim = width
-        self.graph = GraphSpec(neighbors=config.neighbors, vectors=True)
+        self.graph = GraphSpec(
+            neighbors=config.neighbors, vectors=True, own_images_once=bool(config.own_images_once)
+        )
         self.embed_node = OneHotLinear(config.node_inputs, width)
         self.norm_node = BatchNorm(width)
         hidden = config.embedding

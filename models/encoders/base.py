@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -86,17 +87,21 @@ def build_encoder(section: Mapping[str, Any]) -> Encoder:
     return encoder
 
 
-OWN_IMAGES = "own_images_once"
-"""Setting of encoders on k-nearest graphs, see `GraphSpec`."""
+@dataclass(kw_only=True)
+class NearestConfig:
+    """What encoders on k-nearest graphs have in common."""
+
+    own_images_once: bool | None = None
+    """Whether an edge to an atom's own image counts once. None: twice, as the published recipes
+    have it, but once where an encoder is made for a data set of primitive cells."""
 
 
 def for_primitive_cells(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A config section for crystals in primitive cells: where it leaves that open, an edge to an
-    atom's own image counts once, as it would in any larger cell."""
-    if section.get("name") in ENCODERS and section.get(OWN_IMAGES) is None:
-        config = getattr(ENCODERS[section["name"]], "Config", None)
-        if OWN_IMAGES in getattr(config, "__dataclass_fields__", {}):
-            return {**section, OWN_IMAGES: True}
+    """A config section for crystals in primitive cells: see `NearestConfig`."""
+    config = getattr(ENCODERS[section["name"]], "Config", None) if "name" in section else None
+    setting = "own_images_once"
+    if setting in getattr(config, "__dataclass_fields__", {}) and section.get(setting) is None:
+        return {**section, setting: True}
     return dict(section)
 
 

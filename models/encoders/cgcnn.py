@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
-from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
+from crysforge.models.encoders.base import ENCODERS, Encoder, NearestConfig, check_positive
 from crysforge.models.layers.basic import RBF, EdgeLinear, OneHotLinear
 from crysforge.models.ops.edges import Edges
 from crysforge.models.ops.norm import BatchNorm
@@ -19,7 +19,7 @@ from crysforge.models.ops.segments import segment_sum
 
 
 @dataclass(kw_only=True)
-class CGCNNConfig:
+class CGCNNConfig(NearestConfig):
     """Settings of CGCNN; the defaults are the published ones."""
 
     width: int = 64
@@ -53,7 +53,11 @@ class CGCNN(Encoder):
     def __init__(self, config: CGCNNConfig) -> None:
         super().__init__()
         self.dim = config.width
-        self.graph = GraphSpec(neighbors=config.neighbors, depth=config.layers)
+        self.graph = GraphSpec(
+            neighbors=config.neighbors,
+            depth=config.layers,
+            own_images_once=bool(config.own_images_once),
+        )
         self.embed_node = OneHotLinear(config.node_inputs, config.width)
         spacing = 8.0 / max(config.rbf_bins - 1, 1)
         self.rbf = RBF(0.0, 8.0, config.rbf_bins, gamma=spacing**-2)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
-from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
+from crysforge.models.encoders.base import ENCODERS, Encoder, NearestConfig, check_positive
 from crysforge.models.layers.basic import RBF, ComformerConv, OneHotLinear
 from crysforge.models.layers.spherical import spherical_harmonics
 from crysforge.models.ops.edges import Edges, Incidence, RowSum
@@ -21,7 +21,7 @@ from crysforge.models.ops.segments import gather_source, segment_sum
 
 
 @dataclass(kw_only=True)
-class EComFormerConfig:
+class EComFormerConfig(NearestConfig):
     """Settings of eComFormer; the defaults are the published ones."""
 
     width: int = 256
@@ -69,7 +69,12 @@ class EComFormer(Encoder):
         super().__init__()
         width = config.width
         self.dim = width
-        self.graph = GraphSpec(neighbors=config.neighbors, lattice_edges="comformer", vectors=True)
+        self.graph = GraphSpec(
+            neighbors=config.neighbors,
+            lattice_edges="comformer",
+            vectors=True,
+            own_images_once=bool(config.own_images_once),
+        )
         self.embed_node = OneHotLinear(config.node_inputs, width)
         self.embed_length = nn.Sequential(
             RBF(-4.0, 0.0, config.rbf_bins), nn.Linear(config.rbf_bins, width), nn.Softplus()

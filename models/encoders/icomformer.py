@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
-from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
+from crysforge.models.encoders.base import ENCODERS, Encoder, NearestConfig, check_positive
 from crysforge.models.layers.basic import (
     RBF,
     ComformerConv,
@@ -26,7 +26,7 @@ from crysforge.models.ops.precision import full_precision
 
 
 @dataclass(kw_only=True)
-class IComFormerConfig:
+class IComFormerConfig(NearestConfig):
     """Settings of iComFormer; the defaults are the published ones."""
 
     width: int = 256
@@ -67,6 +67,7 @@ class IComFormer(Encoder):
             lattice_edges="comformer",
             vectors=True,
             lattice_triple=True,
+            own_images_once=bool(config.own_images_once),
         )
         self.embed_node = OneHotLinear(config.node_inputs, width)
         self.embed_length = nn.Sequential(

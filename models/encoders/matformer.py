@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
-from crysforge.models.encoders.base import ENCODERS, Encoder
+from crysforge.models.encoders.base import ENCODERS, Encoder, NearestConfig
 from crysforge.models.layers.basic import RBF, OneHotLinear
 from crysforge.models.ops.edges import Edges
 from crysforge.models.ops.messages import matformer_messages
@@ -19,7 +19,7 @@ from crysforge.models.ops.norm import BatchNorm
 
 
 @dataclass(kw_only=True)
-class MatformerConfig:
+class MatformerConfig(NearestConfig):
     """Settings of Matformer; the defaults are the published ones."""
 
     width: int = 128
@@ -54,7 +54,10 @@ class Matformer(Encoder):
         super().__init__()
         self.dim = config.width
         self.graph = GraphSpec(
-            neighbors=config.neighbors, lattice_edges="matformer", depth=config.layers
+            neighbors=config.neighbors,
+            lattice_edges="matformer",
+            depth=config.layers,
+            own_images_once=bool(config.own_images_once),
         )
         self.embed_node = OneHotLinear(config.node_inputs, config.width)
         self.embed_edge = nn.Sequential(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
-from crysforge.models.encoders.base import ENCODERS, Encoder
+from crysforge.models.encoders.base import ENCODERS, Encoder, NearestConfig
 from crysforge.models.layers.basic import RBF, ComformerConv, OneHotLinear
 from crysforge.models.ops.edges import Edges
 from crysforge.models.ops.keyed_random import keyed_dropout
@@ -20,7 +20,7 @@ DROPOUT_SALT = 0x5A454F
 
 
 @dataclass(kw_only=True)
-class PDDFormerConfig:
+class PDDFormerConfig(NearestConfig):
     """Settings of PDDFormer; the defaults are CrysLDNet's."""
 
     width: int = 256
@@ -37,9 +37,6 @@ class PDDFormerConfig:
     """Nearest neighbours of the graph."""
     dropout: float = 0.1
     """Dropout in the gating blocks."""
-    own_images_once: bool | None = None
-    """Whether an edge to an atom's own image counts once; None: as published, twice, unless the
-    data set has primitive cells."""
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "node_inputs", "pdd", "neighbors"):

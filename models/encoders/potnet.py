@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crysforge.datapipe.schema import CrystalBatch, GraphSpec
-from crysforge.models.encoders.base import ENCODERS, Encoder, check_positive
+from crysforge.models.encoders.base import ENCODERS, Encoder, NearestConfig, check_positive
 from crysforge.models.layers.basic import RBF, EdgeLinear, OneHotLinear, row_weight
 from crysforge.models.ops.edges import Edges
 from crysforge.models.ops.messages import comformer_messages
@@ -20,7 +20,7 @@ REPULSIONS = ("scaled", "exact")
 
 
 @dataclass(kw_only=True)
-class PotNetConfig:
+class PotNetConfig(NearestConfig):
     """Settings of PotNet; the defaults are the published ones."""
 
     width: int = 256
@@ -63,6 +63,7 @@ class PotNet(Encoder):
             neighbors=config.neighbors,
             pair_sums="scaled" if config.repulsion == "scaled" else "exact",
             depth=config.layers,
+            own_images_once=bool(config.own_images_once),
         )
         self.embed_node = OneHotLinear(config.node_inputs, width)
         self.embed_length = nn.Sequential(
