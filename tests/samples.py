@@ -31,10 +31,10 @@ from crysforge.launch.cluster.status import cancel, collect, statuses, table
 from crysforge.launch.cluster.suite import Suite
 from crysforge.launch.cluster.sweep import read_sweep
 from crysforge.launch.evaluate import find
-from crysforge.trainer import load
+from crysforge import load
 from crysforge.trainer.base.command_line import parse
 from crysforge.trainer.base.tensors import write_json
-from crysforge.trainer.evaluation.report import EvaluateConfig, evaluate
+from crysforge.trainer.reports.report import EvaluateConfig, evaluate
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema
 from crysforge.trainer.loop.guards import dump_batch, load_batch
 from crysforge.trainer.runs.card import share
