@@ -4,6 +4,7 @@ agree with what is in the shards."""
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,9 @@ from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.graphs.stored import StoredGraphs
 from crysforge.datapipe.schema import GraphSpec
-from crysforge.datapipe.storage.dataset import INDEX, Dataset, fits
-from crysforge.datapipe.storage.manifest import MANIFEST, SPLITS, Manifest, open_file
-from crysforge.datapipe.storage.remote import local_path
+from crysforge.datapipe.storage.dataset import INDEX, Dataset, fits, longest_index
+from crysforge.datapipe.storage.manifest import MANIFEST, SPLITS, Manifest
+from crysforge.datapipe.storage.remote import local_path, open_file, read_file
 
 _SAME = 1e-6
 """Relative difference up to which numbers of manifest and index are taken for equal to what they
@@ -75,13 +76,12 @@ def verify(config: VerifyConfig) -> Iterator[str]:
 def _open(root: str, manifest: Manifest) -> tuple[Dataset | None, list[str]]:
     """The data set, if its index can be used at all, and what is wrong with the index."""
     try:
-        with open_file(root, INDEX) as file:
-            data = file.read()
+        data = read_file(root, INDEX, most=longest_index(manifest))
         index = safetensors.load(data)
         if not fits(index, manifest):
             shown = ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in sorted(index.items()))
             return None, [f"{INDEX}: does not belong to the manifest: it holds {shown}"]
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         return None, [f"{INDEX}: {error}"]
     if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
         return Dataset(root, manifest, index), [f"{INDEX}: its hash is not the manifest's"]
@@ -134,13 +134,13 @@ class CheckShard:
     def __call__(self, number: int) -> CheckedShard:
         shard = self.manifest.shards[number]
         out = CheckedShard([], [], set())
-        digest, size = hashlib.sha256(), 0
+        digest = hashlib.sha256()
         try:
-            with open_file(self.root, shard.name) as file:
-                while block := file.read(1 << 20):
+            with open_file(self.root, shard.name, most=shard.bytes) as file:
+                size = os.fstat(file.fileno()).st_size
+                while size == shard.bytes and (block := file.read(1 << 20)):
                     digest.update(block)
-                    size += len(block)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             out.problems.append(f"{shard.name}: cannot be read: {error}")
             return out
         if size != shard.bytes:

@@ -97,7 +97,8 @@ class ShardCache:
                 return
             try:
                 self._make_room(shard)
-                download(url, partial, self.access, lambda copy: check(copy, shard))
+                whole = lambda copy: check(copy, shard)  # noqa: E731
+                download(url, partial, self.access, whole, shard.bytes)
                 os.fsync(file.fileno())
                 partial.rename(path)
             except BaseException as error:

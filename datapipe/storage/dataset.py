@@ -25,7 +25,7 @@ from crysforge.datapipe.storage.record import (
     decode_all,
     encode,
 )
-from crysforge.datapipe.storage.remote import DEFAULT, Access, join_path, open_file
+from crysforge.datapipe.storage.remote import DEFAULT, Access, join_path, read_file
 from crysforge.datapipe.storage.writer import DatasetWriter
 
 __all__ = ["INDEX", "SPLITS", "Dataset", "DatasetWriter", "Manifest", "decode", "encode"]
@@ -76,8 +76,8 @@ class Dataset:
                 raise ValueError(f"{url} is damaged: its hash is not the manifest's")
 
         try:
-            with open_file(root, INDEX, access, lambda path: check(path.read_bytes())) as file:
-                data = file.read()
+            sound = lambda path: check(path.read_bytes())  # noqa: E731
+            data = read_file(root, INDEX, access, sound, longest_index(manifest))
         except FileNotFoundError:
             raise ValueError(f"{url} is missing: the data set is damaged") from None
         except OSError as error:
@@ -187,6 +187,18 @@ class Dataset:
             return decode_all(data, self.names)
         except BadCrystal as error:
             return BadCrystal(f"{self.where(item)}: {error}"), {}
+
+
+def longest_index(manifest: Manifest) -> int:
+    """Bytes that an index of the crystals that a manifest tells of may have."""
+    count = sum(manifest.splits.values())
+    sizes = {name: np.dtype(code).itemsize for name, code in COLUMNS.items()}
+    sizes["targets"] *= len(manifest.targets)
+    return _HEADER + count * sum(sizes.values())
+
+
+_HEADER = 1 << 12
+"""Bytes of the longest header of an index."""
 
 
 def fits(index: Mapping[str, np.ndarray], manifest: Manifest) -> bool:

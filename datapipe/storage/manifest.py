@@ -11,13 +11,15 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from crysforge.datapipe.storage.remote import DEFAULT, Access, join_path, open_file
+from crysforge.datapipe.storage.remote import DEFAULT, Access, join_path, open_file, read_file
 
 __all__ = ["MANIFEST", "SPLITS", "Manifest", "Shard", "Target", "join_path", "open_file"]
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
 MANIFEST = "manifest.json"
+MAX_MANIFEST = 1 << 26
+"""Bytes of the longest manifest; that of a hundred million crystals has a third of it."""
 SHARD_NAME = re.compile(r"(train|val|test)-\d{6}\.tar")
 
 
@@ -81,8 +83,7 @@ class Manifest:
                 be reached.
         """
         try:
-            with open_file(root, MANIFEST, access, _check_json) as file:
-                data = file.read()
+            data = read_file(root, MANIFEST, access, _check_json, MAX_MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{root} is not a data set: it has no complete {MANIFEST}") from None
         except OSError as error:
