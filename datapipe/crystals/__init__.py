@@ -1,0 +1,1 @@
+"""One crystal: its record, cell, symmetry, elements, and the filters it passes."""

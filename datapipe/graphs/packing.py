@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.graphs.neighbours import Neighbours, neighbours
 from crysforge.datapipe.graphs.quotient import classes, derive, mix, refine
 from crysforge.datapipe.graphs.transforms import Sample
@@ -29,7 +29,13 @@ def build(
 ) -> CrystalBatch:
     """One batch from crystals (shown whole, key 0) or samples: `neighbours`, then `pack`."""
     ready = [s if isinstance(s, Sample) else Sample.clean(s) for s in samples]
-    return pack(ready, [neighbours(s.seen, spec) for s in ready], spec, targets, quotient)
+    graphs = []
+    for sample in ready:
+        try:
+            graphs.append(neighbours(sample.seen, spec))
+        except BadCrystal as error:
+            raise BadCrystal(f"crystal {sample.crystal.id}: {error}", error.reason) from None
+    return pack(ready, graphs, spec, targets, quotient)
 
 
 def pack(

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
 from crysforge.datapipe.graphs.transforms import Transform
 from crysforge.datapipe.loading.order import OverLimit, Plan
 from crysforge.datapipe.loading.worker import (
@@ -52,6 +53,9 @@ class LoaderConfig:
     None: the largest divisor of the batch size up to 64."""
     cache_mb: int = 512
     """Memory of a rank for graphs that are kept from epoch to epoch."""
+    max_pairs: int = MAX_PAIRS
+    """Pairs of atoms, or images of atoms, that are looked at for the graph of one crystal; one that
+    needs more is passed over."""
     max_bad: int = 100
     """Unusable crystals that a rank passes over before it stops."""
     tries: int = 5
@@ -67,6 +71,7 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         least = {"workers": 0, "prefetch": 1, "cache_mb": 0, "max_bad": 0, "tries": 1}
+        least |= {"max_pairs": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"loader.{name} must be at least {value}")
@@ -182,6 +187,7 @@ class Stream:
             targets=dataset.names if targets is None else targets,
             quotient=quotient,
             keep=len(items) <= config.shuffle,
+            max_pairs=config.max_pairs,
             cache_bytes=config.cache_mb * 2**20 // max(1, config.workers),
         )
         self._loader: DataLoader | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.crystals.filters import Filters
+from crysforge.datapipe.crystals.limits import Limits
 from crysforge.datapipe.preparing import splits
 from crysforge.datapipe.preparing.dedup import Duplicates
 from crysforge.datapipe.sources import UNITS, Options, Raw, read_raw, resolve
@@ -47,7 +48,7 @@ class PrepareConfig:
     """ratio, count, ids, file, published-123, matbench, or keep (input is a data set); None: the
     one whose settings are given, else keep for a data set and ratio for anything else."""
     ratio: list[float] | None = None
-    """Shares of train, val, test; None: [0.8, 0.1, 0.1]."""
+    """Shares of train, val, test; None: [0.8, 0.1, 0.1], or as far as the crystals suffice."""
     n_train: int | None = None
     """Training records; None takes what val and test leave."""
     n_val: int | None = None
@@ -64,6 +65,8 @@ class PrepareConfig:
     """Seed of the shuffle of ratio and count, of matbench's validation part, and of prototypes."""
     filters: Filters = field(default_factory=Filters)
     """Which crystals to keep."""
+    limits: Limits = field(default_factory=Limits)
+    """What one crystal may cost while it is read."""
     dedup: list[str] = field(default_factory=list)
     """Data sets, or files that can be read, whose crystals are left out."""
     duplicates: Duplicates = field(default_factory=Duplicates)
@@ -141,6 +144,7 @@ class Work:
                 structure_column=config.structure_column,
                 targets=tuple(config.targets),
                 prefix=split,
+                max_atoms=config.limits.atoms,
                 size=config.size,
                 seed=config.seed,
             )

@@ -91,7 +91,11 @@ def _reference(path: str, name: str, config: PrepareConfig, root: Path) -> Refer
         return Reference(name, Dataset.open(path), splits, {**_origin(path), "splits": splits})
     shares = [1.0, 0.0, 0.0]
     asked = PrepareConfig(
-        input=path, ratio=shares, workers=config.workers, progress=config.progress
+        input=path,
+        ratio=shares,
+        limits=config.limits,
+        workers=config.workers,
+        progress=config.progress,
     )
     dataset = _dataset(asked, root)
     unusable = sum(dataset.manifest.provenance["dropped"].values())

@@ -16,7 +16,6 @@ import numpy as np
 from tqdm import tqdm
 
 from crysforge.datapipe.common.names import nearest
-from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import describe
 from crysforge.datapipe.preparing import splits
@@ -41,9 +40,9 @@ def write(config: PrepareConfig) -> Manifest:
     """`prepare` without a search for duplicates."""
     work = Work.of(config)
     config = work.config
-    reading = Reading(work.labels, config.filters)
+    reading = Reading(work.labels, config.filters, config.limits)
     with (  # processes first: they must not hold the writer's lock
-        Workers(reading, config.workers) as workers,
+        reading.workers(config.workers) as workers,
         DatasetWriter(config.output, config.targets, work.units(), config.shard_size) as writer,
     ):
         scan = _scan(work)
@@ -132,7 +131,7 @@ def _assign(work: Work, scan: _Scan) -> np.ndarray:
     config, n = work.config, len(scan.ids)
     n_val, n_test = config.n_val or 0, config.n_test or 0
     if work.rule == "ratio":
-        return splits.by_ratio(n, config.ratio or [0.8, 0.1, 0.1], config.seed)
+        return splits.by_ratio(n, config.ratio or splits.usual_ratio(n), config.seed)
     if work.rule == "count":
         return splits.by_count(n, config.n_train, n_val, n_test, config.seed)
     if work.rule == "ids":

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, TextIO
 
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.crystals.crystal import BadCrystal
+from crysforge.datapipe.crystals.limits import Limits
 
 Payload = tuple[str, Any]
 """(kind, data): what `datapipe.sources.parse` makes a crystal of. Data is plain and picklable."""
@@ -66,6 +67,8 @@ class Options:
     """Names of the label columns of a headerless `id_prop.csv`."""
     prefix: str | None = None
     """Start of the ids of records without one (`<prefix>-<number>`); None: the file's name."""
+    max_atoms: int = Limits.atoms
+    """Atoms of the largest crystal to read."""
     size: int = 1000
     """Number of synthetic crystals (`prototypes`)."""
     seed: int = 0

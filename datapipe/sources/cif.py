@@ -9,6 +9,7 @@ import numpy as np
 from ase.data import atomic_numbers
 
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.limits import check_images
 
 _SYMMETRY = """\
 loop_
@@ -104,11 +105,13 @@ def _read_any(text: str) -> Crystal:
     from pymatgen.io.cif import CifParser
 
     parser = CifParser.from_str(text)
-    for block in parser.as_dict().values():
-        for symbol in block.get("_atom_site_type_symbol", ()):
+    for block in parser._cif.data.values():
+        for symbol in block.data.get("_atom_site_type_symbol", ()):
             letters = re.match("[A-Za-z]*", symbol)[0]  # type: ignore[index]
             if not Element.is_valid_symbol(letters.title()):
                 raise BadCrystal(f"unknown element {symbol!r}", "unknown element")
+        if sites := block.data.get("_atom_site_label"):
+            check_images(len(parser.get_symops(block)), len(sites))
     try:
         structures = parser.parse_structures(primitive=False, on_error="raise")
     except ValueError as error:

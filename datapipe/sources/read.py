@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from crysforge.datapipe.common.workers import CHUNK, Workers
+from crysforge.datapipe.common.workers import CHUNK, Guard, Workers
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.crystals.filters import Filters
+from crysforge.datapipe.crystals.limits import Limits, check_atoms
 from crysforge.datapipe.sources.base import NO, READ_ERRORS, SOURCES, Look, Options, Raw
 from crysforge.datapipe.sources.catalog import ORIGIN
 from crysforge.datapipe.sources.parse import parse, parse_label
@@ -43,6 +44,7 @@ class Reading:
     labels: tuple[str, ...]
     """Labels to keep; those that filters look at are among them."""
     filters: Filters
+    limits: Limits = field(default_factory=Limits)
 
     def __call__(self, raw: Raw | Failure) -> Crystal | Failure:
         if isinstance(raw, Failure):
@@ -51,18 +53,39 @@ class Reading:
             message, reason = raw.payload[1]
             return Failure(raw.id, raw.where, reason, message, bad=False)
         try:
-            crystal = parse(raw.payload)
-            labels = {
-                name: crystal.targets[name]
-                if name in crystal.targets
-                else parse_label(name, raw.labels.get(name))
-                for name in self.labels
-            }
-            crystal = replace(crystal, id=raw.id or crystal.id, targets=labels)
-            rejected = self.filters.check(crystal)
+            with self.limits.applied():
+                return self._read(raw)
         except BadCrystal as error:
             return Failure(raw.id, raw.where, error.reason, str(error))
+        except MemoryError:
+            return self.lost(raw, f"takes more than {self.limits.memory_gb:g} GB of memory")
+
+    def _read(self, raw: Raw) -> Crystal | Failure:
+        crystal = parse(raw.payload)
+        check_atoms(len(crystal))
+        labels = {
+            name: crystal.targets[name]
+            if name in crystal.targets
+            else parse_label(name, raw.labels.get(name))
+            for name in self.labels
+        }
+        crystal = replace(crystal, id=raw.id or crystal.id, targets=labels)
+        rejected = self.filters.check(crystal)
         return Failure(crystal.id, raw.where, *rejected, bad=False) if rejected else crystal
+
+    def lost(self, raw: Raw | Failure, reason: str) -> Failure:
+        """What stands for a record that cost more than it may."""
+        return Failure(
+            raw.id,
+            raw.where,
+            "too costly",
+            f"it {reason}: limits.seconds and limits.memory_gb say what a crystal may take",
+        )
+
+    def workers(self, count: int) -> Workers[Raw | Failure, Crystal | Failure]:
+        """Processes that read within the limits."""
+        memory = int(self.limits.memory_gb * 1e9)
+        return Workers(self, count, Guard(self.lost, self.limits.seconds, memory))
 
 
 def guess(path: Path) -> str:
@@ -141,6 +164,7 @@ def read_crystals(
     targets: Sequence[str] = (),
     options: Options | None = None,
     filters: Filters | None = None,
+    limits: Limits | None = None,
     workers: int = 0,
     progress: bool = False,
 ) -> Iterator[Crystal | Failure]:
@@ -152,18 +176,20 @@ def read_crystals(
         input: path of a file, archive, folder or prepared data set; or "prototypes".
         format: a reader's name; "auto" guesses.
         targets: labels to read; a missing one is NaN.
-        workers: processes that parse; 0 takes every core. Small inputs are parsed in this one.
+        limits: what one crystal may cost.
+        workers: processes that parse; 0 takes every core. Small inputs are parsed by one.
         progress: whether to show a progress bar.
 
     Raises:
         ValueError: the input as a whole cannot be read.
     """
     options = options or Options(targets=tuple(targets))
-    reading = Reading(tuple(targets), filters or Filters())
+    reading = Reading(tuple(targets), filters or Filters(), limits or Limits())
+    options = replace(options, max_atoms=reading.limits.atoms)
     raws = read_raw(input, format, options)
     first = list(islice(raws, 2 * CHUNK))
     seen: set[str] = set()
-    with Workers(reading, 1 if len(first) < 2 * CHUNK else workers) as pool:
+    with reading.workers(1 if len(first) < 2 * CHUNK else workers) as pool:
         results = pool.map(chain(first, raws))
         for result in tqdm(results, desc="reading", unit=" crystals", disable=not progress):
             if isinstance(result, Crystal):

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
 from crysforge.trainer.base.safe_read import read_object
 from crysforge.trainer.base.tensors import new_directory, write_json
 from crysforge.trainer.figures import plots
@@ -201,7 +202,12 @@ class Ensemble:
         columns: names of the numbers in a row of `iterate`.
     """
 
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        max_pairs: int = MAX_PAIRS,
+    ) -> None:
         from crysforge.trainer.serving.predictor import Predictor
 
         root = Path(path)
@@ -215,7 +221,8 @@ class Ensemble:
             raise ValueError(
                 f"{root / ENSEMBLE} does not say how many members there are, or scales"
             )
-        self.members = [Predictor(open_model(root / str(i)), device) for i in range(count)]
+        models = [open_model(root / str(i)) for i in range(count)]
+        self.members = [Predictor(model, device, max_pairs) for model in models]
         self.targets, self.units = self.members[0].targets, self.members[0].units
         self.scale = np.array(scale, dtype=float)
         if not self.targets or any(m.targets != self.targets for m in self.members):
@@ -242,11 +249,16 @@ class Ensemble:
 
     def iterate(
         self, crystals: Iterable[Crystal], max_atoms: int = 4096
-    ) -> Iterator[tuple[Crystal, np.ndarray]]:
-        """Crystals with prediction and uncertainty of each target, [2 T] as in `columns`."""
+    ) -> Iterator[tuple[Crystal, np.ndarray | BadCrystal]]:
+        """Crystals with prediction and uncertainty of each target, [2 T] as in `columns`, or why
+        there is none."""
         streams = itertools.tee(crystals, len(self.members))
         each = (m.iterate(s, max_atoms) for m, s in zip(self.members, streams, strict=True))
         for rows in zip(*each, strict=True):
-            values = np.stack([row for _, row in rows])
+            found = [row for _, row in rows]
+            if bad := next((row for row in found if isinstance(row, BadCrystal)), None):
+                yield rows[0][0], bad
+                continue
+            values = np.stack(found)
             both = np.stack([values.mean(0), self.scale * values.std(0, ddof=1)], axis=1)
             yield rows[0][0], both.reshape(-1)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.sources import Failure
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ def predict_to_csv(
             writer = csv.writer(file)
             writer.writerow(["id", *model.columns])
             for crystal, values in model.iterate(usable(), max_atoms):
+                if isinstance(values, BadCrystal):
+                    counts["dropped"] += 1
+                    drops.writerow([crystal.id, "graph", values.reason, values])
+                    continue
                 writer.writerow([crystal.id, *(_cell(v) for v in values)])
                 counts["written"] += 1
             if not counts["written"]:
