@@ -65,6 +65,12 @@ class WorkDirectory:
         """Removes the directory: the work is done."""
         shutil.rmtree(self.path, ignore_errors=True)
 
+    @classmethod
+    def leave_nothing(cls, output: str | os.PathLike, purpose: str) -> None:
+        """Removes what a killed process may have left beside an output that is complete."""
+        root = Path(output).resolve()
+        shutil.rmtree(root.parent / f".{root.name}.{purpose}", ignore_errors=True)
+
 
 class Journal:
     """Records by key, appended to a file; those that were whole when a process was killed are

@@ -21,6 +21,9 @@ B = TypeVar("B")
 CHUNK = 32
 """Items that travel together."""
 
+MAX_WORKERS = 1024
+"""Most processes that may be asked for."""
+
 _THREAD_BYTES = 80 << 20
 """Addresses that a thread of a linear algebra library sets aside, and hardly uses: its stack and a
 buffer."""
@@ -90,8 +93,8 @@ class Workers(Generic[A, B]):
     def __init__(
         self, function: Callable[[A], B], count: int = 0, guard: Guard[A, B] | None = None
     ) -> None:
-        if count < 0:
-            raise ValueError(f"workers must be 0 (one for each core) or more, got {count}")
+        if not 0 <= count <= MAX_WORKERS:
+            raise ValueError(f"workers must be 0 (one for each core) to {MAX_WORKERS}, got {count}")
         self.function, self.guard = function, guard
         self.count = count or available_cpus()
         self._connections: list[Connection] = []

@@ -11,6 +11,9 @@ import numpy as np
 
 from crysforge.datapipe.schema import MAX_Z
 
+MAX_LABEL = 1e30
+"""Largest label: its square is finite, and its sum over a data set in single precision."""
+
 
 class BadCrystal(ValueError):
     """A structure that cannot be used; the message says why in one line, `reason` in a word or two

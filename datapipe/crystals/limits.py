@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,8 +29,10 @@ class Limits:
             if getattr(self, name) < 1:
                 raise ValueError(f"limits.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("seconds", "memory_gb"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"limits.{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= 1e6:
+                raise ValueError(
+                    f"limits.{name} must be above 0 and at most 1e6, got {getattr(self, name)}"
+                )
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from crysforge.datapipe.common.workers import MAX_WORKERS
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
 from crysforge.datapipe.graphs.transforms import Transform
@@ -71,13 +72,19 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         least = {"workers": 0, "prefetch": 1, "cache_mb": 0, "max_bad": 0, "tries": 1}
-        least |= {"max_pairs": 1}
+        least |= {"max_pairs": 1, "max_atoms": 1, "max_edges": 1, "shuffle": 0, "lanes": 1}
         for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"loader.{name} must be at least {value}")
+            given = getattr(self, name)
+            if given is not None and given < value:
+                raise ValueError(f"loader.{name} must be at least {value}, got {given}")
+        for name, most in (("workers", MAX_WORKERS), ("prefetch", 10_000), ("tries", 10_000)):
+            if getattr(self, name) > most:
+                raise ValueError(f"loader.{name} must be at most {most}, got {getattr(self, name)}")
         for name in ("timeout_s", "cache_gb"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"loader.{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= 1e9:
+                raise ValueError(
+                    f"loader.{name} must be above 0 and at most 1e9, got {getattr(self, name)}"
+                )
 
     @property
     def access(self) -> Access:

@@ -19,6 +19,7 @@ from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
 from crysforge.datapipe.graphs.neighbours import neighbours
 from crysforge.datapipe.graphs.stored import StoredGraphs, graph_key
+from crysforge.datapipe.preparing.request import made_before, request_of
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
@@ -66,6 +67,10 @@ class Baker:
         return crystal, tensors
 
 
+_NO_REQUEST = ("output", "workers", "progress", "encoders")
+"""Settings that change nothing in what is made; the graphs say what the encoders do."""
+
+
 def bake(config: BakeConfig, specs: Iterable[GraphSpec]) -> Manifest:
     """Writes a data set with the graphs of its crystals under some specs.
 
@@ -77,6 +82,9 @@ def bake(config: BakeConfig, specs: Iterable[GraphSpec]) -> Manifest:
         raise ValueError("there is no graph to bake: name an encoder")
     dataset = Dataset.open(config.bake)
     manifest = dataset.manifest
+    request = request_of(config, [manifest.fingerprint, *sorted(baker.graphs)], _NO_REQUEST)
+    if done := made_before(config.output, request):
+        return done
     units = {name: t.unit for name, t in manifest.targets.items() if t.unit}
     splits = [s for s in SPLITS for _ in range(manifest.splits[s])]
     size = config.shard_size or max(shard.count for shard in manifest.shards)
@@ -91,7 +99,7 @@ def bake(config: BakeConfig, specs: Iterable[GraphSpec]) -> Manifest:
                 raise ValueError(f"{dataset.root}: {crystal.id} has no graph: {tensors}")
             writer.add(split, crystal, tensors)
         graphs = {key: dataclasses.asdict(g.spec) for key, g in baker.graphs.items()}
-        return writer.finish(_provenance(dataset), graphs)
+        return writer.finish({**_provenance(dataset), "request": request}, graphs)
 
 
 def _crystals(dataset: Dataset) -> Iterator[Crystal]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from crysforge.datapipe.crystals.filters import Filters
 from crysforge.datapipe.crystals.limits import Limits
 from crysforge.datapipe.preparing import splits
 from crysforge.datapipe.preparing.dedup import Duplicates
+from crysforge.datapipe.preparing.request import request_of
 from crysforge.datapipe.sources import UNITS, Options, Raw, read_raw, resolve
+from crysforge.datapipe.sources.read import AUTO
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
 
 
@@ -169,6 +172,14 @@ class Work:
         known = {**UNITS, **known, **self.config.units}
         return {name: known[name] for name in self.config.targets if name in known}
 
+    @cached_property
+    def request(self) -> str:
+        """Identifies what is asked for, by settings and the content of all files."""
+        config, facts = self.config, {"sources": self.sources}
+        lists = {"split_ids": sha256(Path(config.split_ids))} if config.split_ids else {}
+        return request_of(config, {**facts, **lists, "dedup": [origin(p) for p in config.dedup]})
+
+    @cached_property
     def sources(self) -> list[dict[str, Any]]:
         """What identifies each input: name, format and hash. Paths stay out, for they say more of
         a machine than of data."""
@@ -183,6 +194,19 @@ class Work:
         if format == "shards":
             return out | {"fingerprint": Manifest.load(path).fingerprint}
         return out | {"sha256": sha256(Path(path))}
+
+
+def origin(path: str, format: str = AUTO) -> dict[str, Any]:
+    """What identifies a data set, or a file that can be read, whatever it is called here."""
+    if is_dataset(path):
+        return {"fingerprint": Manifest.load(path).fingerprint}
+    (source,) = Work.of(PrepareConfig(input=path, format=format)).sources
+    return {key: value for key, value in source.items() if key != "name"}
+
+
+def is_dataset(path: str) -> bool:
+    """Whether a path or URL is that of a prepared data set."""
+    return "://" in path or resolve(path) == "shards"
 
 
 def sha256(path: Path) -> str:

@@ -213,7 +213,8 @@ def _provenance(
             "sha256": sha256(Path(config.split_ids or "")),
         }
     return {
-        "sources": work.sources(),
+        "request": work.request,
+        "sources": work.sources,
         "split": {"rule": work.rule, **{k: v for k, v in settings.items() if v is not None}},
         "filters": dict(describe(config.filters)),
         "records": len(scan.ids),

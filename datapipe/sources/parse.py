@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from ase.data import atomic_numbers
 
-from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.crystal import MAX_LABEL, BadCrystal, Crystal
 from crysforge.datapipe.sources.base import Payload, check_size
 from crysforge.datapipe.sources.cif import read_cif
 
@@ -49,7 +49,7 @@ def parse_label(name: str, value: Any) -> float:
     """A label as a number; NaN where it is missing (None, empty, "na").
 
     Raises:
-        BadCrystal: text, infinity, an explicit NaN.
+        BadCrystal: text, infinity, an explicit NaN, a number beyond `MAX_LABEL`.
     """
     if value is None or (isinstance(value, str) and value.strip().lower() in MISSING):
         return math.nan
@@ -61,6 +61,11 @@ def parse_label(name: str, value: Any) -> float:
         raise BadCrystal(
             f"label {name!r} is {str(value)[:40]!r}: give a finite number, or leave it empty if "
             "it is unknown",
+            "bad label",
+        )
+    if abs(number) > MAX_LABEL:
+        raise BadCrystal(
+            f"label {name!r} is {number:g}, beyond ±{MAX_LABEL:g}: give it in another unit",
             "bad label",
         )
     return number

@@ -13,7 +13,7 @@ import safetensors.numpy as safetensors
 from safetensors import SafetensorError
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.crystal import MAX_LABEL, BadCrystal, Crystal
 from crysforge.datapipe.storage.cache import open_shard
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
 from crysforge.datapipe.storage.plain_tar import PlainEntries
@@ -209,6 +209,7 @@ def fits(index: Mapping[str, np.ndarray], manifest: Manifest) -> bool:
         {name: array.shape for name, array in index.items()} == shapes
         and all(index[name].dtype == np.dtype(code) for name, code in COLUMNS.items())
         and not (index["offset"] < 0).any()
+        and not (np.abs(index["targets"]) > MAX_LABEL).any()
     )
 
 

@@ -109,6 +109,9 @@ class Manifest:
             values["shards"] = [Shard(**x) for x in values["shards"]]
             values["targets"] = {k: Target(**x) for k, x in values["targets"].items()}
             manifest = cls(**values)
+            specs = manifest.graphs.values() if isinstance(manifest.graphs, dict) else [None]
+            if not all(isinstance(spec, dict) for spec in specs):
+                raise ValueError("graphs must map keys to specs of graphs")
             for split in SPLITS:
                 held = sum(s.count for s in manifest.shards if s.split == split)
                 if held != manifest.splits[split]:

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy as safetensors
 from webdataset.writer import TarWriter
 
-from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.crystal import MAX_LABEL, Crystal
 from crysforge.datapipe.schema import MAX_Z
 from crysforge.datapipe.storage.manifest import (
     MANIFEST,
@@ -181,15 +181,17 @@ class DatasetWriter:
         """Appends a crystal to a split, with more tensors in its record if there are any.
 
         Raises:
-            ValueError: unknown split, an id that was added before, an infinite label.
+            ValueError: unknown split, an id that was added before, a label beyond `MAX_LABEL`.
         """
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: valid: {', '.join(SPLITS)}")
         if crystal.id in self._ids:
             raise ValueError(f"duplicate id {crystal.id!r}: ids must be unique in a data set")
         labels = [float(crystal.targets.get(name, np.nan)) for name in self.targets]
-        if np.isinf(labels).any():
-            raise ValueError(f"{crystal.id}: a label is infinite: {dict(crystal.targets)}")
+        if (np.abs(labels) > MAX_LABEL).any():
+            raise ValueError(
+                f"{crystal.id}: a label is beyond ±{MAX_LABEL:g}: {dict(crystal.targets)}"
+            )
         shard = self._open.get(split)
         if shard is None:
             number = len(self._shards[split])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from crysforge.datapipe.storage.remote import DISK_FULL
 from crysforge.models.registry import configure
 
 T = TypeVar("T")
@@ -138,12 +140,14 @@ def run(main: Callable[[], Any]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as found:
-        error = _lost(found) if isinstance(found, RuntimeError) else found
+    except (ValueError, OSError, RuntimeError, MemoryError) as found:
+        error = found if isinstance(found, ValueError | OSError) else _in_words(found)
         if error is None:
             raise
         if os.environ.get("CRYSFORGE_TRACEBACK"):
             traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in DISK_FULL and error.filename is None:
+            error = OSError("the disk that the output is written to is full: free some space")
         print(f"error: {error}", file=sys.stderr, flush=True)
         again = isinstance(error, ConnectionError | ChildProcessError | TimeoutError)
         raise SystemExit(1 if again else 2) from None
@@ -151,7 +155,16 @@ def run(main: Callable[[], Any]) -> None:
         raise SystemExit(130) from None
 
 
-def _lost(error: RuntimeError) -> OSError | None:
+def _in_words(error: Exception) -> Exception | None:
+    """What to tell a user of a lost process, or of memory that does not suffice."""
     from crysforge.trainer.base.distributed import lost_process, place
 
+    text = str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        asked = re.search(r"tried to allocate (\d+) bytes", text)
+        more = f" for {int(asked[1]) / 1e9:.3g} GB more" if asked else ""
+        return ValueError(
+            f"this machine has not enough memory{more}: lower the batch size, loader.max_atoms or "
+            "the size of the model"
+        )
     return lost_process(error, place(os.environ)[0])

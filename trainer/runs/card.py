@@ -13,6 +13,9 @@ import yaml
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from crysforge.trainer.base.safe_read import read_mapping, read_object
+from crysforge.trainer.base.tensors import new_directory, save_tensors, write_json, write_text
+from crysforge.trainer.runs.logger import read_metrics
 from crysforge.trainer.runs.model_directory import (
     SCALER,
     SCHEMA,
@@ -22,10 +25,7 @@ from crysforge.trainer.runs.model_directory import (
     read_model,
     write_config,
 )
-from crysforge.trainer.base.tensors import new_directory, save_tensors, write_json, write_text
 from crysforge.trainer.stages.base import count_parameters
-from crysforge.trainer.runs.logger import read_metrics
-from crysforge.trainer.base.safe_read import read_mapping, read_object
 
 CARD = "README.md"
 TRAINING = ("seed", "label_fraction", "label_count", "graph", "trainer")
@@ -69,7 +69,13 @@ def share(
             "total": count_parameters(stage),
         }
         write_config(work, config)
-        write_text(work / CARD, model_card(path.name, config, exported.scaler))
+        try:
+            card = model_card(path.name, config, exported.scaler)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{exported.path}: its config or the results of its run are damaged: {error!r}"
+            ) from None
+        write_text(work / CARD, card)
     return path
 
 
@@ -201,10 +207,10 @@ def _data(data: Mapping[str, Any]) -> str:
         "fingerprint": f"`{data['fingerprint']}`" if "fingerprint" in data else "not recorded",
         "crystals": _pairs(data.get("splits")),
         "labelled crystals used": data.get("labels"),
-        "elements": " ".join(chemical_symbols[z] for z in data.get("elements", [])),
-        "labels": _pairs({n: t.get("unit") or "?" for n, t in data.get("targets", {}).items()}),
+        "elements": " ".join(chemical_symbols[z] for z in data.get("elements") or []),
+        "labels": _pairs({n: t.get("unit") or "?" for n, t in (data.get("targets") or {}).items()}),
     }
-    known = {k: v for k, v in provenance.items() if k != "versions"}
+    known = {k: v for k, v in provenance.items() if k not in ("versions", "request")}
     parts = [_table(rows), _yaml(known) if known else ""]
     return "\n\n".join(part for part in parts if part)
 

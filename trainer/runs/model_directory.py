@@ -31,7 +31,13 @@ from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.models import __version__
 from crysforge.models.encoders import Encoder, build_encoder
 from crysforge.models.registry import configure
-from crysforge.trainer.runs.checkpoint import RunDirectory
+from crysforge.trainer.base.safe_read import (
+    PICKLES,
+    at_most,
+    check_tensor_file,
+    read_mapping,
+    read_object,
+)
 from crysforge.trainer.base.tensors import (
     code_version,
     load_into,
@@ -41,15 +47,10 @@ from crysforge.trainer.base.tensors import (
     write_json,
     write_text,
 )
-from crysforge.trainer.stages.base import STAGES, Stage
+from crysforge.trainer.runs.checkpoint import RunDirectory
+from crysforge.trainer.runs.data_section import check_data
 from crysforge.trainer.stages import FinetuneStage
-from crysforge.trainer.base.safe_read import (
-    PICKLES,
-    at_most,
-    check_tensor_file,
-    read_mapping,
-    read_object,
-)
+from crysforge.trainer.stages.base import STAGES, Stage
 
 SCHEMA = 2
 CONFIG, WEIGHTS, SCALER = "config.yaml", "model.safetensors", "scaler.json"
@@ -315,6 +316,7 @@ def read_model(root: Path) -> Exported:
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
             raise ValueError(f"{root / name} is damaged: {key!r} is missing or of the wrong kind")
+    check_data(config["data"], str(root / name))
     if not STAGE_NAME.fullmatch(config["stage"]):
         raise ValueError(f"{root / name} is damaged: {config['stage']!r} is no name of a stage")
     if "${" in repr([config["encoder"], config["settings"]]):

@@ -1,0 +1,1 @@
+"""Trained models at work: structures in, predictions out."""

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from crysforge.trainer.base import tensors as files
-from crysforge.trainer.runs.checkpoint import BackgroundWriter, Checkpoint, RunDirectory
 from crysforge.trainer.base.tensors import load_into, load_tensors, save_tensors
+from crysforge.trainer.runs.checkpoint import BackgroundWriter, Checkpoint, RunDirectory
 
 
 def checkpoint(step: int) -> Checkpoint:

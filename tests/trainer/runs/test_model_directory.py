@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from crysforge.datapipe.crystals.prototypes import TARGETS, UNITS, prototypes
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.trainer import load
-from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.base.command_line import run
+from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.model_directory import lineage, open_checkpoint, open_model
 
 SMALL = ["encoder.name=pddformer", "encoder.tiny=true", "encoder.width=16", "loader.workers=0"]
