@@ -8,7 +8,8 @@ are listed with their reason beside it, in predictions.dropped.csv. Into a pipe 
 the lines go as they come, and all else goes to standard error. Crystals are brought to the cell
 that the model was trained on (cell=primitive, niggli or as_is for another); predictions of targets
 that go with the cell are for the cell in the input. Crystals unlike those that the model learned
-from are told of, or left out with strict=true.
+from are told of, or left out with strict=true. What was asked for is kept in
+predictions.request.json: the same command finds that its work is done.
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ from crysforge.datapipe.common import threads
 threads.choose()
 
 from crysforge.datapipe.common.streams import is_stream
+from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
+from crysforge.datapipe.preparing.config import origin, sha256
+from crysforge.datapipe.preparing.request import HOW, request_of
 from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.runs.model_directory import open_model
+from crysforge.trainer.serving.ensemble import ENSEMBLE
 from crysforge.trainer.serving.inputs import PredictReading
 from crysforge.trainer.serving.load import load
 from crysforge.trainer.serving.predict import dropped_path, predict_to_csv
+from crysforge.trainer.serving.request import predicted_before
 
 
 @dataclass(kw_only=True)
@@ -43,6 +50,8 @@ class PredictConfig(PredictReading):
     """Where to run: cpu, cuda, cuda:1."""
     max_atoms: int = 4096
     """Atoms per batch."""
+    max_pairs: int = MAX_PAIRS
+    """Pairs of atoms, or images of atoms, that are looked at for the graph of one crystal."""
     strict: bool = False
     """Whether crystals unlike those that the model learned from (elements, number of atoms, volume
     per atom) are left out; otherwise they are told of."""
@@ -51,8 +60,19 @@ class PredictConfig(PredictReading):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_atoms < 1:
-            raise ValueError(f"max_atoms must be at least 1, got {self.max_atoms}")
+        for name in ("max_atoms", "max_pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def request(config: PredictConfig) -> str:
+    """Identifies the predictions that are asked for, by settings, model and input."""
+    root = Path(config.checkpoint)
+    ensemble = (root / ENSEMBLE).is_file()
+    members = sorted(p for p in root.iterdir() if p.is_dir()) if ensemble else [root]
+    weights = [sha256(open_model(member).file) for member in members]
+    facts = [weights, origin(config.input, config.format)]
+    return request_of(config, facts, (*HOW, "checkpoint", "device", "max_atoms"))
 
 
 def main() -> None:
@@ -60,18 +80,23 @@ def main() -> None:
     required(config, "checkpoint", "input", "output")
     output = Path(config.output)
     through = is_stream(output)
-    if output.exists() and not config.overwrite and not through:
-        raise ValueError(f"{output} exists: choose another output, or overwrite=true")
     if output.resolve() == Path(config.input).resolve():
         raise ValueError(f"output {output} is the input: choose another output")
-    print(threads.describe())
-    model = load(config.checkpoint, device=config.device)
+    print(threads.describe(), file=sys.stderr if through else sys.stdout)
+    if output.exists() and not config.overwrite and not through:
+        done = predicted_before(output, request(config))
+        if done is None:
+            raise ValueError(f"{output} exists: choose another output, or overwrite=true")
+        print(f"{done[0]} predictions are there already: {output}")
+        return
+    model = load(config.checkpoint, device=config.device, max_pairs=config.max_pairs)
     model.require_head()
     said = sys.stderr if through else sys.stdout
     if remark := config.remark(model.trained_on):
         print(f"note: {remark}", file=said)
     crystals = config.read(model.trained_on)
-    counts = predict_to_csv(model, crystals, output, config.max_atoms, config.strict)
+    asked = "" if through else request(config)
+    counts = predict_to_csv(model, crystals, output, config.max_atoms, config.strict, asked)
     listed = dropped_path(output)
     if not counts.written:
         raise ValueError(f"no crystal of {config.input} could be used: {listed} says why")

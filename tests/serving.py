@@ -39,7 +39,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.faults, self.flaky, self.kinds = folder, {}, False, cycle(FAULTS)
-        self.asked, self.served = Counter(), Counter()
+        self.asked, self.served, self.endless = Counter(), Counter(), 0
         self.lock, self.stalled, self.end = threading.Lock(), threading.Event(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -70,7 +70,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if fault == "garbage":
             data = bytes(reversed(data))
         self.send_response(200)
-        if fault != "short":  # then the end of the connection is the end of the file
+        if fault == "endless":
+            self.end_headers()
+            while not self.server.end.is_set():
+                self.wfile.write(bytes(1 << 20))
+                self.server.endless += 1 << 20
+            return
+        if fault == "announced":
+            self.send_header("Content-Length", str(1 << 50))
+        elif fault != "short":  # then the end of the connection is the end of the file
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if fault in ("truncate", "short", "stall"):

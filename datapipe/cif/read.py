@@ -24,11 +24,12 @@ from crysforge.datapipe.cif.choice import Attempt, choose
 from crysforge.datapipe.cif.formula import in_words
 from crysforge.datapipe.cif.geometry import has_symmetry, merge_copies
 from crysforge.datapipe.cif.order import ELECTRONEGATIVITY_RANK
-from crysforge.datapipe.cif.sites import Sites, check_count, expand, plain, read_sites
+from crysforge.datapipe.cif.sites import Sites, expand, plain, read_sites
 from crysforge.datapipe.cif.species import Species, species_of
 from crysforge.datapipe.cif.symbols import settings_of_number
 from crysforge.datapipe.cif.symmetry import Candidate, Symmetry, symmetry_of
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.limits import check_atoms
 
 _MOST_READINGS = 64
 """Ways to read ambiguous labels that are tried."""
@@ -189,7 +190,7 @@ def _expanded(
     index, frac = expand(sites, candidate.group, cell)
     numbers = numbers[index]
     index, numbers, frac, copies = merge_copies(index, numbers, frac, cell)
-    check_count(len(index))
+    check_atoms(len(index))
     order = np.argsort(ELECTRONEGATIVITY_RANK[numbers], kind="stable")
     crystal = Crystal.create("", numbers[order], frac[order], cell)
     atoms = Counter(numbers.tolist())

@@ -11,10 +11,7 @@ from crysforge.datapipe.cif.blocks import NULLS, Block
 from crysforge.datapipe.cif.checks import Doubt
 from crysforge.datapipe.cif.operations import Group
 from crysforge.datapipe.crystals.crystal import BadCrystal
-
-MAX_ATOMS = 20_000
-"""Atoms of the largest cell that is read."""
-_MAX_IMAGES = 200_000
+from crysforge.datapipe.crystals.limits import check_images
 
 _FRACT = ("_atom_site_fract_x", "_atom_site_fract_y", "_atom_site_fract_z")
 _ONES = {"1", "1.0", "1.", "1.00", "1.000", "1.0000", *NULLS}
@@ -215,13 +212,12 @@ def expand(sites: Sites, group: Group, cell: np.ndarray) -> tuple[np.ndarray, np
         [N] index of each atom's site, [N, 3] coordinates.
 
     Raises:
-        BadCrystal: more than `MAX_ATOMS` atoms, or images that fall together without a pattern.
+        BadCrystal: more than `limits.images` images, or some that fall together without a pattern.
     """
     n, m = len(sites), len(group)
+    check_images(m, n)
     if m == 1:
         return np.arange(n), sites.frac
-    if n * m > _MAX_IMAGES:
-        check_count(n * m)
     images = _images(sites.frac, group)
     delta = images - sites.frac[:, None]
     delta -= np.rint(delta)
@@ -252,12 +248,6 @@ def expand(sites: Sites, group: Group, cell: np.ndarray) -> tuple[np.ndarray, np
 def _images(frac: np.ndarray, group: Group) -> np.ndarray:
     """[n, m, 3]."""
     return (frac @ group.stacked).reshape(len(frac), -1, 3) + group.translations
-
-
-def check_count(count: int) -> None:
-    """Raises BadCrystal for more than `MAX_ATOMS` atoms."""
-    if count > MAX_ATOMS:
-        raise BadCrystal(f"the cell would hold {count} atoms, more than {MAX_ATOMS}", "too large")
 
 
 def _tolerance(sites: Sites, cell: np.ndarray) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -20,14 +22,16 @@ def configure(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Builds dataclass `cls` from a mapping, converting and checking types.
 
     Raises:
-        ValueError: an unknown key (names the nearest valid one) or a value of the wrong type.
-            `where` is the dotted prefix of the section, for the message.
+        ValueError: an unknown key (names the nearest valid one), a value of the wrong type, or a
+            number that is not finite or out of all proportion. `where` is the dotted prefix of the
+            section, for the message.
     """
     prefix = f"{where}." if where else ""
     refuse_references(values, f"{where}: " if where else "")
     _check_sections(cls, values, prefix)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), dict(values))
+        _check_numbers(OmegaConf.to_container(merged), where)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except ConfigKeyError as error:
         full = str(error.full_key or error.key)
@@ -74,6 +78,31 @@ def _check_sections(cls: Any, values: Mapping[str, Any], prefix: str) -> None:
             raise ValueError(f"config key {prefix + key!r} has no keys below it: give it a value")
         elif has_keys and not isinstance(value, Mapping) and value is not None:
             raise ValueError(f"config key {prefix + key!r} is a section: give {prefix}{key}.NAME=…")
+
+
+_MOST = 1e30
+"""Largest number that a setting may have; products with usual numbers are finite in single
+precision."""
+_RANGES = {"seed": (0, 2**63 - 1), "layers": (0, 1000), "workers": (0, 1024)}
+"""Least and largest value of settings by the last word of their names, wherever they are."""
+
+
+def _check_numbers(value: Any, key: str) -> None:
+    """Raises ValueError for a number that no setting can have, or none of that name."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_numbers(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_numbers(item, f"{key}[{i}]")
+    elif isinstance(value, int | float):
+        least, most = _RANGES.get(re.split(r"[._]", key)[-1], (-(2**63), 2**63 - 1))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"config key {key!r}: {value} is no finite number")
+        if isinstance(value, int) and not least <= value <= most:
+            raise ValueError(f"config key {key!r} must be {least} to {most}, got {value}")
+        if abs(value) > _MOST:
+            raise ValueError(f"config key {key!r}: {value:g} is beyond all numbers in use")
 
 
 def _fields_at(cls: Any, path: list[str]) -> list[str]:

@@ -57,6 +57,12 @@ class WorkDirectory:
         """Removes the directory: the work is done."""
         remove_tree(self.path)
 
+    @classmethod
+    def leave_nothing(cls, output: str | os.PathLike, purpose: str) -> None:
+        """Removes what a killed process may have left beside an output that is complete."""
+        root = Path(output).resolve()
+        remove_tree(root.parent / f".{root.name}.{purpose}")
+
 
 class Journal:
     """Records by key, appended to a file; those that were whole when a process was killed are

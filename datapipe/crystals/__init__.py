@@ -1,1 +1,1 @@
-"""Crystals, and what is done to one at a time."""
+"""One crystal: its record, cell, symmetry, elements, and the filters it passes."""

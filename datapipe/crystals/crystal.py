@@ -13,6 +13,10 @@ MAX_Z = 118
 """Largest atomic number."""
 
 
+MAX_LABEL = 1e30
+"""Largest label: its square is finite, and its sum over a data set in single precision."""
+
+
 class BadCrystal(ValueError):
     """A structure that cannot be used; the message says why in one line, `reason` in a word or two
     that counts are kept under."""
@@ -80,9 +84,9 @@ class Crystal:
             )
         if not (np.isfinite(frac).all() and np.isfinite(cell).all()):
             raise BadCrystal("coordinates or lattice are not finite numbers")
-        if z.min() < 1 or z.max() > MAX_Z:
+        if len(unknown := z[(z < 1) | (z > MAX_Z)]):
             raise BadCrystal(
-                f"unknown element: atomic numbers must be 1..{MAX_Z}, got {z.tolist()}",
+                f"unknown element: atomic numbers must be 1..{MAX_Z}, got {unknown[:5].tolist()}",
                 "unknown element",
             )
         volume = _volume(cell.tolist())
@@ -90,13 +94,11 @@ class Crystal:
             raise BadCrystal(f"the cell is flat: volume {abs(volume):.2g} Å³")
         if volume < 0:  # the inverted basis spans the same crystal with the right hand
             cell, frac = -cell, -frac
-        # Lower-triangular Cholesky factor of the metric = cell with a ∥ x and b in the xy plane.
-        standard = np.linalg.cholesky(cell @ cell.T)
         return cls(
             id=str(id),
             numbers=z.astype(np.uint8),
             frac_coords=wrap(frac),
-            lattice=standard,
+            lattice=_standard(cell, abs(volume)),
             targets=dict(targets or {}),
         )
 
@@ -162,6 +164,15 @@ def _volume(rows: list[list[float]]) -> float:
     """Signed volume of a cell; of three rows numpy's determinant takes ten times as long."""
     (a, b, c), (d, e, f), (g, h, i) = rows
     return a * (e * i - f * h) + b * (f * g - d * i) + c * (d * h - e * g)
+
+
+def _standard(cell: np.ndarray, volume: float) -> np.ndarray:
+    """The cell with a along x and b in the xy plane: the lower-triangular Cholesky factor of its
+    metric, or where that would lose digits, since the cell is very skewed or flat, that of QR."""
+    if volume > 0.01 * np.prod(np.linalg.norm(cell, axis=1)):
+        return np.linalg.cholesky(cell @ cell.T)
+    upper = np.linalg.qr(cell.T, mode="r")
+    return (upper * np.sign(np.diagonal(upper))[:, None]).T
 
 
 def wrap(frac: np.ndarray) -> np.ndarray:

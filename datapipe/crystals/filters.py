@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +13,10 @@ from functools import cache, lru_cache
 
 import numpy as np
 from ase.data import atomic_masses, atomic_numbers, chemical_symbols
+from pymatgen.optimization.neighbors import find_points_in_spheres
 
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.pair_bound import PairBound, compact_cell
 
 Range = list[float | None]
 """[least, most], both included; None leaves an end open."""
@@ -21,6 +25,9 @@ _GRAMS_PER_CM3 = 1.66053906660
 """1 u/Å³ in g/cm³."""
 
 _PAIRS_AT_ONCE = 1_000_000
+_MANY_PAIRS = 20_000_000
+"""Pairs and images up to which all are compared."""
+_PERIODIC = np.ones(3, dtype=np.int64)
 
 
 @dataclass(kw_only=True)
@@ -113,7 +120,8 @@ def _too_close(crystal: Crystal, i: int, j: int, distance: float, least: float) 
 
 def closest_pair(crystal: Crystal, cutoff: float) -> tuple[int, int, float] | None:
     """The closest two atoms if they are less than `cutoff` Å apart: (i, j, distance in Å) with
-    i <= j; i = j for an atom and its own image. None if there is no such pair.
+    i <= j; i = j for an atom and its own image. None if there is no such pair. Of very many
+    atoms, or images of a skewed or flat cell, one of the close pairs.
 
     Two points less than r apart differ by less than r/h along a cell vector, h being the distance
     of its lattice planes: with fractional differences in [-0.5, 0.5), only images up to
@@ -122,9 +130,11 @@ def closest_pair(crystal: Crystal, cutoff: float) -> tuple[int, int, float] | No
     if cutoff <= 0:
         return None
     heights = 1 / np.linalg.norm(np.linalg.inv(crystal.lattice), axis=0)
-    reach = np.floor(cutoff / heights + 0.5).astype(int)
-    images = np.array(list(itertools.product(*(range(-r, r + 1) for r in reach))), dtype=float)
+    reach = np.floor(cutoff / heights + 0.5)
     n = len(crystal)
+    if max(n, 20) ** 2 * np.prod(2 * reach + 1) > _MANY_PAIRS:
+        return _close_pair_of_many(crystal, cutoff)
+    images = np.array(list(itertools.product(*(np.arange(-r, r + 1) for r in reach))))
     best: tuple[int, int, float] | None = None
     block = max(1, _PAIRS_AT_ONCE // (n * len(images)))
     for start in range(0, n, block):
@@ -139,6 +149,32 @@ def closest_pair(crystal: Crystal, cutoff: float) -> tuple[int, int, float] | No
             i, j, _ = np.unravel_index(int(square.argmin()), square.shape)
             best = (min(start + int(i), int(j)), max(start + int(i), int(j)), math.sqrt(least))
     return best
+
+
+def _close_pair_of_many(crystal: Crystal, cutoff: float) -> tuple[int, int, float] | None:
+    """A pair of atoms closer than the cutoff, found in time that grows with their number."""
+    points = crystal.frac_coords @ crystal.lattice
+    change, cell = compact_cell(points, crystal.lattice)
+    basis = change @ crystal.lattice
+    shortest = float(np.linalg.norm(basis[0]))
+    if shortest < cutoff:
+        return 0, 0, shortest
+    points -= cell @ basis
+    bound = PairBound(points, basis)
+    radius = cutoff
+    while bound.bins(radius) > _PAIRS_AT_ONCE:
+        radius *= 1.5
+    order = np.lexsort(np.floor(points / (4 * radius)).T)  # what is together stays together
+    for some in np.array_split(order, min(len(points), bound.work(radius) // _PAIRS_AT_ONCE + 1)):
+        i, j, image, d = find_points_in_spheres(
+            points, points[some], r=radius, pbc=_PERIODIC, lattice=basis, tol=1e-8
+        )
+        close = (d < cutoff) & ((some[i] != j) | image.any(axis=1))
+        if close.any():
+            found = np.flatnonzero(close)[d[close].argmin()]
+            a, b = int(some[i[found]]), int(j[found])
+            return min(a, b), max(a, b), float(d[found])
+    return None
 
 
 def density(crystal: Crystal) -> float:
@@ -158,11 +194,15 @@ def is_charge_neutral(crystal: Crystal) -> bool:
 
 @lru_cache(maxsize=100_000)
 def _balances(formula: tuple[tuple[int, int], ...]) -> bool:
-    charges = {0}
+    sums, lowest = 1, 0  # bit k: the charges can add up to lowest + k
     for z, count in formula if len(formula) > 1 else ():
+        states = _oxidation_states(z)
+        if not states:
+            return False
         for _ in range(count):
-            charges = {total + state for total in charges for state in _oxidation_states(z)}
-    return 0 in charges
+            sums = functools.reduce(operator.or_, (sums << s - min(states) for s in states))
+        lowest += count * min(states)
+    return lowest <= 0 and bool(sums >> -lowest & 1)
 
 
 @cache

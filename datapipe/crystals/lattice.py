@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 NATURAL_VOLUME = 20.0
@@ -66,3 +68,51 @@ def from_log_metric(coordinates: np.ndarray, atoms: int) -> np.ndarray:
 def _origin(atoms: int) -> float:
     """Logarithm of the edge of a cube of natural volume."""
     return float(np.log(atoms * NATURAL_VOLUME) / 3)
+
+
+def reduction(lattice: np.ndarray) -> np.ndarray:
+    """[3, 3] integers of determinant ±1; times the lattice (rows, Å) they are its Minkowski-reduced
+    basis, shortest vector first, by the greedy algorithm of Nguyen and Stehlé (ACM Trans.
+    Algorithms 5, 46, 2009).
+
+    In such a basis every lattice vector that is no longer than the third one has coefficients
+    between -1 and 1 along it, and the planes are as far apart as they can be: a search over images
+    is as short as the lattice allows, however skewed the cell was.
+    """
+    change = np.eye(3, dtype=np.int64)
+    while True:
+        change = _pair_reduced(_by_length(change, lattice), lattice)
+        change = _by_length(change, lattice)
+        basis = change @ lattice
+        place = np.linalg.solve(basis[:2] @ basis[:2].T, basis[:2] @ basis[2])
+        near = np.floor(place).astype(np.int64) + _CORNERS
+        left = basis[2] - near @ basis[:2]
+        best = int((left**2).sum(axis=1).argmin())
+        if not (left[best] @ left[best]) < (1 - 1e-9) * (basis[2] @ basis[2]):
+            return change
+        change[2] -= near[best] @ change[:2]
+
+
+_CORNERS = np.array(list(itertools.product((-1, 0, 1, 2), repeat=2)))
+"""[16, 2] steps from the floor of a point to the lattice points of a plane around it."""
+
+
+def _by_length(change: np.ndarray, lattice: np.ndarray) -> np.ndarray:
+    return change[np.argsort(((change @ lattice) ** 2).sum(axis=1), kind="stable")]
+
+
+def _pair_reduced(change: np.ndarray, lattice: np.ndarray) -> np.ndarray:
+    """The basis with its first two vectors reduced (Lagrange)."""
+    change = change.copy()
+    while True:
+        first, second = change[:2] @ lattice
+        steps = int(np.rint(first @ second / (first @ first)))
+        if steps == 0:
+            return change
+        change[1] -= steps * change[0]
+        after = change[1] @ lattice
+        if not (after @ after) < (1 - 1e-9) * (second @ second):
+            change[1] += steps * change[0]
+            return change
+        if after @ after < first @ first:
+            change[[0, 1]] = change[[1, 0]]

@@ -20,6 +20,12 @@ structure has finite sums of a usual size."""
 _REACH = 5.0
 """Where Gaussians are cut off: exp(-25) is 1e-11."""
 
+_AT_ONCE = 2_000_000
+"""Pairs that are looked at together."""
+
+_PARTNERS = 20
+"""Images of each atom within the reach of another: 4/3 π (5/3)³."""
+
 _PERIODIC = np.ones(3, dtype=np.int64)
 
 
@@ -47,13 +53,18 @@ def lattice_sums(points: np.ndarray, lattice: np.ndarray, decay: float) -> np.nd
     """
     n, volume = len(points), abs(np.linalg.det(lattice))
     eta = 3 / volume ** (1 / 3)
-    i, j, image, d = find_points_in_spheres(
-        points, points, r=_REACH / eta, pbc=_PERIODIC, lattice=lattice, tol=1e-8
-    )
-    other = (i != j) | image.any(axis=1)
-    pair, d = (i * n + j)[other], np.maximum(d[other], CLOSEST)
-    sums = np.stack([np.bincount(pair, f, minlength=n * n) for f in _near(d, eta, decay)])
-    sums = sums.reshape(3, n, n)
+    sums = np.empty((3, n, n))
+    step = max(1, _AT_ONCE // (_PARTNERS * n))
+    for start in range(0, n, step):
+        some = points[start : start + step]
+        i, j, image, d = find_points_in_spheres(
+            points, some, r=_REACH / eta, pbc=_PERIODIC, lattice=lattice, tol=1e-8
+        )
+        other = (i + start != j) | image.any(axis=1)
+        pair, d = (i * n + j)[other], np.maximum(d[other], CLOSEST)
+        for total, f in zip(sums, _near(d, eta, decay), strict=True):
+            near = np.bincount(pair, f, minlength=n * len(some))
+            total[start : start + step] = near.reshape(-1, n)
 
     vectors = _reciprocal(lattice, 2 * eta * _REACH)
     weights = _far(np.linalg.norm(vectors, axis=1), eta, decay, volume)

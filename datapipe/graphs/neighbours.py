@@ -7,6 +7,7 @@ this certificate replaces counting image shells.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,13 +16,18 @@ from typing import NamedTuple
 import numpy as np
 from pymatgen.optimization.neighbors import find_points_in_spheres
 
-from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.lattice import reduction
+from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS, PairBound, compact_cell
 from crysforge.datapipe.graphs.lattice_sums import potnet_sums
 from crysforge.datapipe.graphs.quotient import mix
 from crysforge.datapipe.schema import GraphSpec
 
 CLOSEST = 0.15
 """Pairs closer than this (Å) are no edges."""
+
+_LEAST_RADIUS = 1.0
+"""Å. A search for nearest neighbours begins no lower."""
 
 _MATFORMER_IMAGES = np.array(
     [[0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]], dtype=np.int64
@@ -89,8 +95,14 @@ class Neighbours:
         )
 
 
-def neighbours(crystal: Crystal, spec: GraphSpec) -> Neighbours:
+def neighbours(crystal: Crystal, spec: GraphSpec, max_pairs: int = MAX_PAIRS) -> Neighbours:
     """Edges and distance rows of a crystal under a graph spec.
+
+    Args:
+        max_pairs: pairs of atoms, or images of atoms, that the search may look at.
+
+    Raises:
+        BadCrystal: it would have to look at more.
 
     The k-nearest rule is that of ComFormer and Matformer: an edge for every image of j within
     the k-th distance of i or of j. There an image of an atom in its own neighbour list stands in
@@ -106,7 +118,7 @@ def neighbours(crystal: Crystal, spec: GraphSpec) -> Neighbours:
     """
     lattice, tolerance = np.ascontiguousarray(crystal.lattice), spec.tie_tolerance
     points = crystal.frac_coords @ lattice
-    pairs = _Pairs.certified(points, lattice, spec)
+    pairs = _Pairs.certified(points, lattice, spec, max_pairs)
     limit = pairs.reach(spec) + tolerance
     doubled = spec.neighbors is not None and not spec.own_images_once
     edges = _near_edges(pairs, points, lattice, limit, doubled)
@@ -120,6 +132,11 @@ def neighbours(crystal: Crystal, spec: GraphSpec) -> Neighbours:
     n, shells = len(points), max(len(distances), 1)
     sums = sum_of_pair = None
     if spec.pair_sums != "none":
+        if n * n > max_pairs:
+            raise BadCrystal(
+                f"its {n} atoms make {n * n} pairs, more than max_pairs={max_pairs}",
+                "too many pairs",
+            )
         pairwise = potnet_sums(points, lattice, scaled=spec.pair_sums == "scaled")
         ids, sums = cluster(pairwise.ravel(), tolerance)
         sums, sum_of_pair = sums.astype(np.float32), _narrow(ids.reshape(n, n))
@@ -187,26 +204,63 @@ class _Pairs:
     """[n, m] distances of each atom's pairs, ascending, infinity behind the last."""
 
     @classmethod
-    def certified(cls, points: np.ndarray, lattice: np.ndarray, spec: GraphSpec) -> _Pairs:
-        """The pairs within a radius that provably holds all the spec needs."""
+    def certified(
+        cls,
+        points: np.ndarray,
+        lattice: np.ndarray,
+        spec: GraphSpec,
+        max_pairs: int,
+        compact: bool = False,
+    ) -> _Pairs:
+        """The pairs within a radius that provably holds all the spec needs.
+
+        Args:
+            compact: whether this is the best cell to search in already.
+        """
         nearest = max(spec.neighbors or 0, spec.pdd)
-        radius = start_radius(nearest, len(points) / abs(np.linalg.det(lattice)))
-        if spec.radius is not None:
-            radius = max(radius, spec.radius + 2 * spec.tie_tolerance)
+        least = _LEAST_RADIUS if spec.radius is None else spec.radius + 2 * spec.tie_tolerance
+        radius = max(start_radius(nearest, len(points) / abs(np.linalg.det(lattice))), least)
+        bound = PairBound(points, lattice, max_pairs)
+        if bound.work(radius) > max_pairs // 8 and not compact:
+            return cls._compact(points, lattice, spec, max_pairs)
+        while bound.bins(radius) > max_pairs // 8:
+            radius *= 1.5
+        while radius > least and bound.work(radius) > max_pairs // 8 >= bound.bins(radius / 1.5):
+            radius = max(radius / 1.5, least)  # the atoms are a cluster in an empty cell
         while True:
-            pairs = cls.within(points, lattice, radius)
+            bound.check(radius)
+            pairs = cls.within(points, lattice, radius, max_pairs)
             sure = (pairs.rows >= CLOSEST) & (pairs.rows <= radius - 2 * spec.tie_tolerance)
             if sure.sum(axis=1).min() >= nearest:
                 return pairs
             radius *= 1.2
 
     @classmethod
-    def within(cls, points: np.ndarray, lattice: np.ndarray, radius: float) -> _Pairs:
+    def _compact(
+        cls, points: np.ndarray, lattice: np.ndarray, spec: GraphSpec, max_pairs: int
+    ) -> _Pairs:
+        """`certified`, found in the cell in which least is looked at."""
+        change, cell = compact_cell(points, lattice)
+        basis = change @ lattice
+        pairs = cls.certified(points - cell @ basis, basis, spec, max_pairs, compact=True)
+        image = pairs.image + cell[pairs.i] - cell[pairs.j]
+        return replace(pairs, image=image @ change)
+
+    @classmethod
+    def within(
+        cls, points: np.ndarray, lattice: np.ndarray, radius: float, max_pairs: int
+    ) -> _Pairs:
         """All pairs up to a radius in Å."""
         i, j, image, d = find_points_in_spheres(
             points, points, r=radius, pbc=_PERIODIC, lattice=lattice, tol=1e-8
         )
         size = np.bincount(i, minlength=len(points))[:, None]
+        if size.size * int(size.max()) > max_pairs:
+            raise BadCrystal(
+                f"one of its {size.size} atoms has {size.max()} others within {radius:.3g} Å: more "
+                f"than max_pairs={max_pairs} allows",
+                "too many pairs",
+            )
         place = np.arange(size.max()) < size
         rows = np.full(place.shape, np.inf)
         rows[place] = d[np.argsort(i, kind="stable")]
@@ -284,17 +338,23 @@ def lattice_triple(lattice: np.ndarray) -> np.ndarray:
     """Images [3, 3] of the three shortest independent lattice vectors (ComFormer's invariant
     triple up to signs, which edges in both directions do not show). Vectors of equal length are
     ordered by image, so the triple is deterministic; lengths are compared at 1e-6 Å."""
-    radius = float(np.linalg.norm(lattice, axis=1).max()) + 0.01
-    origin = np.zeros((1, 3))
-    _, _, shift, d = find_points_in_spheres(
-        origin, origin, r=radius, pbc=_PERIODIC, lattice=lattice, tol=1e-8
-    )
-    image, d = np.rint(shift).astype(np.int64)[d > 1e-6], d[d > 1e-6]
-    image = image[np.lexsort([image[:, 2], image[:, 1], image[:, 0], np.rint(d * 1e6)])]
+    image = _STEPS @ reduction(lattice)
+    length = np.rint(np.linalg.norm(image @ lattice, axis=1) * 1e6)
+    image = image[np.lexsort([*image.T[::-1], length])]
     first = image[0]
-    second = image[np.any(np.cross(image, first), axis=1)][0]
-    third = image[(image @ np.cross(first, second)) != 0][0]
+    second = next(step for step in image if any(_cross(step, first)))
+    normal = _cross(first, second)
+    third = next(step for step in image if step @ normal)
     return np.stack([first, second, third])
+
+
+_STEPS = np.array([step for step in itertools.product((-1, 0, 1), repeat=3) if any(step)])
+"""Images in a reduced basis: the three shortest vectors and all of equal length are among them."""
+
+
+def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    (ax, ay, az), (bx, by, bz) = a.tolist(), b.tolist()
+    return np.array([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx])
 
 
 def signed_triple(lattice: np.ndarray) -> np.ndarray:

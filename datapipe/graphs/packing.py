@@ -10,13 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.graphs.neighbours import Neighbours, neighbours
 from crysforge.datapipe.graphs.quotient import classes, derive, mix, refine
 from crysforge.datapipe.graphs.transforms import Sample, Transform
 from crysforge.datapipe.schema import MASKED, CrystalBatch, GraphSpec
 
 __all__ = ["Neighbours", "build", "neighbours", "pack", "unpack"]
+
+
+def _neighbours(seen: Crystal, spec: GraphSpec, sample: Sample) -> Neighbours:
+    try:
+        return neighbours(seen, spec)
+    except BadCrystal as error:
+        raise BadCrystal(f"crystal {sample.crystal.id}: {error}", error.reason) from None
 
 
 def build(
@@ -29,9 +36,13 @@ def build(
     """One batch from crystals (key 0) or samples: the transform's views, `neighbours`, `pack`."""
     ready = [s if isinstance(s, Sample) else Sample.clean(s) for s in samples]
     if transform is None:
-        shown = [(s, neighbours(s.seen, spec)) for s in ready]
+        shown = [(s, _neighbours(s.seen, spec, s)) for s in ready]
     else:
-        shown = [view for s in ready for view in transform.show(s, lambda c: neighbours(c, spec))]
+        shown = [
+            view
+            for s in ready
+            for view in transform.show(s, lambda c, s=s: _neighbours(c, spec, s))
+        ]
     return pack([s for s, _ in shown], [g for _, g in shown], spec, targets, quotient)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from crysforge.datapipe.crystals.crystal import BadCrystal
+from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
 from crysforge.datapipe.graphs.neighbours import Neighbours
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.record import Tensors
@@ -37,8 +38,8 @@ class StoredGraphs:
     """The graphs of one spec as tensors of records: `<key>.edges`, `<key>.distances`, …, for what
     there is of a `Neighbours`."""
 
-    def __init__(self, spec: GraphSpec) -> None:
-        self.spec, self.key = spec, graph_key(spec)
+    def __init__(self, spec: GraphSpec, max_pairs: int = MAX_PAIRS) -> None:
+        self.spec, self.key, self.max_pairs = spec, graph_key(spec), max_pairs
         pairs = spec.pair_sums != "none"
         asked = {"vectors": spec.vectors, "triple": spec.lattice_triple}
         asked |= {"pair_sums": pairs, "pair_row": pairs}
@@ -82,6 +83,8 @@ class StoredGraphs:
                 raise ValueError(f"edges go up to {most}")
             if (target[1:] < target[:-1]).any():
                 raise ValueError("edges are not sorted by target")
+            if (count := int(graph.edges[3].sum(dtype=np.int64))) > self.max_pairs:
+                raise ValueError(f"it has {count} edges, more than max_pairs={self.max_pairs}")
         if graph.pdd_row.max() >= sizes["r"]:
             raise ValueError(f"pdd has {sizes['r']} rows")
         if graph.pair_row is not None and graph.pair_row.max() >= sizes["s"]:

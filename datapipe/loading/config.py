@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from crysforge.datapipe.common.workers import MAX_WORKERS
+from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.remote import Access
 
@@ -31,6 +33,9 @@ class LoaderConfig:
     None: the largest divisor of the batch size up to 64."""
     cache_mb: int = 512
     """Memory of a rank for graphs that are kept from epoch to epoch."""
+    max_pairs: int = MAX_PAIRS
+    """Pairs of atoms, or images of atoms, that are looked at for the graph of one crystal; one that
+    needs more is passed over."""
     max_bad: int = 100
     """Unusable crystals that a rank passes over before it stops."""
     tries: int = 5
@@ -46,12 +51,19 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         least = {"workers": 0, "prefetch": 1, "cache_mb": 0, "max_bad": 0, "tries": 1}
+        least |= {"max_pairs": 1, "max_atoms": 1, "max_edges": 1, "shuffle": 0, "lanes": 1}
         for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"loader.{name} must be at least {value}")
+            given = getattr(self, name)
+            if given is not None and given < value:
+                raise ValueError(f"loader.{name} must be at least {value}, got {given}")
+        for name, most in (("workers", MAX_WORKERS), ("prefetch", 10_000), ("tries", 10_000)):
+            if getattr(self, name) > most:
+                raise ValueError(f"loader.{name} must be at most {most}, got {getattr(self, name)}")
         for name in ("timeout_s", "cache_gb"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"loader.{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= 1e9:
+                raise ValueError(
+                    f"loader.{name} must be above 0 and at most 1e9, got {getattr(self, name)}"
+                )
 
     @property
     def access(self) -> Access:

@@ -117,6 +117,7 @@ class Stream:
             targets=dataset.names if targets is None else targets,
             quotient=quotient,
             keep=len(items) <= config.shuffle,
+            max_pairs=config.max_pairs,
             cache_bytes=config.cache_mb * 2**20 // max(1, config.workers),
         )
         self._loader: DataLoader | None = None

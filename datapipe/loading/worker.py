@@ -89,13 +89,14 @@ class Reader(IterableDataset):
         targets: Sequence[str],
         quotient: bool,
         keep: bool,
+        max_pairs: int,
         cache_bytes: int,
     ) -> None:
         self.dataset, self.plan, self.spec, self.quotient = dataset, plan, spec, quotient
         self.rank, self.seed, self.transform, self.targets = rank, seed, transform, list(targets)
         self.start = torch.zeros(1, dtype=torch.int64).share_memory_()
         """Position where the next iteration starts; living workers see it change."""
-        self._stored = StoredGraphs(spec)
+        self._stored, self._max_pairs = StoredGraphs(spec, max_pairs), max_pairs
         if dataset.manifest.graphs and self._stored.key not in dataset.manifest.graphs:
             log.warning(
                 "%s stores graphs of other encoders; they are built anew: see "
@@ -175,7 +176,7 @@ class Reader(IterableDataset):
 
         def graph_of(seen: Crystal) -> Neighbours:
             if seen is not crystal:
-                return neighbours(seen, self.spec)
+                return neighbours(seen, self.spec, self._max_pairs)
             return graph or self._graph_of(item, crystal)
 
         try:
@@ -187,7 +188,7 @@ class Reader(IterableDataset):
         """The graph of a crystal as it is, which is kept."""
         graph = self._graphs.get(item)
         if graph is None:
-            graph = neighbours(crystal, self.spec)
+            graph = neighbours(crystal, self.spec, self._max_pairs)
             self._graphs.put(item, graph, graph.nbytes)
         return graph
 

@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
 from crysforge.datapipe.graphs.neighbours import neighbours
 from crysforge.datapipe.graphs.stored import StoredGraphs, graph_key
+from crysforge.datapipe.preparing.request import made_before, request_of
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
@@ -35,27 +37,38 @@ class BakeConfig:
     shard_size: int | None = None
     """Crystals in a shard; None: as many as there are, so that the order of training is the
     same."""
+    max_pairs: int = MAX_PAIRS
+    """Pairs of atoms, or images of atoms, that are looked at for the graph of one crystal."""
     workers: int = 0
     """Processes that build graphs; 0: one for each core."""
     progress: bool = True
     """Whether to show a progress bar."""
 
+    def __post_init__(self) -> None:
+        if self.max_pairs < 1:
+            raise ValueError(f"max_pairs must be at least 1, got {self.max_pairs}")
+
 
 class Baker:
     """Builds the graphs of a crystal, in a worker process."""
 
-    def __init__(self, specs: Iterable[GraphSpec]) -> None:
+    def __init__(self, specs: Iterable[GraphSpec], max_pairs: int) -> None:
         self.graphs = {graph_key(spec): StoredGraphs(spec) for spec in specs}
+        self.max_pairs = max_pairs
 
     def __call__(self, crystal: Crystal) -> tuple[Crystal, Tensors | str]:
         """The crystal and its graphs, or why it has none."""
         tensors: Tensors = {}
         try:
             for stored in self.graphs.values():
-                tensors |= stored.tensors(neighbours(crystal, stored.spec))
+                tensors |= stored.tensors(neighbours(crystal, stored.spec, self.max_pairs))
         except ValueError as error:
             return crystal, str(error)
         return crystal, tensors
+
+
+_NO_REQUEST = ("output", "workers", "progress", "encoders")
+"""Settings that change nothing in what is made; the graphs say what the encoders do."""
 
 
 def bake(config: BakeConfig, specs: Iterable[GraphSpec]) -> Manifest:
@@ -64,11 +77,14 @@ def bake(config: BakeConfig, specs: Iterable[GraphSpec]) -> Manifest:
     Raises:
         ValueError: no spec, a crystal that cannot be read or has no graph.
     """
-    baker = Baker(specs)
+    baker = Baker(specs, config.max_pairs)
     if not baker.graphs:
         raise ValueError("there is no graph to bake: name an encoder")
     dataset = Dataset.open(config.bake)
     manifest = dataset.manifest
+    request = request_of(config, [manifest.fingerprint, *sorted(baker.graphs)], _NO_REQUEST)
+    if done := made_before(config.output, request):
+        return done
     units = {name: t.unit for name, t in manifest.targets.items() if t.unit}
     splits = [s for s in SPLITS for _ in range(manifest.splits[s])]
     size = config.shard_size or max(shard.count for shard in manifest.shards)
@@ -83,7 +99,7 @@ def bake(config: BakeConfig, specs: Iterable[GraphSpec]) -> Manifest:
                 raise ValueError(f"{dataset.root}: {crystal.id} has no graph: {tensors}")
             writer.add(split, crystal, tensors)
         graphs = {key: dataclasses.asdict(g.spec) for key, g in baker.graphs.items()}
-        return writer.finish(_provenance(dataset), graphs)
+        return writer.finish({**_provenance(dataset), "request": request}, graphs)
 
 
 def _crystals(dataset: Dataset) -> Iterator[Crystal]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from crysforge.datapipe.crystals.filters import Filters
 from crysforge.datapipe.crystals.per_cell import of_the_cell
 from crysforge.datapipe.preparing import splits
 from crysforge.datapipe.preparing.dedup import Duplicates
+from crysforge.datapipe.preparing.request import request_of
 from crysforge.datapipe.sources import SOURCES, UNITS, Raw, Reading, read_raw, resolve
 from crysforge.datapipe.sources.base import Options
 from crysforge.datapipe.sources.files import Folder
 from crysforge.datapipe.sources.options import ReadingConfig
-from crysforge.datapipe.sources.read import brings_splits
+from crysforge.datapipe.sources.read import AUTO, brings_splits
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
 
 
@@ -53,7 +55,7 @@ class PrepareConfig(ReadingConfig):
     """ratio, count, ids, file, published-123, matbench, or keep (input is a data set); None: the
     one whose settings are given, else keep for a data set and ratio for anything else."""
     ratio: list[float] | None = None
-    """Shares of train, val, test; None: [0.8, 0.1, 0.1]."""
+    """Shares of train, val, test; None: [0.8, 0.1, 0.1], or as far as the crystals suffice."""
     n_train: int | None = None
     """Training records; None takes what val and test leave."""
     n_val: int | None = None
@@ -210,6 +212,14 @@ class Work:
         known = {**UNITS, **known, **self.config.units}
         return {name: known[name] for name in self.config.targets if name in known}
 
+    @cached_property
+    def request(self) -> str:
+        """Identifies what is asked for, by settings and the content of all files."""
+        config, facts = self.config, {"sources": self.sources}
+        lists = {"split_ids": sha256(Path(config.split_ids))} if config.split_ids else {}
+        return request_of(config, {**facts, **lists, "dedup": [origin(p) for p in config.dedup]})
+
+    @cached_property
     def sources(self) -> list[dict[str, Any]]:
         """What identifies each input, and the table of labels: name, format and hash. Paths stay
         out, for they say more of a machine than of data."""
@@ -242,3 +252,16 @@ def input_sha256(path: Path, follow_links: bool = False) -> str:
         return sha256(path)
     lines = (f"{sha256(path / n)}  {n}\n" for n in Folder(path, follow_links).names)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def origin(path: str, format: str = AUTO) -> dict[str, Any]:
+    """What identifies a data set, or a file that can be read, whatever it is called here."""
+    if is_dataset(path):
+        return {"fingerprint": Manifest.load(path).fingerprint}
+    (source,) = Work.of(PrepareConfig(input=path, format=format)).sources
+    return {key: value for key, value in source.items() if key != "name"}
+
+
+def is_dataset(path: str) -> bool:
+    """Whether a path or URL is that of a prepared data set."""
+    return "://" in path or resolve(path) == "shards"

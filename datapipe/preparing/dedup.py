@@ -25,7 +25,7 @@ from crysforge.datapipe.common.checked import Count, Name
 from crysforge.datapipe.common.journal import Journal
 from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import Crystal
-from crysforge.datapipe.preparing.matcher import Group, Match, Matcher, Reduced
+from crysforge.datapipe.preparing.matcher import MAX_ATOMS, Group, Match, Matcher, Reduced
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import SPLITS
 
@@ -59,6 +59,9 @@ class Duplicates:
     """Largest difference of a cell angle in degrees."""
     ltol: float = 0.3
     """Largest relative difference of a cell length, at equal volume."""
+    max_atoms: int = MAX_ATOMS
+    """Atoms of the largest crystal whose structure is compared: the time grows with more than
+    their cube. Larger ones are listed as undecided."""
 
     def __post_init__(self) -> None:
         if not self.splits or not set(self.splits) <= set(SPLITS):
@@ -70,6 +73,8 @@ class Duplicates:
             raise ValueError(
                 f"duplicates.keep must be first, lowest:LABEL or highest:LABEL, got {self.keep!r}"
             )
+        if self.max_atoms < 1:
+            raise ValueError(f"duplicates.max_atoms must be at least 1, got {self.max_atoms}")
         for name in ("stol", "angle_tol", "ltol"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"duplicates.{name} must be positive, got {getattr(self, name)}")
@@ -199,7 +204,7 @@ class Decide:
                 raise OSError(f"{self.sets[number].root} changed while it was read: {crystal}")
             reduced, here = None, task.part == 0
             try:
-                reduced = Reduced(crystal, item)
+                reduced = Reduced(crystal, item, self.settings.max_atoms)
             except Exception as error:  # pymatgen gives up on a cell in more ways than one
                 if here:
                     found.undecided.append(_undecided(number, crystal.id, error))

@@ -21,10 +21,9 @@ from crysforge.datapipe.common.files import write_text
 from crysforge.datapipe.common.journal import WorkDirectory
 from crysforge.datapipe.common.tables import row_writer
 from crysforge.datapipe.crystals.crystal import BadCrystal
-from crysforge.datapipe.preparing.config import PrepareConfig, Work
+from crysforge.datapipe.preparing.config import PrepareConfig, Work, is_dataset, origin
 from crysforge.datapipe.preparing.dedup import WITHIN, Duplicates, Found, Reference, search
 from crysforge.datapipe.preparing.write import DROPPED, WARNINGS, write
-from crysforge.datapipe.sources import resolve
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.datapipe.storage.manifest import MANIFEST, SPLITS, Manifest
 
@@ -44,15 +43,16 @@ def prepare_unique(config: PrepareConfig) -> Manifest:
     """
     with DatasetWriter(config.output, config.targets):
         pass  # says so at once if the output cannot be written
+    asked = Work.of(config)
     identity: dict[str, Any] = {
         "settings": {k: v for k, v in asdict(config).items() if k not in _ASIDE},
-        "inputs": Work.of(config).sources(),
-        "references": [_origin(path) for path in config.dedup],
+        "inputs": asked.sources,
+        "references": [origin(path) for path in config.dedup],
         "versions": _versions(),
     }
     hashes = {value for one in identity["inputs"] for value in one.values()}
-    for path, origin in zip(config.dedup, identity["references"], strict=True):
-        if hashes & {origin.get("fingerprint"), origin.get("sha256")}:
+    for path, known in zip(config.dedup, identity["references"], strict=True):
+        if hashes & {known.get("fingerprint"), known.get("sha256")}:
             raise ValueError(
                 f"dedup: {path} is the input itself; for duplicates among its own crystals give "
                 "duplicates.within=true"
@@ -72,7 +72,7 @@ def prepare_unique(config: PrepareConfig) -> Manifest:
             workers=config.workers,
             progress=config.progress,
         )
-        manifest = _write(data, references, found, config)
+        manifest = _write(data, references, found, config, asked.request)
         work.remove()
     return manifest
 
@@ -86,9 +86,9 @@ def _dataset(config: PrepareConfig, root: Path) -> Dataset:
 
 def _reference(path: str, name: str, config: PrepareConfig, root: Path) -> Reference:
     """A data set as it is; of anything else, a data set of all crystals that can be used."""
-    if _is_dataset(path):
+    if is_dataset(path):
         splits = [s for s in SPLITS if s in config.duplicates.splits]
-        return Reference(name, Dataset.open(path), splits, {**_origin(path), "splits": splits})
+        return Reference(name, Dataset.open(path), splits, {**origin(path), "splits": splits})
     shares = [1.0, 0.0, 0.0]
     asked = PrepareConfig(
         input=path,
@@ -96,24 +96,13 @@ def _reference(path: str, name: str, config: PrepareConfig, root: Path) -> Refer
         checks=config.checks,
         cell=config.cell,
         cell_tolerance=config.cell_tolerance,
+        limits=config.limits,
         workers=config.workers,
         progress=config.progress,
     )
     dataset = _dataset(asked, root)
     unusable = sum(dataset.manifest.provenance["dropped"].values())
-    return Reference(name, dataset, ["train"], {**_origin(path), "unusable": unusable})
-
-
-def _is_dataset(path: str) -> bool:
-    return "://" in path or resolve(path) == "shards"
-
-
-def _origin(path: str) -> dict[str, Any]:
-    """What identifies a reference, whatever it is called here."""
-    if _is_dataset(path):
-        return {"fingerprint": Manifest.load(path).fingerprint}
-    (source,) = Work.of(PrepareConfig(input=path)).sources()
-    return {key: value for key, value in source.items() if key != "name"}
+    return Reference(name, dataset, ["train"], {**origin(path), "unusable": unusable})
 
 
 def _names(paths: Sequence[str]) -> list[str]:
@@ -132,7 +121,11 @@ def _versions() -> dict[str, str]:
 
 
 def _write(
-    data: Dataset, references: Sequence[Reference], found: Found, config: PrepareConfig
+    data: Dataset,
+    references: Sequence[Reference],
+    found: Found,
+    config: PrepareConfig,
+    request: str,
 ) -> Manifest:
     """The data set without the duplicates, with the report beside it."""
     sets = {n: (r.name, _splits_of(r.dataset)) for n, r in enumerate(references)}
@@ -166,6 +159,7 @@ def _write(
         return writer.finish(
             {
                 **before,
+                "request": request,
                 "kept": len(writer),
                 "dropped": dict(sorted(counts.items())),
                 "dedup": {**report, "undecided": len(found.undecided)},

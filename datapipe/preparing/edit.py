@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.crystals.filters import Filters, describe
+from crysforge.datapipe.preparing.request import made_before, request_of
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
 
@@ -101,6 +102,9 @@ def merge(config: MergeConfig) -> Manifest:
     if len(config.merge) < 2:
         raise ValueError("merge=[DIR,DIR,…] needs two data sets or more")
     sets = [Dataset.open(path) for path in config.merge]
+    request = request_of(config, [dataset.manifest.fingerprint for dataset in sets])
+    if done := made_before(config.output, request):
+        return done
     names = list(dict.fromkeys(name for dataset in sets for name in dataset.names))
     if config.targets == "intersection":
         names = [name for name in names if all(name in dataset.names for dataset in sets)]
@@ -126,7 +130,8 @@ def merge(config: MergeConfig) -> Manifest:
                     renamed += 1
                 writer.add(split, crystal)
         settings = {"targets": config.targets, "same_id": config.same_id}
-        return writer.finish(_provenance("merge", sets, settings, left, {"renamed": renamed}))
+        more = {"renamed": renamed, "request": request}
+        return writer.finish(_provenance("merge", sets, settings, left, more))
 
 
 def subset(config: SubsetConfig) -> Manifest:
@@ -137,6 +142,10 @@ def subset(config: SubsetConfig) -> Manifest:
             that the set lacks, a crystal that cannot be read.
     """
     dataset = Dataset.open(config.subset)
+    ids = sorted(_read_ids(config.ids)) if config.ids else []
+    request = request_of(config, [dataset.manifest.fingerprint, ids])
+    if done := made_before(config.output, request):
+        return done
     left: Counter[str] = Counter()
     items = np.concatenate([dataset.split_items(s) for s in SPLITS if s in config.splits])
     left["split"] = len(dataset) - len(items)
@@ -162,7 +171,8 @@ def subset(config: SubsetConfig) -> Manifest:
         "seed": None if config.count is None else config.seed,
     }
     settings = {k: v for k, v in settings.items() if v not in (None, [], {})}
-    return _copy(dataset, items, config, _provenance("subset", [dataset], settings, left))
+    provenance = _provenance("subset", [dataset], settings, left, {"request": request})
+    return _copy(dataset, items, config, provenance)
 
 
 def reshard(config: ReshardConfig) -> Manifest:
@@ -172,8 +182,11 @@ def reshard(config: ReshardConfig) -> Manifest:
         ValueError: a crystal that cannot be read.
     """
     dataset = Dataset.open(config.reshard)
+    request = request_of(config, dataset.manifest.fingerprint)
+    if done := made_before(config.output, request):
+        return done
     settings = {"shard_size": config.shard_size}
-    provenance = _provenance("reshard", [dataset], settings, Counter())
+    provenance = _provenance("reshard", [dataset], settings, Counter(), {"request": request})
     return _copy(dataset, np.arange(len(dataset)), config, provenance)
 
 

@@ -20,10 +20,16 @@ from typing import Any
 import numpy as np
 
 from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.lattice import reduction
 
 _MARGIN = 1.001
 """Tolerances of `may_fit` over those of the matcher: far more than rounding."""
 
+MAX_ATOMS = 400
+"""Atoms of the largest crystal that is compared; pymatgen takes over a minute to reduce one."""
+
+_MOST_STEPS = 500_000
+"""Lattice vectors that may be looked at for a cell."""
 
 _AT_ONCE = 200_000
 """Pairs of atoms that are looked at together, over all cells."""
@@ -51,12 +57,21 @@ class Reduced:
         likeness: [4], logarithms of the sorted edges of `cell` and of (volume/atom)^(1/3) in Å.
         anchor: the first atom of the rarest kind, whose place the matcher tries.
 
+    Args:
+        most: atoms of the largest crystal to reduce; the work grows with more than their cube.
+
     Raises:
-        ValueError: pymatgen cannot reduce the cell.
+        ValueError: it has more, its cell is too long to be compared, or pymatgen cannot reduce it.
     """
 
-    def __init__(self, crystal: Crystal, item: int) -> None:
+    def __init__(self, crystal: Crystal, item: int, most: int = MAX_ATOMS) -> None:
         self.item, self.id = item, crystal.id
+        if len(crystal) > most:
+            raise ValueError(f"it has {len(crystal)} atoms, more than duplicates.max_atoms={most}")
+        basis = reduction(crystal.lattice) @ crystal.lattice
+        width, length = np.linalg.norm(basis[0]), np.linalg.norm(basis[2])
+        if math.prod(2 * _reach(basis, float(length)) + 1) > _MOST_STEPS:
+            raise ValueError(f"its cell is {length / width:.3g} times as long as wide: too much")
         structure = crystal.to_pymatgen()
         self.structure: Any = structure.get_reduced_structure("niggli").get_primitive_structure()
         self.numbers = np.array(self.structure.atomic_numbers)
@@ -150,8 +165,7 @@ def _similar_cells(lattice: np.ndarray, cell: np.ndarray, ltol: float, atol: flo
     lengths (relative) and angles (radians) of another, within tolerance."""
     lengths = np.linalg.norm(cell, axis=1)
     factor = _MARGIN * (1 + ltol)
-    # A vector of length r has at most r / d planes of spacing d between its ends.
-    reach = np.floor(factor * lengths.max() * np.linalg.norm(np.linalg.inv(lattice), axis=0))
+    reach = _reach(lattice, factor * lengths.max())
     steps = np.stack(
         np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij"), axis=-1
     ).reshape(-1, 3)
@@ -170,6 +184,12 @@ def _similar_cells(lattice: np.ndarray, cell: np.ndarray, ltol: float, atol: flo
     chosen = [edges[0][pairs[which, 0]], edges[1][pairs[which, 1]], edges[2][third]]
     basis = steps[np.stack(chosen, axis=1)]
     return basis[np.abs(np.abs(np.linalg.det(basis)) - 1) < 0.5]
+
+
+def _reach(lattice: np.ndarray, length: float) -> np.ndarray:
+    """[3] most lattice steps along each axis of a vector that is no longer: one of length r has at
+    most r / d planes of spacing d between its ends."""
+    return np.floor(length * np.linalg.norm(np.linalg.inv(lattice), axis=0))
 
 
 def _mean_metric(cells: np.ndarray, cell: np.ndarray) -> np.ndarray:

@@ -6,15 +6,20 @@ decides the splits; the second parses in parallel and writes shards as results c
 
 from __future__ import annotations
 
-from crysforge.datapipe.preparing.config import PrepareConfig
+from pathlib import Path
+
+from crysforge.datapipe.common.journal import WorkDirectory
+from crysforge.datapipe.preparing.config import PrepareConfig, Work
 from crysforge.datapipe.preparing.deduplicate import prepare_unique
+from crysforge.datapipe.preparing.request import made_before
 from crysforge.datapipe.preparing.write import write
-from crysforge.datapipe.storage.manifest import Manifest
+from crysforge.datapipe.storage.manifest import MANIFEST, Manifest
 
 
 def prepare(config: PrepareConfig) -> Manifest:
     """Writes the data set that a config asks for. All of it appears at once; after an error or a
-    kill at any moment nothing does, and the same call can be made again.
+    kill at any moment nothing does, and the same call can be made again. If it has been made of the
+    same files with the same settings before, it is left as it is.
 
     Raises:
         ValueError: an input cannot be read, a target or split setting does not fit it, the output
@@ -22,6 +27,11 @@ def prepare(config: PrepareConfig) -> Manifest:
     """
     if not config.output:
         raise ValueError("setting 'output' is required: the directory of the data set")
+    if (Path(config.output) / MANIFEST).is_file():
+        done = made_before(config.output, Work.of(config).request)
+        if done is not None:
+            WorkDirectory.leave_nothing(config.output, "dedup")
+            return done
     if config.dedup or config.duplicates.within:
         return prepare_unique(config)
     return write(config)

@@ -66,6 +66,12 @@ def choose_rule(settings: Mapping[str, Any], asked: str | None, default: str) ->
     return rule
 
 
+def usual_ratio(n: int) -> list[float]:
+    """Shares of train, val, test where none are asked for: a single crystal is a training set, of
+    two the second validates."""
+    return [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]][n - 1] if 0 < n < 3 else [0.8, 0.1, 0.1]
+
+
 def by_ratio(n: int, ratio: Sequence[float], seed: int) -> np.ndarray:
     """Shuffles, then cuts by shares of (train, val, test). Shares of val and test are rounded, but
     not down to nothing; train gets the rest where the shares add up to one.

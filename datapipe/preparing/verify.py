@@ -4,6 +4,7 @@ agree with what is in the shards."""
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.graphs.stored import StoredGraphs
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.dataset import INDEX, Dataset, largest_index, misfit
-from crysforge.datapipe.storage.manifest import MANIFEST, SPLITS, Manifest, open_file
-from crysforge.datapipe.storage.remote import local_path
+from crysforge.datapipe.storage.manifest import MANIFEST, SPLITS, Manifest
+from crysforge.datapipe.storage.remote import local_path, open_file, read_file
 
 _SAME = 1e-6
 """Relative difference up to which numbers of manifest and index are taken for equal to what they
@@ -76,12 +77,11 @@ def verify(config: VerifyConfig) -> Iterator[str]:
 def _open(root: str, manifest: Manifest) -> tuple[Dataset | None, list[str]]:
     """The data set, if its index can be used at all, and what is wrong with the index."""
     try:
-        with open_file(root, INDEX) as file:
-            data = file.read(largest_index(manifest) + 1)
+        data = read_file(root, INDEX, most=largest_index(manifest))
         index = safetensors.load(data)
         if problem := misfit(index, manifest):
             return None, [f"{INDEX}: does not belong to the manifest: {problem}"]
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         return None, [f"{INDEX}: {error}"]
     if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
         return Dataset(root, manifest, index), [f"{INDEX}: its hash is not the manifest's"]
@@ -136,9 +136,10 @@ class CheckShard:
         shard = self.manifest.shards[number]
         out = CheckedShard([], [], set())
         try:
-            with open_file(self.root, shard.name) as file:
-                digest, size = hash_of(file)
-        except OSError as error:
+            with open_file(self.root, shard.name, most=shard.bytes) as file:
+                size = os.fstat(file.fileno()).st_size
+                digest = hash_of(file)[0] if size == shard.bytes else ""
+        except (OSError, ValueError) as error:
             out.problems.append(f"{shard.name}: cannot be read: {error}")
             return out
         if size != shard.bytes:

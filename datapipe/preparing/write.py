@@ -17,7 +17,6 @@ from tqdm import tqdm
 from crysforge.datapipe.common.files import replacing, sha256
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.tables import row_writer
-from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import describe
 from crysforge.datapipe.preparing import splits
@@ -46,7 +45,7 @@ def write(config: PrepareConfig) -> Manifest:
     work = Work.of(config)
     config = work.config
     with (  # processes first: they must not hold the writer's lock
-        Workers(work.reading(), config.workers) as workers,
+        work.reading().workers(config.workers) as workers,
         DatasetWriter(config.output, config.targets, work.units(), config.shard_size) as writer,
     ):
         scan = _scan(work)
@@ -132,7 +131,7 @@ def _assign(work: Work, scan: _Scan) -> np.ndarray:
     config, n = work.config, len(scan.ids)
     n_val, n_test = config.n_val or 0, config.n_test or 0
     if work.rule == "ratio":
-        return splits.by_ratio(n, config.ratio or [0.8, 0.1, 0.1], config.seed)
+        return splits.by_ratio(n, config.ratio or splits.usual_ratio(n), config.seed)
     if work.rule == "count":
         return splits.by_count(n, config.n_train, n_val, n_test, config.seed)
     if work.rule == "ids":
@@ -235,7 +234,8 @@ def _provenance(work: Work, scan: _Scan, writer: DatasetWriter, counts: _Counts)
             "sha256": sha256(Path(config.split_ids or "")),
         }
     return {
-        "sources": work.sources(),
+        "request": work.request,
+        "sources": work.sources,
         "split": {"rule": work.rule, **{k: v for k, v in settings.items() if v is not None}},
         "cell": {**work.cells().describe(), "reduced": counts.reduced},
         **({"extensive": list(extensive)} if (extensive := work.extensive()) else {}),

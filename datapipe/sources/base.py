@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.crystals.limits import Limits
 from crysforge.datapipe.sources.delimited import clean, same_column, sniff
 from crysforge.datapipe.sources.texts import PACKED, open_text, zipped_text
 
@@ -78,6 +79,8 @@ class Options:
     """Whether to read what lies outside of the input, where a link or a table leads to it."""
     prefix: str | None = None
     """Start of the ids of records without one (`<prefix>-<number>`); None: the file's name."""
+    max_atoms: int = Limits.atoms
+    """Atoms of the largest crystal to read."""
     size: int = 1000
     """Number of synthetic crystals (`prototypes`)."""
     seed: int = 0

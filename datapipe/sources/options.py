@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from crysforge.datapipe.cif import CHECKS
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.crystals.cells import RULES, Cells
+from crysforge.datapipe.crystals.limits import Limits
 from crysforge.datapipe.sources.base import Options
 from crysforge.datapipe.sources.read import Reading
 
@@ -34,6 +35,8 @@ class ReadingConfig:
     cell), niggli (as many atoms as there are, in Niggli's basis), as_is."""
     cell_tolerance: float = 0.01
     """Distance in Å that an atom may be moved by where a cell is reduced to a primitive one."""
+    limits: Limits = field(default_factory=Limits)
+    """What one crystal may cost while it is read."""
     size: int = 2000
     """Number of crystals with input=prototypes."""
     on_bad: str = "drop"

@@ -14,10 +14,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from crysforge.datapipe.common.names import nearest
-from crysforge.datapipe.common.workers import CHUNK, Workers
+from crysforge.datapipe.common.workers import CHUNK, Guard, Workers
 from crysforge.datapipe.crystals.cells import AS_GIVEN, Cells
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.crystals.filters import Filters
+from crysforge.datapipe.crystals.limits import Limits, check_atoms
 from crysforge.datapipe.sources.base import NO, SOURCES, Look, Options, Raw
 from crysforge.datapipe.sources.catalog import ORIGIN
 from crysforge.datapipe.sources.delimited import same_column
@@ -63,6 +64,8 @@ class Reading:
     """Labels that may do so, and why: they end the reading where a cell is reduced."""
     checks: str = "strict"
     """What to do with a file that contradicts itself."""
+    limits: Limits = field(default_factory=Limits)
+    """What one crystal may cost while it is read."""
 
     def __call__(self, raw: Raw | Failure) -> Crystal | Failure:
         if isinstance(raw, Failure):
@@ -71,21 +74,28 @@ class Reading:
             message, reason = raw.payload[1]
             return Failure(raw.id, raw.where, reason, message, bad=False)
         try:
-            crystal = parse(raw.payload, self.checks)
-            labels = {
-                name: crystal.targets[name]
-                if name in crystal.targets
-                else parse_label(name, raw.labels.get(name))
-                for name in self.labels
-            }
-            crystal = self.cells(replace(crystal, id=raw.id or crystal.id, targets=labels))
-            if crystal.copies > 1 and labels:
-                if problem := self._doubt(crystal):
-                    return Failure(crystal.id, raw.where, "label of the cell", problem, ends=True)
-                crystal = crystal.with_targets(self._shared(crystal))
-            rejected = self.filters.check(crystal)
+            with self.limits.applied():
+                return self._read(raw)
         except BadCrystal as error:
             return Failure(raw.id, raw.where, error.reason, str(error))
+        except MemoryError:
+            return self.lost(raw, f"takes more than {self.limits.memory_gb:g} GB of memory")
+
+    def _read(self, raw: Raw) -> Crystal | Failure:
+        crystal = parse(raw.payload, self.checks)
+        check_atoms(len(crystal))
+        labels = {
+            name: crystal.targets[name]
+            if name in crystal.targets
+            else parse_label(name, raw.labels.get(name))
+            for name in self.labels
+        }
+        crystal = self.cells(replace(crystal, id=raw.id or crystal.id, targets=labels))
+        if crystal.copies > 1 and labels:
+            if problem := self._doubt(crystal):
+                return Failure(crystal.id, raw.where, "label of the cell", problem, ends=True)
+            crystal = crystal.with_targets(self._shared(crystal))
+        rejected = self.filters.check(crystal)
         return Failure(crystal.id, raw.where, *rejected, bad=False) if rejected else crystal
 
     def _doubt(self, crystal: Crystal) -> str | None:
@@ -104,6 +114,20 @@ class Reading:
             name: value / crystal.copies if name in self.extensive else value
             for name, value in crystal.targets.items()
         }
+
+    def lost(self, raw: Raw | Failure, reason: str) -> Failure:
+        """What stands for a record that cost more than it may."""
+        return Failure(
+            raw.id,
+            raw.where,
+            "too costly",
+            f"it {reason}: limits.seconds and limits.memory_gb say what a crystal may take",
+        )
+
+    def workers(self, count: int) -> Workers[Raw | Failure, Crystal | Failure]:
+        """Processes that read within the limits."""
+        memory = int(self.limits.memory_gb * 1e9)
+        return Workers(self, count, Guard(self.lost, self.limits.seconds, memory))
 
 
 def guess(path: Path) -> str:
@@ -249,7 +273,7 @@ def read_crystals(
         format: a reader's name; "auto" guesses.
         targets: labels to read; a missing one is NaN.
         reading: what is done to each record; None takes it as it is, with the targets.
-        workers: processes that parse; 0 takes every core. Small inputs are parsed in this one.
+        workers: processes that parse; 0 takes every core. Small inputs are parsed by one.
         progress: whether to show a progress bar, and in the end what there is to say of the input.
 
     Raises:
@@ -257,10 +281,11 @@ def read_crystals(
     """
     options = options or Options(targets=tuple(targets), wanted=tuple(targets))
     reading = reading or Reading(tuple(targets), checks=options.checks)
+    options = replace(options, max_atoms=reading.limits.atoms)
     raws = read_raw(input, format, options)
     first = list(islice(raws, 2 * CHUNK))
     seen: set[str] = set()
-    with Workers(reading, 1 if len(first) < 2 * CHUNK else workers) as pool:
+    with reading.workers(1 if len(first) < 2 * CHUNK else workers) as pool:
         results = pool.map(chain(first, raws))
         for result in tqdm(results, desc="reading", unit=" crystals", disable=not progress):
             if isinstance(result, Crystal):

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from crysforge.datapipe.crystals.crystal import BadCrystal
+from crysforge.datapipe.crystals.crystal import MAX_LABEL, BadCrystal
 
 MISSING = frozenset(
     {
@@ -28,7 +28,7 @@ def parse_label(name: str, value: Any) -> float:
     """A label as a number; NaN where it is missing: None, NaN, or a word of `MISSING`.
 
     Raises:
-        BadCrystal: other text, or infinity; says what to do.
+        BadCrystal: other text, infinity, or a number beyond `MAX_LABEL`; says what to do.
     """
     if not is_labelled(value):
         return math.nan
@@ -36,6 +36,11 @@ def parse_label(name: str, value: Any) -> float:
     if not math.isfinite(number):
         raise BadCrystal(
             f"label {name!r} is {str(value)[:40]!r}: {_remedy(value, name)}", "bad label"
+        )
+    if abs(number) > MAX_LABEL:
+        raise BadCrystal(
+            f"label {name!r} is {number:g}, beyond ±{MAX_LABEL:g}: give it in another unit",
+            "bad label",
         )
     return number
 

@@ -139,7 +139,8 @@ class ShardCache:
             try:
                 self._make_room(shard)
                 place = _place(file, partial)
-                download(url, place, self.access, lambda copy: check(copy, shard))
+                whole = lambda copy: check(copy, shard)  # noqa: E731
+                download(url, place, self.access, whole, shard.bytes)
                 os.fsync(file.fileno())
                 if is_at(file.fileno(), partial):
                     partial.rename(path)

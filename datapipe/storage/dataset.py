@@ -12,19 +12,12 @@ import numpy as np
 import safetensors.numpy as safetensors
 from safetensors import SafetensorError
 
-from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.crystal import MAX_LABEL, BadCrystal, Crystal
 from crysforge.datapipe.storage.cache import open_shard
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
 from crysforge.datapipe.storage.plain_tar import PlainEntries
-from crysforge.datapipe.storage.record import (
-    COLUMNS,
-    INDEX,
-    Tensors,
-    decode,
-    decode_all,
-    encode,
-)
-from crysforge.datapipe.storage.remote import DEFAULT, Access, join_path, open_file
+from crysforge.datapipe.storage.record import COLUMNS, INDEX, Tensors, decode, decode_all, encode
+from crysforge.datapipe.storage.remote import DEFAULT, Access, join_path, read_file
 from crysforge.datapipe.storage.writer import DatasetWriter
 
 __all__ = ["INDEX", "SPLITS", "Dataset", "DatasetWriter", "Manifest", "decode", "encode"]
@@ -77,8 +70,8 @@ class Dataset:
                 raise ValueError(f"{url} is damaged: its hash is not the manifest's")
 
         try:
-            with open_file(root, INDEX, access, lambda path: check(path.read_bytes())) as file:
-                data = file.read(most + 1)
+            sound = lambda path: check(path.read_bytes())  # noqa: E731
+            data = read_file(root, INDEX, access, sound, most)
         except FileNotFoundError:
             raise ValueError(f"{url} is missing: the data set is damaged") from None
         except OSError as error:
@@ -215,7 +208,7 @@ def misfit(index: Mapping[str, np.ndarray], manifest: Manifest) -> str:
         "atoms": index["atoms"] > 0,
         "volume": np.isfinite(index["volume"]) & (index["volume"] > 0),
         "offset": (index["offset"] >= 0) & (index["offset"] < 2**50),
-        "targets": ~np.isinf(index["targets"]).any(axis=1),
+        "targets": ~(np.abs(index["targets"]) > MAX_LABEL).any(axis=1),
     }
     wrong = [name for name, rows in sound.items() if not rows.all()]
     return f"{wrong[0]} of a crystal is out of range" if wrong else ""

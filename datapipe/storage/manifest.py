@@ -25,7 +25,7 @@ from crysforge.datapipe.common.checked import (
     sized,
 )
 from crysforge.datapipe.common.safe_read import parse_json
-from crysforge.datapipe.storage.remote import DEFAULT, Access, join_path, open_file
+from crysforge.datapipe.storage.remote import DEFAULT, Access, join_path, open_file, read_file
 
 __all__ = ["MANIFEST", "SPLITS", "Manifest", "Shard", "Target", "join_path", "open_file"]
 
@@ -119,8 +119,7 @@ class Manifest:
                 be reached.
         """
         try:
-            with open_file(root, MANIFEST, access, _check_json) as file:
-                data = file.read(MAX_MANIFEST + 1)
+            data = read_file(root, MANIFEST, access, _check_json, MAX_MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{root} is not a data set: it has no complete {MANIFEST}") from None
         except OSError as error:

@@ -6,6 +6,8 @@ from typing import BinaryIO
 
 BLOCK = 512
 """Bytes that tars are counted in."""
+MAX_ENTRY = 1 << 28
+"""Bytes of the longest record: far more than 20,000 atoms and their graphs take."""
 _PLAIN = (b"0", b"\0")
 """Types of regular files."""
 
@@ -43,13 +45,14 @@ class PlainEntries:
 
 
 def _content(header: bytes) -> int | None:
-    """Bytes from a header to the next; None if it is not that of a regular file or of the end."""
+    """Bytes from a header to the next; None if it is not that of a record or of the end."""
     if not header.strip(b"\0"):
         return 0
     digits = header[124:136].strip(b" \0")
     if header[156:157] not in _PLAIN or not digits.isdigit():
         return None
     try:
-        return -(-int(digits, 8) // BLOCK) * BLOCK
+        size = int(digits, 8)
     except ValueError:
         return None
+    return -(-size // BLOCK) * BLOCK if size <= MAX_ENTRY else None

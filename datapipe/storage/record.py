@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import safetensors.numpy as safetensors
 
-from crysforge.datapipe.crystals.crystal import MAX_Z, BadCrystal, Crystal
+from crysforge.datapipe.crystals.crystal import MAX_LABEL, MAX_Z, BadCrystal, Crystal
 
 Tensors = dict[str, np.ndarray]
 """By name."""
@@ -82,8 +82,10 @@ def decode_all(data: bytes, targets: Sequence[str]) -> tuple[Crystal, Tensors]:
         raise BadCrystal(f"{id}: wrong types {[str(t) for t in types]}")
     if z.min() < 1 or z.max() > MAX_Z:
         raise BadCrystal(f"{id}: atomic numbers must be 1..{MAX_Z}")
-    if not (np.isfinite(frac).all() and np.isfinite(cell).all()) or np.isinf(labels).any():
-        raise BadCrystal(f"{id}: coordinates, lattice or labels are not finite numbers")
+    if not (np.isfinite(frac).all() and np.isfinite(cell).all()):
+        raise BadCrystal(f"{id}: coordinates or lattice are not finite numbers")
+    if (np.abs(labels) > MAX_LABEL).any():
+        raise BadCrystal(f"{id}: a label is beyond ±{MAX_LABEL:g}: {labels.tolist()}")
     if not np.linalg.det(cell) > 0:
         raise BadCrystal(f"{id}: the cell is flat or left-handed")
     crystal = Crystal(id, z, frac, cell, dict(zip(targets, labels.tolist(), strict=True)))

@@ -12,7 +12,6 @@ A remote file is complete and checked before anything of it is used.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -20,9 +19,7 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import stat
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,8 +29,10 @@ from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
+from fsspec.callbacks import Callback
 
 from crysforge.datapipe.common.files import DISK_FULL
+from crysforge.datapipe.storage.command import check_length, run_command
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +42,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 _PLAIN = re.compile(r"[A-Za-z0-9._=+,-]+")
 """A part of a path that means nothing else in any URL."""
+MAX_BYTES = 1 << 40
+"""Bytes of the longest file there may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +99,14 @@ def open_file(
     name: str,
     access: Access = DEFAULT,
     check: Callable[[Path], None] | None = None,
+    most: int = MAX_BYTES,
 ) -> BinaryIO:
     """File `name` of the data set at `root`, opened for reading bytes; a remote one is copied to
     the temporary directory, whence it goes when it is closed.
 
     Args:
         check: raises ValueError if a copy is not what it should be.
+        most: bytes of the longest copy; no more are taken, whatever is sent.
 
     Raises:
         OSError: missing, or not readable; after all tries.
@@ -115,7 +118,7 @@ def open_file(
         return open_local(path)
     with tempfile.TemporaryDirectory(prefix="crysforge-") as folder:
         copy = Path(folder) / name
-        download(url, copy, access, check)
+        download(url, copy, access, check, most)
         return open(copy, "rb")
 
 
@@ -137,16 +140,40 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def read_file(
+    root: str | os.PathLike,
+    name: str,
+    access: Access = DEFAULT,
+    check: Callable[[Path], None] | None = None,
+    most: int = MAX_BYTES,
+) -> bytes:
+    """What is in file `name` of the data set at `root`; see `open_file`.
+
+    Raises:
+        ValueError: it is longer than `most`, wherever it is.
+    """
+    with open_file(root, name, access, check, most) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{join_path(root, name)} is longer than the {most} bytes it may have")
+    return data
+
+
 def download(
-    url: str, path: Path, access: Access, check: Callable[[Path], None] | None = None
+    url: str,
+    path: Path,
+    access: Access,
+    check: Callable[[Path], None] | None = None,
+    most: int = MAX_BYTES,
 ) -> None:
     """Copies what is at a URL to `path`, again and again until it is there and passes the check.
+    Of what is longer than `most` bytes, no more is taken.
 
     Raises:
         OSError: missing (FileNotFoundError), refused, or all tries failed; it says which URL.
         ValueError: the protocol is unknown, or its package is not installed.
     """
-    copy = _copier(url, access.timeout_s)
+    copy = _copier(url, access.timeout_s, most)
     for tried in range(1, access.tries + 1):
         try:
             copy(path)
@@ -168,16 +195,16 @@ def download(
         time.sleep(wait)
 
 
-def _copier(url: str, timeout_s: float) -> Callable[[Path], Any]:
+def _copier(url: str, timeout_s: float, most: int) -> Callable[[Path], Any]:
     """A function that copies what is at the URL to a path."""
     local = local_path(url)
     if local is not None:
-        return lambda path: _copy_local(local, path)
+        return lambda path: _copy_file(local, path, most)
     if url.startswith("pipe:"):
         command = shlex.split(url.removeprefix("pipe:"))
         if not command or shutil.which(command[0]) is None:
             raise ValueError(f"cannot read {url}: there is no such command")
-        return lambda path: _run(command, path, timeout_s)
+        return lambda path: run_command(command, path, timeout_s, most)
     protocol = url.split("://")[0]
     options = _no_limit_of_its_own() if protocol in ("http", "https") else {}
     try:
@@ -189,53 +216,33 @@ def _copier(url: str, timeout_s: float) -> Callable[[Path], Any]:
     except ValueError as error:
         raise ValueError(f"cannot read {url}: {error}") from None
     limit = {"timeout": timeout_s} if isinstance(system, AsyncFileSystem) else {}
-    return lambda path: system.get_file(remote, str(path), **limit)
+    return lambda path: system.get_file(remote, str(path), callback=_Counting(most), **limit)
 
 
-def _copy_local(path: str, target: Path) -> None:
-    with open_local(path) as file, open(target, "wb") as copy:
-        shutil.copyfileobj(file, copy, 1 << 20)
+class _Counting(Callback):
+    """Ends a copy that is announced to be, or becomes, longer than it may."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def call(self, hook_name: str | None = None, **kwargs: Any) -> None:
+        check_length(max(self.value, self.size or 0), self._most)
+
+
+def _copy_file(source: str, path: Path, most: int) -> None:
+    done = 0
+    with open_local(source) as stream, open(path, "wb") as output:
+        while block := stream.read(1 << 20):
+            done += len(block)
+            check_length(done, most)
+            output.write(block)
 
 
 def _no_limit_of_its_own() -> dict[str, Any]:
     from aiohttp import ClientTimeout
 
     return {"client_kwargs": {"timeout": ClientTimeout(total=None)}}
-
-
-_WITH_GUARD = """exec 3<&0
-{ read -r line <&3; kill -KILL 0; } &
-exec "$@" 3<&- </dev/null"""
-"""A shell that starts a command, and kills it, and what it started, when its input ends."""
-
-
-def _run(command: list[str], path: Path, timeout_s: float) -> None:
-    """Runs a command and keeps what it prints. What it has started ends with it, and all of that
-    with this process.
-
-    Raises:
-        OSError: it cannot be run, fails, or takes longer than it may.
-    """
-    with open(path, "wb") as output, tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            ["sh", "-c", _WITH_GUARD, "sh", *command],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=errors,
-            start_new_session=True,  # so that all it starts can be ended with it
-        )
-        try:
-            status = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(f"{command[0]} has not ended after {timeout_s:g} s") from None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-        if status:
-            errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise OSError(f"{command[0]} ended with status {status}: {''.join(said)}")
 
 
 def _is_refusal(error: Exception) -> bool:

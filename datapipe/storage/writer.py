@@ -21,7 +21,7 @@ from crysforge.datapipe.common.checked import Line, Name, checked
 from crysforge.datapipe.common.claims import LOCK, claim_directory, empty_directory
 from crysforge.datapipe.common.files import DISK_FULL, remove_tree, sync_directory, write_bytes
 from crysforge.datapipe.common.safe_names import check_names
-from crysforge.datapipe.crystals.crystal import MAX_Z, Crystal
+from crysforge.datapipe.crystals.crystal import MAX_LABEL, MAX_Z, Crystal
 from crysforge.datapipe.storage.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -169,15 +169,17 @@ class DatasetWriter:
         """Appends a crystal to a split, with more tensors in its record if there are any.
 
         Raises:
-            ValueError: unknown split, an id that was added before, an infinite label.
+            ValueError: unknown split, an id that was added before, a label beyond `MAX_LABEL`.
         """
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: valid: {', '.join(SPLITS)}")
         if crystal.id in self._ids:
             raise ValueError(f"duplicate id {crystal.id!r}: ids must be unique in a data set")
         labels = [float(crystal.targets.get(name, np.nan)) for name in self.targets]
-        if np.isinf(labels).any():
-            raise ValueError(f"{crystal.id}: a label is infinite: {dict(crystal.targets)}")
+        if (np.abs(labels) > MAX_LABEL).any():
+            raise ValueError(
+                f"{crystal.id}: a label is beyond ±{MAX_LABEL:g}: {dict(crystal.targets)}"
+            )
         shard = self._open.get(split)
         if shard is None:
             number = len(self._shards[split])

@@ -53,6 +53,10 @@ class DiTConfig:
                 f"dit.width must be even and a multiple of dit.heads, "
                 f"got width={self.width}, heads={self.heads}"
             )
+        if not 1 / self.width <= self.mlp_ratio <= 1000:
+            raise ValueError(
+                f"dit.mlp_ratio must be above 0 and at most 1000, got {self.mlp_ratio}"
+            )
         if self.attention not in ATTENTION:
             raise ValueError(
                 f"unknown dit.attention {self.attention!r}: {nearest(self.attention, ATTENTION)}"

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import traceback
 import types
@@ -30,7 +31,7 @@ from crysforge.datapipe.common.checked import checked
 from crysforge.datapipe.common.config import configure, refuse_references
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.safe_read import as_text, parse_yaml, read_named
-from crysforge.datapipe.storage.remote import is_remote
+from crysforge.datapipe.storage.remote import DISK_FULL, is_remote
 from crysforge.trainer.base.help import help_text, show
 
 T = TypeVar("T")
@@ -348,12 +349,14 @@ def run(
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as found:
-        error = _lost(found) if isinstance(found, RuntimeError) else found
+        error = _in_words(found) if isinstance(found, RuntimeError | MemoryError) else found
         if not isinstance(error, ValueError | OSError):
             ended(found, 1)
             raise
         if os.environ.get("CRYSFORGE_TRACEBACK"):
             traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in DISK_FULL and error.filename is None:
+            error = OSError("the disk that the output is written to is full: free some space")
         print(f"error: {error}", file=sys.stderr, flush=True)
         again = isinstance(error, ConnectionError | ChildProcessError | TimeoutError)
         ended(error, 1 if again else 2)
@@ -362,7 +365,16 @@ def run(
         ended(None, 0)
 
 
-def _lost(error: RuntimeError) -> Exception | None:
+def _in_words(error: RuntimeError | MemoryError) -> Exception | None:
+    """What to tell a user of a lost process, or of memory that does not suffice."""
     from crysforge.trainer.base.distributed import lost_process, place
 
+    text = str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        asked = re.search(r"tried to allocate (\d+) bytes", text)
+        more = f" for {int(asked[1]) / 1e9:.3g} GB more" if asked else ""
+        return ValueError(
+            f"this machine has not enough memory{more}: lower the batch size, loader.max_atoms or "
+            "the size of the model"
+        )
     return lost_process(error, place(os.environ)[0])

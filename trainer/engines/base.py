@@ -46,8 +46,8 @@ class EngineConfig:
         if self.recompute not in ("auto", *RECOMPUTE):
             kinds = ", ".join(RECOMPUTE)
             raise ValueError(f"recompute must be auto, {kinds}, got {self.recompute!r}")
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s must be above 0, got {self.timeout_s}")
+        if not 0 < self.timeout_s <= 1e9:
+            raise ValueError(f"timeout_s must be above 0 and at most 1e9, got {self.timeout_s}")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
         if self.accumulation < 1:

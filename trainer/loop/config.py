@@ -13,6 +13,8 @@ _LEAST = {
     **dict.fromkeys(("walltime_minutes", "walltime_margin_minutes"), 0),
 }
 """Least values of settings."""
+_MOST = 1e9
+"""Largest value of any of them; in seconds, 30 years."""
 
 
 @dataclass(kw_only=True)
@@ -52,8 +54,10 @@ class TrainerConfig(EngineConfig):
         super().__post_init__()
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"trainer.{name} must be at least {least}, got {value}")
+            if value is not None and not least <= value <= _MOST:
+                raise ValueError(
+                    f"trainer.{name} must be at least {least} and at most {_MOST:.0e}, got {value}"
+                )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"trainer.ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.ema_decay and self.zero_stage == 3:

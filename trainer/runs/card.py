@@ -71,7 +71,13 @@ def share(
             "total": count_parameters(stage),
         }
         write_config(work, config)
-        write_text(work / CARD, model_card(path.name, config, exported.scaler))
+        try:
+            card = model_card(path.name, config, exported.scaler)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{exported.path}: its config or the results of its run are damaged: {error!r}"
+            ) from None
+        write_text(work / CARD, card)
     return path
 
 
@@ -204,11 +210,11 @@ def _data(data: Mapping[str, Any]) -> str:
         "fingerprint": data.get("fingerprint", "not recorded"),
         "crystals": _pairs(data.get("splits")),
         "labelled crystals used": data.get("labels"),
-        "elements": " ".join(chemical_symbols[z] for z in data.get("elements", [])),
+        "elements": " ".join(chemical_symbols[z] for z in data.get("elements") or []),
         "cells": (data.get("cell") or {}).get("rule", "as they were given"),
-        "labels": _pairs({n: t.get("unit") or "?" for n, t in data.get("targets", {}).items()}),
+        "labels": _pairs({n: t.get("unit") or "?" for n, t in (data.get("targets") or {}).items()}),
     }
-    known = {k: v for k, v in provenance.items() if k != "versions"}
+    known = {k: v for k, v in provenance.items() if k not in ("versions", "request")}
     parts = [_table(rows), _yaml(known) if known else ""]
     return "\n\n".join(part for part in parts if part)
 

@@ -3,13 +3,12 @@ from every rank."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,10 @@ from typing import Any
 from tqdm import tqdm
 
 from crysforge.datapipe.common.escape import tag
-from crysforge.datapipe.common.files import (
-    make_directory,
-    open_append,
-    write_json,
-    write_text,
-)
+from crysforge.datapipe.common.files import make_directory, open_append, write_json, write_text
 from crysforge.datapipe.common.safe_read import read_lines
 from crysforge.trainer.base.distributed import World
+from crysforge.trainer.runs.board import Board
 from crysforge.trainer.runs.forms import LOGGED
 
 BEAT_S = 5.0
@@ -65,7 +60,7 @@ class Logger:
             again = self.board_path.is_dir()
             for folder in (self.board_path.parent, self.board_path):
                 make_directory(folder)
-            self._board = self._new_board(start + 1 if again else None)
+            self._board = Board(self.board_path, start + 1 if again else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Records named scalars (`train/loss`, `val/mae`, …) at an optimiser step."""
@@ -74,37 +69,8 @@ class Logger:
         with self._not_worth_a_run():
             self._lines.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
             self._lines.flush()
-
-        def add(board: Any) -> None:
-            for name, value in values.items():
-                board.add_scalar(tag(name), value, step)
-
-        self._to_board(add)
-
-    def figure(self, step: int, name: str, figure: Any) -> None:
-        """Records a matplotlib figure."""
-        if self.enabled:
-            self._to_board(lambda board: board.add_figure(tag(name), figure, step, close=False))
-
-    def _new_board(self, purge_step: int | None = None) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        if not self.run.is_dir():  # it would be made anew
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.run))
-        return SummaryWriter(str(self.board_path), purge_step=purge_step)
-
-    def _to_board(self, add: Callable[[Any], None]) -> None:
-        """TensorBoard's writer fails for good with the first write that fails: then, a new one."""
         with self._not_worth_a_run():
-            if self._board is None:
-                self._board = self._new_board()
-            try:
-                add(self._board)
-            except OSError:
-                broken, self._board = self._board, None
-                with suppress(OSError):
-                    broken.close()
-                raise
+            self._board.scalars(step, {tag(name): value for name, value in values.items()})
 
     @contextmanager
     def _not_worth_a_run(self) -> Iterator[None]:
@@ -163,8 +129,8 @@ class Logger:
         if self.enabled:
             with self._not_worth_a_run():
                 self._lines.close()
-            if self._board is not None:
-                self._to_board(lambda board: board.close())
+            with self._not_worth_a_run():
+                self._board.close()
 
 
 def _drop_lines(path: Path, stage: str, start: int) -> None:

@@ -35,6 +35,7 @@ from crysforge.models.encoders import Encoder, build_encoder
 from crysforge.trainer.base.safe_read import PICKLES, at_most, check_tensor_file
 from crysforge.trainer.base.tensors import code_version, load_into, load_tensors, save_tensors
 from crysforge.trainer.runs.checkpoint import MAX_RECORD, RunDirectory
+from crysforge.trainer.runs.data_section import check_data
 from crysforge.trainer.runs.forms import MODEL, RUN
 from crysforge.trainer.stages.base import STAGES, Stage
 
@@ -291,6 +292,7 @@ def read_model(root: Path) -> Exported:
     config = checked(MODEL, config, str(root / name))
     for part in ("encoder", "settings"):
         refuse_references(config[part], f"{root / name}: ", part)
+    check_data(config["data"], str(root / name))
     exported = Exported(
         path=root,
         encoder=config["encoder"],

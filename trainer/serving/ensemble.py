@@ -20,7 +20,8 @@ import torch
 from crysforge.datapipe.common.files import new_directory, write_json
 from crysforge.datapipe.common.safe_read import inside, read_mapping
 from crysforge.datapipe.common.tables import number, read_rows
-from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
 from crysforge.trainer.figures import plots
 from crysforge.trainer.jobs.finetuning import file_suffixes
 from crysforge.trainer.jobs.tables import errors, suffixes, write_table
@@ -222,13 +223,18 @@ class Ensemble:
         trained_on: what the first member's crystals were like.
     """
 
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        max_pairs: int = MAX_PAIRS,
+    ) -> None:
         from crysforge.trainer.serving.predictor import Predictor
 
         root = Path(path)
         record = read_mapping(root / ENSEMBLE, FORM, schema=SCHEMA)
         members = [inside(root, str(i)) for i in range(record["members"])]
-        self.members = [Predictor(open_model(member), device) for member in members]
+        self.members = [Predictor(open_model(member), device, max_pairs) for member in members]
         self.targets, self.units = self.members[0].targets, self.members[0].units
         self.scale = np.array(record["scale"], dtype=float)
         if not self.targets or any(m.targets != self.targets for m in self.members):
@@ -264,11 +270,16 @@ class Ensemble:
 
     def iterate(
         self, crystals: Iterable[Crystal], max_atoms: int = 4096
-    ) -> Iterator[tuple[Crystal, np.ndarray]]:
-        """Crystals with prediction and uncertainty of each target, [2 T] as in `columns`."""
+    ) -> Iterator[tuple[Crystal, np.ndarray | BadCrystal]]:
+        """Crystals with prediction and uncertainty of each target, [2 T] as in `columns`, or why
+        there is none."""
         streams = itertools.tee(crystals, len(self.members))
         each = (m.iterate(s, max_atoms) for m, s in zip(self.members, streams, strict=True))
         for rows in zip(*each, strict=True):
-            values = np.stack([row for _, row in rows])
+            found = [row for _, row in rows]
+            if bad := next((row for row in found if isinstance(row, BadCrystal)), None):
+                yield rows[0][0], bad
+                continue
+            values = np.stack(found)
             both = np.stack([values.mean(0), self.scale * values.std(0, ddof=1)], axis=1)
             yield rows[0][0], both.reshape(-1)

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import torch
 
+from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
 from crysforge.trainer.runs.model_directory import open_model
 from crysforge.trainer.serving.ensemble import ENSEMBLE, Ensemble
 from crysforge.trainer.serving.predictor import Predictor
 
 
 def load(
-    path: str | Path, stage: str = "", device: str | torch.device = "cpu"
+    path: str | Path,
+    stage: str = "",
+    device: str | torch.device = "cpu",
+    max_pairs: int = MAX_PAIRS,
 ) -> Predictor | Ensemble:
     """The model in a run directory: a finetuned one predicts and embeds, a pretrained one embeds,
     an ensemble predicts and says how sure it is.
@@ -21,10 +25,11 @@ def load(
         path: run directory, or that of an exported model or an ensemble.
         stage: of a pretraining run; default its last.
         device: where to run.
+        max_pairs: pairs of atoms that are looked at for the graph of one crystal.
 
     Raises:
         ValueError: no finished model there, or files that are not what a model has.
     """
     if (Path(path) / ENSEMBLE).is_file():
-        return Ensemble(path, device)
-    return Predictor(open_model(path, stage), device)
+        return Ensemble(path, device, max_pairs)
+    return Predictor(open_model(path, stage), device, max_pairs)

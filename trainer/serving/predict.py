@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -10,10 +10,11 @@ from typing import IO, TYPE_CHECKING
 from crysforge.datapipe.common.files import replacing
 from crysforge.datapipe.common.streams import is_stream
 from crysforge.datapipe.common.tables import row_writer
-from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.sources import Failure
 from crysforge.trainer.jobs.finetuning import Predicted
 from crysforge.trainer.jobs.tables import cell
+from crysforge.trainer.serving.request import keep_request
 from crysforge.trainer.serving.trained_on import Outsiders
 
 if TYPE_CHECKING:
@@ -27,39 +28,63 @@ def predict_to_csv(
     output: Path,
     max_atoms: int,
     strict: bool = False,
+    request: str = "",
 ) -> Predicted:
     """Writes predictions as they come, and beside them the crystals that could not be used, or are
     not to be as they are unlike those that the model learned from (`strict`). The files appear when
-    all are written; of predictions none does where there is none. A pipe or terminal gets them as
-    they come, and standard error the crystals that could not be used."""
+    all are written, the predictions last; where there is none they do not appear. A pipe or
+    terminal gets them as they come, and standard error the crystals that could not be used.
+
+    Args:
+        request: what is asked for; it is kept beside the output, see `trainer.serving.request`.
+    """
     counts = Predicted(Outsiders(model.trained_on))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(dropped_path(output), streams=True) as bad, suppress(_NothingWritten):
-        drop = _Drops(bad)
-
-        def usable() -> Iterator[Crystal]:
-            for item in crystals:
-                why = counts.outsiders.note(item) if isinstance(item, Crystal) else []
-                if isinstance(item, Crystal) and not (why and strict):
-                    yield item
-                    continue
-                counts.dropped += 1
-                if isinstance(item, Crystal):
-                    drop([item.id, "", "outside the training data", "; ".join(why)])
-                else:
-                    drop([item.id, item.where, item.reason, item.message])
-
-        with replacing(output, streams=True) as file:
-            write = row_writer(file)
-            write(["id", *model.columns])
-            for crystal, values in model.iterate(usable(), max_atoms):
-                write([crystal.id, *(cell(v) for v in values)])
-                counts.written += 1
-            if not counts.written:
-                raise _NothingWritten
-    if not counts.dropped and not is_stream(output):
-        dropped_path(output).unlink()
+    with suppress(_NothingWritten), replacing(output, streams=True) as file:
+        with replacing(dropped_path(output), streams=True) as bad:
+            _write(model, crystals, _Drops(bad), row_writer(file), max_atoms, strict, counts)
+        if not counts.dropped and not is_stream(output):
+            dropped_path(output).unlink()
+        if not counts.written:
+            raise _NothingWritten
+        if request:
+            file.flush()
+            told = {"written": counts.written, "dropped": counts.dropped}
+            keep_request(output, request, Path(file.name), told)
     return counts
+
+
+def _write(
+    model: Predictor | Ensemble,
+    crystals: Iterable[Crystal | Failure],
+    drop: _Drops,
+    write: Callable[[Sequence[str]], None],
+    max_atoms: int,
+    strict: bool,
+    counts: Predicted,
+) -> None:
+    """Writes a line for each crystal, here or there."""
+
+    def usable() -> Iterator[Crystal]:
+        for item in crystals:
+            why = counts.outsiders.note(item) if isinstance(item, Crystal) else []
+            if isinstance(item, Crystal) and not (why and strict):
+                yield item
+                continue
+            counts.dropped += 1
+            if isinstance(item, Crystal):
+                drop([item.id, "", "outside the training data", "; ".join(why)])
+            else:
+                drop([item.id, item.where, item.reason, item.message])
+
+    write(["id", *model.columns])
+    for crystal, values in model.iterate(usable(), max_atoms):
+        if isinstance(values, BadCrystal):
+            counts.dropped += 1
+            drop([crystal.id, "graph", values.reason, str(values)])
+        else:
+            counts.written += 1
+            write([crystal.id, *(cell(v) for v in values)])
 
 
 class _Drops:

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from crysforge.datapipe.crystals.crystal import Crystal
-from crysforge.datapipe.graphs.packing import build
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
+from crysforge.datapipe.graphs.packing import Neighbours, neighbours, pack
+from crysforge.datapipe.graphs.transforms import Sample
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models import kernels
 from crysforge.models.encoders import Encoder
@@ -31,8 +33,13 @@ class Predictor:
         trained_on: what its crystals were like; it brings others to the same cell.
     """
 
-    def __init__(self, exported: Exported, device: str | torch.device = "cpu") -> None:
-        self.device = device_of(device)
+    def __init__(
+        self,
+        exported: Exported,
+        device: str | torch.device = "cpu",
+        max_pairs: int = MAX_PAIRS,
+    ) -> None:
+        self.device, self.max_pairs = device_of(device), max_pairs
         kernels.enable(self.device)
         self.trained_on = TrainedOn.of(exported.data, str(exported.path))
         self.targets: list[str] = []
@@ -73,8 +80,11 @@ class Predictor:
         """
         self.require_head()
         crystals, single = crystals_of(structures, self.trained_on, strict, reading)
-        rows = list(self.iterate(crystals, max_atoms))
-        out = np.stack([row for _, row in rows]) if rows else np.empty((0, len(self.targets)))
+        rows = [row for _, row in self.iterate(crystals, max_atoms)]
+        for i, row in enumerate(rows):
+            if isinstance(row, BadCrystal):
+                raise BadCrystal(f"structure {i}: {row}", row.reason)
+        out = np.stack(rows) if rows else np.empty((0, len(self.targets)))
         out = out[:, 0] if len(self.targets) == 1 else out
         return out[0] if single else out
 
@@ -94,8 +104,7 @@ class Predictor:
         crystals, single = crystals_of(structures, self.trained_on, strict, reading)
         rows: list[np.ndarray] = []
         with torch.no_grad():
-            for group in _groups(crystals, max_atoms):
-                batch = self._pack(group)
+            for batch in self._batches(crystals, max_atoms):
                 latents = self.encoder(batch).float()
                 pooled = torch.segment_reduce(latents, "mean", offsets=batch.ptr)
                 rows += list(pooled.cpu().numpy())
@@ -104,19 +113,47 @@ class Predictor:
 
     def iterate(
         self, crystals: Iterable[Crystal], max_atoms: int = 4096
-    ) -> Iterator[tuple[Crystal, np.ndarray]]:
-        """Crystals, which are in the model's cell, with their predictions [T], batch by batch, in
-        order; holds one batch."""
+    ) -> Iterator[tuple[Crystal, np.ndarray | BadCrystal]]:
+        """Crystals, which are in the model's cell, with their predictions [T], or why there is
+        none, batch by batch, in order; holds one batch."""
         assert self.stage is not None
         for group in _groups(crystals, max_atoms):
-            batch = self._pack(group)
-            with torch.no_grad():  # not around the yield: that would reach into the caller
-                values = self.stage.predict(batch).double().cpu().numpy()
-            copies = np.array([[crystal.copies] for crystal in group])
-            yield from zip(group, np.where(self._of_cell, copies, 1) * values, strict=True)
+            graphs = [self._graph(crystal) for crystal in group]
+            values: Iterator[np.ndarray] = iter(())
+            if batch := self._pack(group, graphs):
+                with torch.no_grad():  # not around the yield: that would reach into the caller
+                    values = iter(self.stage.predict(batch).double().cpu().numpy())
+            for crystal, graph in zip(group, graphs, strict=True):
+                if isinstance(graph, BadCrystal):
+                    yield crystal, graph
+                else:
+                    yield crystal, np.where(self._of_cell, crystal.copies, 1) * next(values)
 
-    def _pack(self, group: Sequence[Crystal]) -> CrystalBatch:
-        return build(group, self.encoder.graph).to(self.device)
+    def _batches(self, crystals: Iterable[Crystal], max_atoms: int) -> Iterator[CrystalBatch]:
+        """Raises BadCrystal for one that has no graph."""
+        for group in _groups(crystals, max_atoms):
+            graphs = [self._graph(crystal) for crystal in group]
+            for crystal, graph in zip(group, graphs, strict=True):
+                if isinstance(graph, BadCrystal):
+                    raise BadCrystal(f"structure {crystal.id}: {graph}", graph.reason)
+            if batch := self._pack(group, graphs):
+                yield batch
+
+    def _graph(self, crystal: Crystal) -> Neighbours | BadCrystal:
+        try:
+            return neighbours(crystal, self.encoder.graph, self.max_pairs)
+        except BadCrystal as error:
+            return error
+
+    def _pack(
+        self, group: Sequence[Crystal], graphs: Sequence[Neighbours | BadCrystal]
+    ) -> CrystalBatch | None:
+        """A batch of the crystals that have a graph; None if there is none."""
+        both = [(c, g) for c, g in zip(group, graphs, strict=True) if isinstance(g, Neighbours)]
+        if not both:
+            return None
+        samples = [Sample.clean(crystal) for crystal, _ in both]
+        return pack(samples, [g for _, g in both], self.encoder.graph).to(self.device)
 
 
 def _groups(crystals: Iterable[Crystal], max_atoms: int) -> Iterator[list[Crystal]]:

@@ -63,8 +63,12 @@ class StageConfig:
         for name in ("epochs", "grad_clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if not 0 < self.lr <= 10:
+            raise ValueError(f"lr must be above 0 and at most 10, got {self.lr}")
+        if self.weight_decay > 100:
+            raise ValueError(f"weight_decay must be at most 100, got {self.weight_decay}")
+        if self.epochs > 1e9:
+            raise ValueError(f"epochs must be at most 1e9, got {self.epochs}")
         if not 0 <= self.pct_start <= 1:
             raise ValueError(f"pct_start must be in [0, 1], got {self.pct_start}")
 

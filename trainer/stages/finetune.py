@@ -47,9 +47,9 @@ class FinetuneConfig(StageConfig):
             raise ValueError(f"unknown finetune.head {self.head!r}: {nearest(self.head, HEADS)}")
         if self.patience < 0:
             raise ValueError(f"finetune.patience must not be negative, got {self.patience}")
-        if not self.encoder_lr_scale > 0:
+        if not 0 < self.encoder_lr_scale <= 1000:
             raise ValueError(
-                f"encoder_lr_scale must be positive, got {self.encoder_lr_scale}; "
+                f"encoder_lr_scale must be above 0 and at most 1000, got {self.encoder_lr_scale}; "
                 "freeze_encoder=true keeps the encoder as it is"
             )
 
@@ -182,6 +182,11 @@ def _check_statistics(targets: Sequence[str], mean: Sequence[float], std: Sequen
             f"got {len(mean)} and {len(std)}"
         )
     for name, m, s in zip(targets, mean, std, strict=True):
+        if 0 < s < 1e-30:
+            raise ValueError(
+                f"target {name!r} cannot be standardised: its training labels differ by {s:.1g} "
+                "only; give it in another unit"
+            )
         if not (abs(m) < float("inf") and 0 < s < float("inf")):
             raise ValueError(
                 f"target {name!r} cannot be standardised: its training labels have mean {m} and "

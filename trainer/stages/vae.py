@@ -35,6 +35,8 @@ class VAEConfig(StageConfig):
         check_mask_ratio(self.mask_ratio)
         if not self.kl_weight >= 0:
             raise ValueError(f"kl_weight must not be negative, got {self.kl_weight}")
+        if self.latent_dim is not None and self.latent_dim < 1:
+            raise ValueError(f"latent_dim must be at least 1, got {self.latent_dim}")
         if not self.reconstruct.active():
             raise ValueError("stage vae needs a positive weight in reconstruct")
 

@@ -170,8 +170,9 @@ def test_the_same_id_and_formula_is_a_duplicate_without_a_match(tmp_path):
     (row,) = rows(tmp_path / "by id")
     assert (row["by"], row["rms"]) == ("id", "")
     assert report(tmp_path / "by id")["references"][0]["by_id_without_match"] == 1
+    assert run(new, tmp_path / "by id", known) == {"mp-1"}  # it is there
     with pytest.raises(ValueError, match="already holds a data set"):
-        run(new, tmp_path / "by id", known)
+        run(new, tmp_path / "by id", known, ids=False)
     assert run(new, tmp_path / "by structure", known, ids=False) == set()
 
 

@@ -129,10 +129,10 @@ def test_what_the_matcher_fails_on_is_kept_and_listed(sets, tmp_path, monkeypatc
     bad = {min(sets["against"]), "known-3"}
 
     class Failing(Reduced):
-        def __init__(self, crystal, item):
+        def __init__(self, crystal, item, most):
             if crystal.id in bad:
                 raise ValueError("can't find niggli")
-            super().__init__(crystal, item)
+            super().__init__(crystal, item, most)
 
     monkeypatch.setattr(dedup, "Reduced", Failing)
     found = run(sets["new"], tmp_path / "out", sets["known"])

@@ -1,5 +1,7 @@
 """Data sets that are elsewhere: every source of bytes, and a server that fails in every way."""
 
+from pathlib import Path
+
 import fsspec
 import pytest
 
@@ -153,6 +155,37 @@ def test_a_fault_that_stays_is_one_clear_error(server, access, fault):
     server.faults["manifest.json"] = [fault] * 6
     with pytest.raises(ValueError, match=rf"{server.url}.*manifest\.json"):
         Dataset.open(server.url, access)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.safetensors", SHARDS[2]])
+@pytest.mark.parametrize("fault", ["endless", "announced"])
+def test_no_more_is_taken_than_a_file_may_have(server, access, fault, name, monkeypatch):
+    monkeypatch.setattr("crysforge.datapipe.storage.manifest.MAX_MANIFEST", 1 << 20)
+    server.faults[name] = [fault] * 6
+    with pytest.raises(ValueError, match=rf"{name} \(try 3 of 3\): .*longer than the \d+ bytes"):
+        read(Dataset.open(server.url, access))
+    assert server.endless < 3 * 50e6  # what the sockets hold comes on top
+    assert not list(Path(access.cache_dir).glob("*.partial"))
+
+
+def test_no_more_is_taken_from_a_command_or_a_path(root, access, tmp_path):
+    (tmp_path / "longer").mkdir()
+    for path in root.iterdir():
+        (tmp_path / "longer" / path.name).write_bytes(path.read_bytes())
+    with open(tmp_path / "longer" / SHARDS[0], "ab") as file:
+        file.truncate(1 << 40)  # a hole
+    for url in (str(tmp_path / "longer"), f"pipe:sh -c 'cat {root}/{{}} && exec cat /dev/zero'"):
+        name = "manifest.json" if url.startswith("pipe") else SHARDS[0]
+        with pytest.raises(ValueError, match=rf"{name}.*longer than the \d+ bytes"):
+            read(Dataset.open(url, access))
+
+
+def test_what_a_command_says_and_leaves_behind(root, access):
+    """Its last words are in the error, however many there were; a child of it holds nothing up."""
+    loud = "pipe:sh -c 'head -c 3000000 /dev/zero >&2; echo oh dear >&2; exit 3' {}"
+    with pytest.raises(ValueError, match=r"ended with status 3: .*oh dear"):
+        Dataset.open(loud, access)
+    assert Manifest.load(f"pipe:sh -c 'cat {root}/{{}}; sleep 3 &'", access)
 
 
 @pytest.mark.parametrize("fault", [403, 404])

@@ -1,0 +1,38 @@
+"""What a file of predictions was asked for, kept beside it: the same command, given again after a
+kill at the very end, finds that its work is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from crysforge.datapipe.common.files import sha256, write_json
+
+
+def request_path(output: Path) -> Path:
+    """Where the request of a file of predictions is."""
+    return output.with_name(f"{output.stem}.request.json")
+
+
+def keep_request(output: Path, request: str, content: Path, counts: Mapping[str, int]) -> None:
+    """Notes what `output` was asked for, before it takes its place.
+
+    Args:
+        content: file that holds what will be `output`. counts: `written` and `dropped` crystals.
+    """
+    write_json(
+        request_path(output), {"request": request, "sha256": sha256(content), **dict(counts)}
+    )
+
+
+def predicted_before(output: Path, request: str) -> tuple[int, int] | None:
+    """(written, dropped) crystals, if `output` is there and is what is asked for."""
+    try:
+        known: Any = json.loads(request_path(output).read_text(encoding="utf-8"))
+        if known["request"] == request and known["sha256"] == sha256(output):
+            return int(known["written"]), int(known["dropped"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # there is no such file, or it is of another kind
+    return None
