@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from crysforge import load
+from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.common.journal import Journal
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.packing import build
@@ -31,12 +33,10 @@ from crysforge.launch.cluster.status import cancel, collect, statuses, table
 from crysforge.launch.cluster.suite import Suite
 from crysforge.launch.cluster.sweep import read_sweep
 from crysforge.launch.evaluate import find
-from crysforge import load
 from crysforge.trainer.base.command_line import parse
-from crysforge.trainer.base.tensors import write_json
-from crysforge.trainer.reports.report import EvaluateConfig, evaluate
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema
 from crysforge.trainer.loop.guards import dump_batch, load_batch
+from crysforge.trainer.reports.report import EvaluateConfig, evaluate
 from crysforge.trainer.runs.card import share
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.forms import STATE
