@@ -12,6 +12,7 @@ line, or if it takes long. The last line of the output is a summary in JSON.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -77,6 +78,7 @@ def _too_long(number: int, frame: object) -> None:
 def prepared() -> Guard:
     """A watched process: without programs to find, its temporary files in the box."""
     code_version()
+    importlib.import_module("matplotlib.font_manager")  # makes directories of its own
     logging.disable(logging.WARNING)
     guard = Guard(Path(tempfile.mkdtemp(prefix="crysforge-fuzz-")))
     os.environ["PATH"] = ""

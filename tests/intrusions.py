@@ -319,7 +319,7 @@ def links_in_a_run(scene: Scene) -> None:
     (root / victim).symlink_to(target)
     run = RunDirectory(root)
     identity = json.loads((RUN / "run.json").read_text())["identity"]
-    refused("is a link out of", run.start, "a: 1\n", identity, "auto")
+    refused("link out of", run.start, "a: 1\n", identity, "auto")
 
 
 def shared_cache(scene: Scene) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from crysforge.trainer.base.tensors import sha256
+from crysforge.datapipe.common.files import sha256
 from tests.exploits import Exploit
 from tests.intrusions import FORMULAS, MARKUP, Scene
 

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from crysforge import load
+from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.common.journal import Journal
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.packing import build
@@ -33,7 +34,6 @@ from crysforge.launch.cluster.suite import Suite
 from crysforge.launch.cluster.sweep import read_sweep
 from crysforge.launch.evaluate import find
 from crysforge.trainer.base.command_line import parse
-from crysforge.trainer.base.tensors import write_json
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema
 from crysforge.trainer.loop.guards import dump_batch, load_batch
 from crysforge.trainer.reports.report import EvaluateConfig, evaluate

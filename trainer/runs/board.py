@@ -20,7 +20,7 @@ class Board:
     leaves nothing behind, and the next call goes on in the same file.
 
     Args:
-        directory: of the event files, which is there.
+        directory: of the event files, made with the first scalars; the one above it is there.
         purge_step: what earlier files say of this step and later ones is not shown.
     """
 
@@ -48,6 +48,7 @@ class Board:
     def _open(self) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
+        self.path.parent.mkdir(exist_ok=True)  # but no run that was deleted
         self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115
         begin: list[dict[str, Any]] = [{"file_version": "brain.Event:2"}]
         if self._purge_step is not None:

@@ -141,6 +141,7 @@ class RunDirectory:
         """
         self._is_there(resume)  # looked at first, since the lock leaves a file
         if self.checkpoints.is_symlink():
+            self._refuse_links()
             make_directory(self.checkpoints)  # says so; others would be warnings
         busy = f"another process is starting the run in {self.path}: let it finish"
         with claim_directory(self.path.resolve(), busy, wait=START_S):
@@ -231,16 +232,16 @@ class RunDirectory:
         return run
 
     def _refuse_links(self) -> None:
-        """Raises ValueError for a link that leads out of the run: what is written, and what is
-        removed, must be its own."""
+        """Raises ValueError for a directory that is a link out of the run: what is written, and
+        what is removed, must be its own. (A file that is a link is not replaced.)"""
         root = self.path.resolve()
-        for folder, directories, files in os.walk(root):
-            for name in (*directories, *files):
+        for folder, directories, _ in os.walk(root):
+            for name in directories:
                 path = Path(folder, name)
                 if path.is_symlink() and not path.resolve().is_relative_to(root):
                     raise ValueError(
-                        f"{path} is a link out of the run, where it would write: put what it leads "
-                        "to in its place"
+                        f"{path} is a symbolic link out of the run, where it would write: put what "
+                        "it leads to in its place"
                     )
 
     def _own(self) -> None:
