@@ -16,8 +16,6 @@ from crysforge.trainer.runs.forms import EVENT, HEARTBEAT, LOGGED, SHOWN
 
 SILENT_S = 900.0
 """Seconds without a step after which a run that should be training is named."""
-_TAIL = 65536
-"""Bytes at the end of metrics.jsonl that tell where a run is."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-CHOOSE = "from datapipe.common import threads; threads.choose()"
+CHOOSE = "from crysforge.datapipe.common import threads; threads.choose()"
 """What every launch script begins with."""
 
 

@@ -90,9 +90,9 @@ class Moment:
 
     def fault(self, dice: random.Random, job: Job, do: str, least: int, share: float) -> dict:
         """One that acts then; the call is drawn from `least` to this `share` of all."""
-        engine = "TorchEngine" if job.ranks is None else "DeepSpeedEngine"
+        engine = "torch_engine:Torch" if job.ranks is None else "deepspeed:DeepSpeed"
         return {
-            "at": self.at.replace("Engine", engine),
+            "at": self.at.replace("base:", engine),
             "call": dice.randint(least, max(least, int(share * self.calls))),
             "when": dice.choice(["before", "after"]),
             "within": self.within,

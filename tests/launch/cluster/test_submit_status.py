@@ -150,7 +150,7 @@ def log_a_run(run: Path, monkeypatch) -> None:
         speed = {"speed/steps_per_s": 4.0, "speed/data_wait": 0.031, "memory/peak_gb": 1.234}
         log.scalars(20, {"train/loss": 2.0, "optim/skipped": 3.0, **speed})
         log.scalars(20, {"val/loss": 1.5})
-        log.beat(21)
+        log.heartbeat(21)
         log.close()
 
 

@@ -292,7 +292,7 @@ def test_a_run_that_is_gone_ends_and_is_not_made_anew(run, how):
     log = Logger(run.path, "vae", 0, 9, World())
     vanish(run, how)
     log.event("warning")
-    log.beat(1)
+    log.heartbeat(1)
     log._board = None  # as after a write that failed
     log.scalars(1, {"x": 1.0})
     with pytest.raises(FileNotFoundError):
@@ -313,7 +313,7 @@ def test_what_a_process_writes_as_its_run_is_deleted_does_not_block_the_next(run
     for name in ("leftover", "leftover-2"):
         log = Logger(run.path, "vae", 0, 9, World())
         run.save(checkpoint(7), keep=1)
-        log.beat(1, "stopped")
+        log.heartbeat(1, "stopped")
         log.close()
         for own in ("run.json", "config.yaml", "owner.json"):  # `rm -r` was here already
             (run.path / own).unlink()
