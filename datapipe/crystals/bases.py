@@ -17,8 +17,7 @@ import math
 
 import numpy as np
 
-from crysforge.datapipe.crystals.crystal import Crystal
-from crysforge.datapipe.schema import MAX_Z
+from crysforge.datapipe.crystals.crystal import MAX_Z, Crystal
 
 TIE = 1e-3
 """Å: lengths that differ by less are equal; so are scalar products over the longest vector."""

@@ -28,6 +28,7 @@ ROOMS = [
     "models.denoisers",
     "models.kernels",
     "models.encoders",
+    "trainer",
     "trainer.base",
     "trainer.stages",
     "trainer.engines",
