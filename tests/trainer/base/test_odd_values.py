@@ -147,17 +147,20 @@ def test_graphs_of_another_type(call, data, tmp_path, graphs):
     path.write_text(json.dumps({**json.loads(path.read_text()), "graphs": graphs}))
     code, _, err = call("prepare", f"verify={tmp_path}/set", "progress=false", "workers=1")
     assert code == 2 and err.count("\n") == 1
-    assert "manifest.json is damaged: graphs must map keys to specs of graphs" in err
+    assert "manifest.json is damaged: graphs" in err or "a key of graphs" in err
+
+
+KEY = "0123456789ab"
 
 
 @pytest.mark.parametrize("spec", [{"neighbors": "x"}, {"radius": [1]}, {"what": 1}, {}])
 def test_graphs_of_odd_specs(call, data, tmp_path, spec):
     shutil.copytree(data, tmp_path / "set")
     path = tmp_path / "set" / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "graphs": {"a": spec}}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "graphs": {KEY: spec}}))
     Manifest.load(tmp_path / "set")
     code, out, _ = call("prepare", f"verify={tmp_path}/set", "progress=false", "workers=1")
-    assert code == 1 and "graphs.a is no graph spec" in out
+    assert code == 1 and f"graphs.{KEY} is no graph spec" in out
 
 
 def test_odd_results_are_one_line_on_export(call, runs, tmp_path):
