@@ -108,14 +108,6 @@ def write_json(path: Path, value: Any, durable: bool = True) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n", durable)
 
 
-def read_json(path: Path) -> Any:
-    """JSON from a file; ValueError names the file if it is broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-
-
 def read_json_lines(path: Path, last: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The JSON objects of a file that has one a line, each with its line; what is none, as a line
     that a kill has cut off, is left out. Of a long file only the `last` bytes, if that is asked."""
