@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from crysforge.datapipe.common.safe_read import parse_json
 from crysforge.datapipe.common.streams import is_stream, open_stream
 from crysforge.datapipe.common.temporary import filling, name_beside, new_file
 
@@ -116,8 +117,8 @@ def read_json_lines(path: Path, last: int | None = None) -> Iterator[tuple[str, 
             file.seek(max(0, os.fstat(file.fileno()).st_size - last))
         content = file.read()
     for line in content.decode("utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(line)
+        with contextlib.suppress(ValueError):
+            value = parse_json(line, str(path))
             if isinstance(value, dict):
                 yield line, value
 

@@ -161,7 +161,6 @@ READERS = ("json.", "yaml.", "omegaconf.OmegaConf.", "csv.", "ast.literal_eval",
 WRITERS = ("json.dump", "csv.writer", "csv.field")
 KNOWN = {
     "datapipe/common/config.py": "settings onto a schema, after references are refused",
-    "datapipe/common/files.py": "lines of JSON of ours, each looked at",
     "datapipe/common/safe_read.py": "what reads",
     "datapipe/common/tables.py": "what reads CSV files of ours",
     "datapipe/storage/record.py": "headers of records, all fields checked; loaders wait for it",
@@ -171,12 +170,9 @@ KNOWN = {
     "datapipe/sources/json_stream.py": "crystals: JSON in a stream",
     "datapipe/sources/parse.py": "crystals: records and lists in text",
     "datapipe/sources/supercon3d.py": "crystals: rows of a CSV",
-    "trainer/base/agreement.py": "what ranks of one job tell each other",
     "trainer/base/command_line.py": "settings and what is typed; files come from safe_read",
-    "trainer/base/rendezvous.py": "what ranks of one job tell each other",
     "trainer/jobs/setup.py": "own values through JSON",
     "launch/cluster/sweep.py": "what is typed in sweep=[…], and settings that were read safely",
-    "launch/cluster/worker.py": "a variable that submit has set",
 }
 
 
