@@ -79,6 +79,7 @@ def prepared() -> Guard:
     """A watched process: without programs to find, its temporary files in the box."""
     code_version()
     importlib.import_module("matplotlib.font_manager")  # makes directories of its own
+    sys.dont_write_bytecode = True  # encoders are imported when they are asked for
     logging.disable(logging.WARNING)
     guard = Guard(Path(tempfile.mkdtemp(prefix="crysforge-fuzz-")))
     os.environ["PATH"] = ""

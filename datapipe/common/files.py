@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from crysforge.datapipe.common.safe_read import parse_json
 from crysforge.datapipe.common.streams import is_stream, open_stream
 from crysforge.datapipe.common.temporary import filling, name_beside, new_file
 
@@ -108,14 +109,6 @@ def write_json(path: Path, value: Any, durable: bool = True) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n", durable)
 
 
-def read_json(path: Path) -> Any:
-    """JSON from a file; ValueError names the file if it is broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-
-
 def read_json_lines(path: Path, last: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The JSON objects of a file that has one a line, each with its line; what is none, as a line
     that a kill has cut off, is left out. Of a long file only the `last` bytes, if that is asked."""
@@ -124,8 +117,8 @@ def read_json_lines(path: Path, last: int | None = None) -> Iterator[tuple[str, 
             file.seek(max(0, os.fstat(file.fileno()).st_size - last))
         content = file.read()
     for line in content.decode("utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(line)
+        with contextlib.suppress(ValueError):
+            value = parse_json(line, str(path))
             if isinstance(value, dict):
                 yield line, value
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from crysforge.datapipe.common.processes import Process
+from crysforge.datapipe.common.safe_read import read_mapping
 
 BEAT_S, STALE_S = 10.0, 60.0
 """Seconds between two touches, and without any until it is nobody's."""
@@ -93,10 +94,8 @@ def process_in(path: Path) -> Process | None:
 
 
 def _content(path: Path) -> dict:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        value = json.loads(path.read_bytes())
-        if isinstance(value, dict):
-            return value
+    with contextlib.suppress(OSError, ValueError):
+        return read_mapping(path)
     return {}
 
 

@@ -12,7 +12,6 @@ module imports nothing heavy.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -32,7 +31,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 
 from crysforge.datapipe.common.checked import Name
 from crysforge.datapipe.common.processes import Parent, Process, start_watching
-from crysforge.datapipe.common.safe_read import read_mapping
+from crysforge.datapipe.common.safe_read import parse_json, read_mapping
 from crysforge.launch.cluster.events import EventLog, ends_of_turn, outcome_of, verdict
 
 _STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -192,7 +191,7 @@ def _end_with_submit(controller: int) -> None:
     `submit`, which waits for it."""
     Parent(controller, by_main_thread=True).end_with_me()
     if SUPERVISOR in os.environ:
-        supervisor = Process.from_json(json.loads(os.environ[SUPERVISOR]))
+        supervisor = Process.from_json(parse_json(os.environ[SUPERVISOR], SUPERVISOR))
         start_watching(supervisor.alive, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from crysforge.datapipe.common.files import sha256
+from crysforge.datapipe.common.safe_read import parse_json
 from crysforge.trainer.base.rendezvous import Rendezvous
 from crysforge.trainer.base.store import span
 
@@ -50,9 +51,9 @@ def agree(meeting: Rendezvous | None, facts: Mapping[str, Any]) -> None:
     if len(first) == 1:
         return
     own = json.dumps({"host": socket.gethostname(), "facts": text})
-    details = [json.loads(found) for found in meeting.gather(own, first)]
+    details = [parse_json(found, "what a rank says") for found in meeting.gather(own, first)]
     found = [
-        (ranks, detail["host"], json.loads(detail["facts"]))
+        (ranks, detail["host"], parse_json(detail["facts"], "what a rank says"))
         for ranks, detail in zip(groups.values(), details, strict=False)
     ]
     raise ValueError(meeting.share(difference(found) if found else None))

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from crysforge.datapipe.common.safe_read import parse_json
 from crysforge.trainer.base.store import (
     OWN_PORT,
     Connection,
@@ -116,8 +117,8 @@ class Rendezvous:
         key, text = self._next(), json.dumps(value)
         if self.rank == 0:
             self._ask(lambda store: store.set(key, text))
-            return json.loads(text)
-        return json.loads(self._await(key, {0: key}))
+            return parse_json(text, key)
+        return parse_json(self._await(key, {0: key}), key)
 
     def check(self) -> None:
         """Raises LostRank, RankCrashed or RankFailed if a rank has failed, or rank 0 is gone."""
@@ -194,7 +195,7 @@ class Rendezvous:
             self._take(LostRank(self.rank, first_line(error)))
             return
         if found:
-            values = json.loads(found)
+            values = parse_json(found, _FAILED)
             kind = RankFailed if values["code"] == 2 else RankCrashed
             self._take(kind(f"{values['rank']}: {values['reason']}"))
             self._acknowledge(connection)
@@ -278,7 +279,7 @@ def _introduce(meeting: Rendezvous, job: str, where: str, seconds: float) -> Non
         if rank == 0:
             store.set(_JOB, json.dumps(own))
         store.wait([_JOB], timedelta(seconds=seconds))
-        first = json.loads(store.get(_JOB))
+        first = parse_json(store.get(_JOB), _JOB)
         if job and first["job"] and job != first["job"]:
             raise ConnectionError(
                 f"at {where} meets another job ({first['job']}, this one is {job}): {OWN_PORT}"

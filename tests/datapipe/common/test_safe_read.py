@@ -160,18 +160,16 @@ def test_paths_stay_inside(tmp_path):
 READERS = ("json.", "yaml.", "omegaconf.OmegaConf.", "csv.", "ast.literal_eval", "tomllib.")
 WRITERS = ("json.dump", "csv.writer", "csv.field")
 KNOWN = {
+    "datapipe/common/config.py": "settings onto a schema, after references are refused",
     "datapipe/common/safe_read.py": "what reads",
     "datapipe/common/tables.py": "what reads CSV files of ours",
     "datapipe/storage/record.py": "headers of records, all fields checked; loaders wait for it",
-    "datapipe/crystals/prototypes.py": "a file of the installed pymatgen",
-    "datapipe/sources/base.py": "crystals: the head of a CSV",
-    "datapipe/sources/folder.py": "crystals: the rows of id_prop.csv",
+    "datapipe/crystals/structure_types.py": "a file of the installed pymatgen",
+    "datapipe/sources/delimited.py": "crystals: rows of a CSV",
     "datapipe/sources/gnome.py": "crystals: rows of a CSV",
     "datapipe/sources/json_stream.py": "crystals: JSON in a stream",
     "datapipe/sources/parse.py": "crystals: records and lists in text",
     "datapipe/sources/supercon3d.py": "crystals: rows of a CSV",
-    "datapipe/sources/csv_files.py": "crystals: rows of a CSV",
-    "models/registry.py": "settings onto a schema, after references are refused",
     "trainer/base/command_line.py": "settings and what is typed; files come from safe_read",
     "trainer/jobs/setup.py": "own values through JSON",
     "launch/cluster/sweep.py": "what is typed in sweep=[…], and settings that were read safely",
@@ -212,6 +210,7 @@ def test_values_are_read_in_one_place():
 
 
 ANYTHING = {
+    "datapipe/common/owners.py": "who has a lock, then checked by Process.from_json",
     "launch/cluster/status.py": "results.csv has whatever numbers runs have",
     "models/objectives/element_features.py": "a file of ours",
     "trainer/runs/card.py": "settings of a run, which the card shows",

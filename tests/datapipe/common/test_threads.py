@@ -88,7 +88,7 @@ def test_the_runtime_heeds_what_is_chosen():
 
 
 def test_users_win():
-    code = "from datapipe.common import threads; threads.choose(); import torch"
+    code = "from crysforge.datapipe.common import threads; threads.choose(); import torch"
     told = runtime({COUNT: "3", WAITING: "ACTIVE"}, "-c", code)
     assert (told[COUNT], told[WAITING]) == ("3", "ACTIVE")
     share = Share(cpus=8, threads=4, processes=1, total=8)
@@ -103,8 +103,8 @@ def test_users_win():
 def test_a_users_own_session_is_left_alone():
     code = (
         "import os, sys\n"
-        "from trainer import load; assert 'torch' in sys.modules\n"
-        "from datapipe.common import threads; threads.choose()\n"
+        "from crysforge import load; assert 'torch' in sys.modules\n"
+        "from crysforge.datapipe.common import threads; threads.choose()\n"
         "print(threads.describe(), [k for k in os.environ if 'OMP_' in k or 'CRYSFORGE_T' in k])"
     )
     done = python(code)
@@ -115,7 +115,7 @@ def test_a_users_own_session_is_left_alone():
 
 CHOOSE = (
     "import os, sys, subprocess\n"
-    "from datapipe.common import threads\n"
+    "from crysforge.datapipe.common import threads\n"
     "threads.choose()\n"
     "print(threads.describe(), os.environ['OMP_NUM_THREADS'], flush=True)\n"
 )
@@ -311,7 +311,7 @@ def test_two_threads_of_a_core_count_once(machine):
 def test_affinity_of_this_process():
     code = (
         "import os, json; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from datapipe.common import threads; threads.choose(); import torch\n"
+        "from crysforge.datapipe.common import threads; threads.choose(); import torch\n"
         "print(json.dumps([threads.share_of({}).cpus, torch.get_num_threads()]))"
     )
     assert json.loads(python(code).stdout) == [1, 1]

@@ -214,7 +214,14 @@ def test_killed_then_run_again(tmp_path, cifs):
     source = write(tmp_path / "all.csv", rows(cifs, 300))
     wanted = prepare(config(input=source, output=str(tmp_path / "wanted"), shard_size=20))
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
-    args = (f"input={source}", f"output={out}", "targets=[gap]", "shard_size=20", "workers=2")
+    args = (
+        f"input={source}",
+        f"output={out}",
+        "targets=[gap]",
+        "cell=as_is",
+        "shard_size=20",
+        "workers=2",
+    )
     for done in (7, 200):  # in the first shard, after some
         killed = start("-c", KILL, str(SCRIPT), str(done), *args)
         killed.communicate()

@@ -128,7 +128,7 @@ def test_id_files(tmp_path):
         (tmp_path / "s.json").write_text(text)
         with pytest.raises(ValueError, match=f"s.json {words}"):
             read_ids(str(tmp_path / "s.json"))
-    with pytest.raises(ValueError, match=r"absent\.json does not exist"):
+    with pytest.raises(ValueError, match=r"split_ids '.*absent\.json' does not exist"):
         read_ids(str(tmp_path / "absent.json"))
 
 
@@ -154,7 +154,7 @@ def test_rule_follows_from_what_is_given(settings, asked, default, rule):
     [
         ({"n_val": 3, "split_ids": "x"}, None, "goes by ratio, not by n_val, split_ids"),
         ({"ratio": [1, 0]}, "published-123", "not by ratio"),
-        ({}, "keep", "split=keep needs a prepared data set"),
+        ({}, "keep", "split=keep needs an input with splits: a prepared data set"),
         ({}, "ids", "split=ids needs split_ids"),
     ],
 )
