@@ -65,7 +65,7 @@ class SphericalBessel(nn.Module):
             before, now = now, (2 * l - 1) / argument * now - before
             column.append(now[:, l])
         waves = torch.stack(column, dim=1) * self.scale.double()
-        return full_precision(waves)
+        return waves.to(full_precision(x).dtype)
 
 
 def _zeros(degrees: int, roots: int) -> tuple[np.ndarray, np.ndarray]:
