@@ -64,10 +64,10 @@ def main() -> None:
         raise ValueError(f"{output} exists: choose another output, or overwrite=true")
     if output.resolve() == Path(config.input).resolve():
         raise ValueError(f"output {output} is the input: choose another output")
-    print(threads.describe())
+    said = sys.stderr if through else sys.stdout
+    print(threads.describe(), file=said)
     model = load(config.checkpoint, device=config.device)
     model.require_head()
-    said = sys.stderr if through else sys.stdout
     if remark := config.remark(model.trained_on):
         print(f"note: {remark}", file=said)
     crystals = config.read(model.trained_on)
