@@ -82,7 +82,8 @@ def main() -> None:
     through = is_stream(output)
     if output.resolve() == Path(config.input).resolve():
         raise ValueError(f"output {output} is the input: choose another output")
-    print(threads.describe(), file=sys.stderr if through else sys.stdout)
+    said = sys.stderr if through else sys.stdout
+    print(threads.describe(), file=said)
     if output.exists() and not config.overwrite and not through:
         done = predicted_before(output, request(config))
         if done is None:
@@ -91,7 +92,6 @@ def main() -> None:
         return
     model = load(config.checkpoint, device=config.device, max_pairs=config.max_pairs)
     model.require_head()
-    said = sys.stderr if through else sys.stdout
     if remark := config.remark(model.trained_on):
         print(f"note: {remark}", file=said)
     crystals = config.read(model.trained_on)

@@ -134,14 +134,17 @@ def open_append(path: Path) -> IO[str]:
     return open(os.open(path, flags, 0o666), "a", encoding="utf-8")
 
 
-def make_directory(path: Path) -> None:
+def make_directory(path: Path, parents: bool = True) -> None:
     """Makes a directory unless it is there.
 
+    Args:
+        parents: whether those above it are made, too, and not missed.
+
     Raises:
-        OSError: a link or a file is there.
+        OSError: a link or a file is there; the directory above is not.
     """
     try:
-        path.mkdir(parents=True)
+        path.mkdir(parents=parents)
     except FileExistsError:
         if path.is_symlink():
             _refuse_unless_file(path)

@@ -29,7 +29,7 @@ def dump_batch(path: Path, batch: CrystalBatch) -> None:
     """Writes a batch as safetensors; `load_batch` reads it."""
     tensors = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
     tensors |= {f"targets/{k}": v for k, v in batch.targets.items()}
-    make_directory(path.parent)
+    make_directory(path.parent, parents=False)  # the run may have been deleted
     save_tensors(path, tensors, {"ids": json.dumps(batch.ids)})
 
 

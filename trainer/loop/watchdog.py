@@ -65,7 +65,7 @@ class Watchdog:
     def _end(self) -> None:
         where = f"what all threads were doing is in {self.path}"
         try:
-            make_directory(self.path.parent)
+            make_directory(self.path.parent, parents=False)  # the run may have been deleted
             with open_append(self.path) as file:
                 file.write(f"no progress for {self.seconds:g} s or more\n")
                 file.flush()

@@ -334,10 +334,9 @@ class RunDirectory:
         path = self.checkpoints / checkpoint.tag
         if (path / "COMPLETE").is_file():
             return path
-        self.checkpoints.mkdir(exist_ok=True)  # not its parent, which may have been deleted
+        make_directory(self.checkpoints, parents=False)  # the run may have been deleted
         if path.exists():  # one that could not be deleted
             _set_aside(path, "damaged")
-        make_directory(self.checkpoints)
         with new_directory(path) as work:
             self._write(work, checkpoint)
             if milestone:

@@ -52,14 +52,14 @@ class Logger:
             dynamic_ncols=True,
         )
         events = run / "events"
-        make_directory(events)
+        make_directory(events, parents=False)  # the run may have been deleted
         self._events = open_append(events / f"rank-{world.rank:04d}.jsonl")
         if self.enabled:
             _drop_lines(run / "metrics.jsonl", stage, start)
             self._lines = open_append(run / "metrics.jsonl")
             again = self.board_path.is_dir()
             for folder in (self.board_path.parent, self.board_path):
-                make_directory(folder)
+                make_directory(folder, parents=False)
             self._board = Board(self.board_path, start + 1 if again else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -126,7 +126,7 @@ class Exported:
     @property
     def finetuned(self) -> bool:
         """Whether it predicts properties."""
-        return self.scaler is not None
+        return self.stage in STAGES and STAGES[self.stage].learns_from_labels
 
     def _limit(self) -> Any:
         check_tensor_file(self.file)

@@ -164,7 +164,8 @@ def test_the_process_that_knows_what_is_wrong_is_heard(tmp_path):
     """Rank 0 only lost the other, which says why a little later: nobody starts the cell again."""
     log = EventLog(tmp_path / "f", "a", 0).path
     code = "import os, pathlib, sys, time; rank = int(os.environ['RANK'])\n"
-    code += f"while rank and 'crashed' not in pathlib.Path({str(log)!r}).read_text():\n"
+    code += f"log = pathlib.Path({str(log)!r})\n"
+    code += "while rank and not (log.exists() and 'crashed' in log.read_text()):\n"
     code += "    time.sleep(0.05)\nsys.exit(1 + rank)"
     assert two_processes(tmp_path, code) == ["a"]
     start, end = EventLog(tmp_path / "f", "a").read()

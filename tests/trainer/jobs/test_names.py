@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from crysforge.datapipe.common.escape import from_cell
 from crysforge.datapipe.common.safe_names import (
     as_code,
     check_names,
@@ -23,6 +25,7 @@ from crysforge.datapipe.crystals.prototypes import prototypes
 from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
+from crysforge.datapipe.storage.manifest import Target
 from crysforge.launch.cluster import sweep
 from crysforge.launch.cluster.request import Request
 from crysforge.models.encoders import build_encoder
@@ -30,6 +33,7 @@ from crysforge.trainer.base.command_line import from_sources, to_yaml
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.evaluation.results import _read_predictions
 from crysforge.trainer.figures import plots
+from crysforge.trainer.figures.data_figures import histograms
 from crysforge.trainer.figures.style import with_unit
 from crysforge.trainer.jobs.finetuning import scores_of, summary
 from crysforge.trainer.jobs.schemas import FinetuneJob
@@ -196,7 +200,7 @@ def test_model_files_and_their_card(tmp_path):
     n = len(NASTY)
     stage = FinetuneStage(FinetuneConfig(), encoder, NASTY, [0.0] * n, [1.0] * n)
     scaler = Scaler(NASTY, ["eV|Å"] * n, [0.0] * n, [1.0] * n)
-    data = {"targets": {name: {"unit": "eV"} for name in NASTY}}
+    data = {"targets": {name: asdict(Target("eV", 0.0, 1.0, {"train": 2})) for name in NASTY}}
     describe_stage(tmp_path, stage, data, scaler)
     model = read_model(tmp_path)
     assert model.scaler is not None and model.scaler.targets == NASTY
@@ -229,7 +233,7 @@ def test_tables_in_markdown_and_latex():
     for line in table.latex().splitlines():
         assert not line.startswith("["), "an option of the line end before it"
     rows = list(csv.reader(io.StringIO(table.csv())))
-    assert [name for name, _ in rows[1:]] == NASTY
+    assert [from_cell(name) for name, _ in rows[1:]] == NASTY
     assert in_markdown("mean_label _x_") == "mean_label \\_x\\_"
 
 
@@ -240,7 +244,7 @@ def test_figures_show_names_as_they_are(tmp_path, name):
     plots.parity_plot(x, x + 1, name, "$/mol", tmp_path / "p.png")
     history = {"train/mse": [(1, 1.0), (2, 0.5)], f"val/mae/{name}": [(1, 1.0), (2, 0.5)]}
     plots.learning_curves(history, tmp_path / "c.png", {name: "eV"})
-    plots.histograms(np.arange(1, 10), {1: 3}, {name: x}, {name: "eV"}, tmp_path / "h.png")
+    histograms(np.arange(1, 10), {1: 3}, {name: x}, {name: "eV"}, tmp_path / "h.png")
     assert {p.name for p in tmp_path.iterdir()} == {"p.png", "c.png", "h.png"}
     assert len(with_unit(name, "eV")) < 70
 
