@@ -28,7 +28,7 @@ from crysforge import load
 from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.preparing.config import PrepareConfig
-from crysforge.datapipe.preparing.edit import MergeConfig, ReshardConfig, SubsetConfig
+from crysforge.datapipe.preparing.edit_configs import MergeConfig, ReshardConfig, SubsetConfig
 from crysforge.datapipe.preparing.inspect import InspectConfig
 from crysforge.datapipe.preparing.verify import VerifyConfig
 from crysforge.datapipe.storage.dataset import Dataset

@@ -12,7 +12,7 @@ from gemmi import cif
 
 from crysforge.datapipe.cif.blocks import NULLS, Block
 from crysforge.datapipe.cif.formula import Formula, in_words, parse_formula
-from crysforge.datapipe.cif.operations import SpaceGroup
+from crysforge.datapipe.cif.operations import SymmetryGroup
 from crysforge.datapipe.cif.symbols import settings_of_number
 from crysforge.datapipe.crystals.crystal import BadCrystal
 
@@ -216,7 +216,7 @@ def _judge_formula(
         )
 
 
-def judge_multiplicity(given: list[str], found: list[int], group: SpaceGroup) -> str | None:
+def judge_multiplicity(given: list[str], found: list[int], group: SymmetryGroup) -> str | None:
     """What the multiplicities of the sites contradict; None if they agree: as numbers of images in
     the cell or in that of the conventional lattice, or as orders of the sites' own symmetry (which
     older programs wrote)."""
@@ -232,7 +232,7 @@ def judge_multiplicity(given: list[str], found: list[int], group: SpaceGroup) ->
     return f"the multiplicity of site {place + 1} is {given[place]}, it has {found[place]} images"
 
 
-def lattice_points(group: SpaceGroup) -> float:
+def lattice_points(group: SymmetryGroup) -> float:
     """How many times the conventional cell of a group's type is as large as the cell it is in."""
     settings = settings_of_number(group.number)
     if len(group) == 1 or not settings:

@@ -20,6 +20,7 @@ ROOMS = [
     "datapipe.cif",
     "datapipe.sources",
     "datapipe.loading",
+    "datapipe.preparing.duplicates",
     "datapipe.preparing",
     "models",
     "models.ops",
