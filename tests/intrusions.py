@@ -45,12 +45,13 @@ from crysforge.launch.predict import PredictConfig
 from crysforge.launch.prepare import BakeEncodersConfig
 from crysforge.trainer.base.command_line import PROSE, parse
 from crysforge.trainer.base.tensors import save_tensors
-from crysforge.trainer.reports.report import EvaluateConfig, evaluate
 from crysforge.trainer.jobs import finetuning as reports
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema
+from crysforge.trainer.reports.report import EvaluateConfig, evaluate
 from crysforge.trainer.runs.card import share
-from crysforge.trainer.runs.checkpoint import Checkpoint, RunDirectory
+from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.model_directory import Exported, open_model, read_model
+from crysforge.trainer.runs.saved import Checkpoint
 from crysforge.trainer.serving.leaderboards import jarvis
 from tests.evaluation_runs import arms_and_seeds, finetuned
 from tests.exploits import PICKLES, Exploit

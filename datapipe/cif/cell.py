@@ -9,7 +9,7 @@ import numpy as np
 from gemmi import cif
 
 from crysforge.datapipe.cif.blocks import Block
-from crysforge.datapipe.cif.operations import SymmetryGroup
+from crysforge.datapipe.cif.groups.operations import SymmetryGroup
 from crysforge.datapipe.crystals.crystal import BadCrystal
 
 _LENGTHS = ("_cell_length_a", "_cell_length_b", "_cell_length_c")

@@ -12,8 +12,8 @@ from gemmi import cif
 
 from crysforge.datapipe.cif.blocks import NULLS, Block
 from crysforge.datapipe.cif.formula import Formula, in_words, parse_formula
-from crysforge.datapipe.cif.operations import SymmetryGroup
-from crysforge.datapipe.cif.symbols import settings_of_number
+from crysforge.datapipe.cif.groups.operations import SymmetryGroup
+from crysforge.datapipe.cif.groups.symbols import settings_of_number
 from crysforge.datapipe.crystals.crystal import BadCrystal
 
 CHECKS = ("strict", "warn")

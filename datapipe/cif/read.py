@@ -23,10 +23,10 @@ from crysforge.datapipe.cif.checks import (
 from crysforge.datapipe.cif.choice import Attempt, choose
 from crysforge.datapipe.cif.formula import in_words
 from crysforge.datapipe.cif.geometry import has_symmetry, merge_copies
+from crysforge.datapipe.cif.groups.symbols import settings_of_number
 from crysforge.datapipe.cif.order import ELECTRONEGATIVITY_RANK
 from crysforge.datapipe.cif.sites import Sites, check_count, expand, plain, read_sites
 from crysforge.datapipe.cif.species import Species, species_of
-from crysforge.datapipe.cif.symbols import settings_of_number
 from crysforge.datapipe.cif.symmetry import Candidate, Symmetry, symmetry_of
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 

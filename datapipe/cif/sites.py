@@ -9,7 +9,7 @@ from gemmi import cif
 
 from crysforge.datapipe.cif.blocks import NULLS, Block
 from crysforge.datapipe.cif.checks import Doubt
-from crysforge.datapipe.cif.operations import SymmetryGroup
+from crysforge.datapipe.cif.groups.operations import SymmetryGroup
 from crysforge.datapipe.crystals.crystal import BadCrystal
 
 MAX_ATOMS = 20_000

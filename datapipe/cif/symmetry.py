@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from crysforge.datapipe.cif.blocks import Block
-from crysforge.datapipe.cif.operations import SymmetryGroup, group_of_hall, product_of
-from crysforge.datapipe.cif.symbols import (
+from crysforge.datapipe.cif.groups.operations import SymmetryGroup, group_of_hall, product_of
+from crysforge.datapipe.cif.groups.symbols import (
     Setting,
     choose,
     number_in_symbol,

@@ -17,6 +17,7 @@ from pymatgen.optimization.neighbors import find_points_in_spheres
 
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.lattice_sums import potnet_sums
+from crysforge.datapipe.graphs.lattice_vectors import lattice_triple, signed_triple
 from crysforge.datapipe.graphs.quotient import mix
 from crysforge.datapipe.schema import GraphSpec
 
@@ -278,34 +279,6 @@ def _number(ascending: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _odd_numbers(k: int) -> np.ndarray:
     """[k] odd 64-bit multipliers that hash a row of class ids."""
     return mix(np.arange(k, dtype=np.uint64) + np.uint64(1)) | np.uint64(1)
-
-
-def lattice_triple(lattice: np.ndarray) -> np.ndarray:
-    """Images [3, 3] of the three shortest independent lattice vectors (ComFormer's invariant
-    triple up to signs, which edges in both directions do not show). Vectors of equal length are
-    ordered by image, so the triple is deterministic; lengths are compared at 1e-6 Å."""
-    radius = float(np.linalg.norm(lattice, axis=1).max()) + 0.01
-    origin = np.zeros((1, 3))
-    _, _, shift, d = find_points_in_spheres(
-        origin, origin, r=radius, pbc=_PERIODIC, lattice=lattice, tol=1e-8
-    )
-    image, d = np.rint(shift).astype(np.int64)[d > 1e-6], d[d > 1e-6]
-    image = image[np.lexsort([image[:, 2], image[:, 1], image[:, 0], np.rint(d * 1e6)])]
-    first = image[0]
-    second = image[np.any(np.cross(image, first), axis=1)][0]
-    third = image[(image @ np.cross(first, second)) != 0][0]
-    return np.stack([first, second, third])
-
-
-def signed_triple(lattice: np.ndarray) -> np.ndarray:
-    """Rows [3, 3] in Å of ComFormer's invariant lattice vectors (Yan et al., ICLR 2024): the second
-    and third are at most at a right angle to the first, then all three are turned round if they are
-    left-handed. Vectors of equal length are told apart by image, so the triple of a lattice that
-    has such depends on the basis it is given in; angles are compared at 1e-6."""
-    v = lattice_triple(lattice) @ lattice
-    length = np.linalg.norm(v, axis=1)
-    v[(v @ v[0]) / (length * length[0]) < -1e-6] *= -1
-    return v if np.linalg.det(v) > 0 else -v
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:

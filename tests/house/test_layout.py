@@ -17,6 +17,7 @@ ROOMS = [
     "datapipe",
     "datapipe.storage",
     "datapipe.graphs",
+    "datapipe.cif.groups",
     "datapipe.cif",
     "datapipe.sources",
     "datapipe.loading",

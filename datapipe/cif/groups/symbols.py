@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import gemmi
 
-from crysforge.datapipe.cif.operations import SymmetryGroup, group_of_entry
+from crysforge.datapipe.cif.groups.operations import SymmetryGroup, group_of_entry
 
 _DOUBLE_GLIDES = {
     39: "aem2 bme2 b2em c2me cm2e ae2m",
