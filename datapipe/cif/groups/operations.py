@@ -254,8 +254,8 @@ def _codes(rotation: np.ndarray, shift: np.ndarray, denominator: int) -> np.ndar
 
 
 @lru_cache(maxsize=1)
-def _entries_by_operations() -> dict[bytes, gemmi.SymmetryGroup]:
-    found: dict[bytes, gemmi.SymmetryGroup] = {}
+def _entries_by_operations() -> dict[bytes, gemmi.SpaceGroup]:
+    found: dict[bytes, gemmi.SpaceGroup] = {}
     for entry in gemmi.spacegroup_table():
         group = group_of_entry(entry.hall)
         found.setdefault(group.key, entry)

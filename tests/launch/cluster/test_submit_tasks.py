@@ -90,7 +90,10 @@ def test_codes_are_those_of_the_jobs():
 
 def test_what_runs_on_a_node_imports_nothing_heavy():
     """Every process of a job loads it before the job itself."""
-    code = "import sys, launch.task; sys.exit(bool({'torch', 'omegaconf'} & set(sys.modules)))"
+    code = (
+        "import sys, crysforge.launch.cluster.worker\n"
+        "sys.exit(bool({'torch', 'omegaconf'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
