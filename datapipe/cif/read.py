@@ -14,7 +14,7 @@ from crysforge.datapipe.cif.cell import Parameters, lattice_for, misfit, read_pa
 from crysforge.datapipe.cif.checks import (
     CHECKS,
     Doubt,
-    Facts,
+    StatedFacts,
     facts_of,
     judge,
     judge_multiplicity,
@@ -100,7 +100,7 @@ def _read(block: Block, checks: str) -> Crystal:
     return choose(attempts, checks)
 
 
-def _species(block: Block, sites: Sites, facts: Facts) -> list[Species]:
+def _species(block: Block, sites: Sites, facts: StatedFacts) -> list[Species]:
     """[n] what each site may be.
 
     Raises:
@@ -126,7 +126,11 @@ def _species(block: Block, sites: Sites, facts: Facts) -> list[Species]:
 
 
 def _attempts(
-    sites: Sites, species: list[Species], facts: Facts, symmetry: Symmetry, parameters: Parameters
+    sites: Sites,
+    species: list[Species],
+    facts: StatedFacts,
+    symmetry: Symmetry,
+    parameters: Parameters,
 ) -> Iterator[Attempt]:
     """One for each group that fits the cell and each way to read the labels.
 
@@ -179,7 +183,7 @@ def _fitting(symmetry: Symmetry, parameters: Parameters) -> list[tuple[Candidate
 def _expanded(
     sites: Sites,
     numbers: np.ndarray,
-    facts: Facts,
+    facts: StatedFacts,
     symmetry: Symmetry,
     candidate: Candidate,
     cell: np.ndarray,

@@ -100,13 +100,10 @@ LATE = {
 """What functions import."""
 TWICE: dict[str, set[str]] = {
     "Cell": {"launch/cluster/jobs.py", "trainer/evaluation/suite.py"},
-    "Facts": {"datapipe/cif/checks.py", "trainer/reports/crystals.py"},
     "Failure": {"datapipe/loading/worker.py", "datapipe/sources/read.py"},
     "Look": {"datapipe/sources/base.py", "trainer/reports/figures.py"},
     "Predictions": {"trainer/evaluation/results.py", "trainer/serving/ensemble.py"},
-    "Predictor": {"models/objectives/contrastive.py", "trainer/serving/predictor.py"},
     "Result": {"trainer/evaluation/results.py", "trainer/loop/session.py"},
-    "Row": {"datapipe/sources/labels.py", "trainer/evaluation/published.py"},
     "Suite": {"launch/cluster/suite.py", "trainer/evaluation/suite.py"},
     "Task": {"datapipe/preparing/duplicates/records.py", "launch/cluster/worker.py"},
 }
