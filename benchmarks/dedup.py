@@ -38,8 +38,9 @@ from pymatgen.analysis.structure_matcher import StructureMatcher
 
 from benchmarks.tables import markdown
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
-from crysforge.datapipe.preparing.dedup import Decide, Duplicates, Formulas, Reference, Task
-from crysforge.datapipe.preparing.matcher import Match, Matcher, Reduced
+from crysforge.datapipe.preparing.duplicates.decide import Decide, Formulas
+from crysforge.datapipe.preparing.duplicates.matcher import Match, Matcher, Reduced
+from crysforge.datapipe.preparing.duplicates.records import Duplicates, Reference, Task
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import SPLITS
 from crysforge.trainer.base.command_line import parse, required, run

@@ -46,7 +46,8 @@ from crysforge.datapipe.crystals.filters import Filters
 from crysforge.datapipe.loading.config import LoaderConfig
 from crysforge.datapipe.loading.stream import Stream
 from crysforge.datapipe.preparing.bake import BakeConfig, bake
-from crysforge.datapipe.preparing.edit import SubsetConfig, subset
+from crysforge.datapipe.preparing.edit import subset
+from crysforge.datapipe.preparing.edit_configs import SubsetConfig
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import (

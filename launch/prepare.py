@@ -44,14 +44,8 @@ threads.choose(1)  # the work is shared out to processes
 
 from crysforge.datapipe.preparing.bake import BakeConfig, bake
 from crysforge.datapipe.preparing.config import PrepareConfig
-from crysforge.datapipe.preparing.edit import (
-    MergeConfig,
-    ReshardConfig,
-    SubsetConfig,
-    merge,
-    reshard,
-    subset,
-)
+from crysforge.datapipe.preparing.edit import merge, reshard, subset
+from crysforge.datapipe.preparing.edit_configs import MergeConfig, ReshardConfig, SubsetConfig
 from crysforge.datapipe.preparing.inspect import InspectConfig, columns, describe, statistics
 from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.preparing.verify import VerifyConfig, verify

@@ -12,7 +12,7 @@ from pymatgen.analysis.structure_matcher import StructureMatcher
 
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.preparing.config import PrepareConfig
-from crysforge.datapipe.preparing.dedup import Duplicates
+from crysforge.datapipe.preparing.duplicates.records import Duplicates
 from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.datapipe.storage.manifest import SPLITS

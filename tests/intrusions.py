@@ -28,7 +28,7 @@ from crysforge import load
 from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.preparing.config import PrepareConfig
-from crysforge.datapipe.preparing.edit import MergeConfig, ReshardConfig, SubsetConfig
+from crysforge.datapipe.preparing.edit_configs import MergeConfig, ReshardConfig, SubsetConfig
 from crysforge.datapipe.preparing.inspect import InspectConfig
 from crysforge.datapipe.preparing.verify import VerifyConfig
 from crysforge.datapipe.storage.dataset import Dataset
@@ -49,8 +49,9 @@ from crysforge.trainer.jobs import finetuning as reports
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema
 from crysforge.trainer.reports.report import EvaluateConfig, evaluate
 from crysforge.trainer.runs.card import share
-from crysforge.trainer.runs.checkpoint import Checkpoint, RunDirectory
+from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.model_directory import Exported, open_model, read_model
+from crysforge.trainer.runs.saved import Checkpoint
 from crysforge.trainer.serving.leaderboards import jarvis
 from tests.evaluation_runs import arms_and_seeds, finetuned
 from tests.exploits import PICKLES, Exploit

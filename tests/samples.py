@@ -20,7 +20,8 @@ from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.common.journal import Journal
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.packing import build
-from crysforge.datapipe.preparing.dedup import OUTCOME, Duplicates, Reference, search
+from crysforge.datapipe.preparing.dedup import search
+from crysforge.datapipe.preparing.duplicates.records import OUTCOME, Duplicates, Reference
 from crysforge.datapipe.preparing.inspect import InspectConfig, statistics
 from crysforge.datapipe.preparing.splits import read_ids
 from crysforge.datapipe.preparing.verify import VerifyConfig, verify

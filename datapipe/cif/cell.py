@@ -9,7 +9,7 @@ import numpy as np
 from gemmi import cif
 
 from crysforge.datapipe.cif.blocks import Block
-from crysforge.datapipe.cif.operations import SpaceGroup
+from crysforge.datapipe.cif.groups.operations import SymmetryGroup
 from crysforge.datapipe.crystals.crystal import BadCrystal
 
 _LENGTHS = ("_cell_length_a", "_cell_length_b", "_cell_length_c")
@@ -49,7 +49,7 @@ def _number(block: Block, tag: str) -> float | None:
     return value
 
 
-def lattice_for(parameters: Parameters, group: SpaceGroup) -> np.ndarray | None:
+def lattice_for(parameters: Parameters, group: SymmetryGroup) -> np.ndarray | None:
     """[3, 3] cell vectors in Å; angles that the file lacks are those that the group forces. None if
     the group does not fit the cell.
 
@@ -95,12 +95,12 @@ def lattice(lengths: list[float], angles: list[float]) -> np.ndarray:
     return np.array([[a, 0.0, 0.0], [b * x, b * y, 0.0], [c * z1, c * z2, c * math.sqrt(height)]])
 
 
-def fits(cell: np.ndarray, group: SpaceGroup) -> bool:
+def fits(cell: np.ndarray, group: SymmetryGroup) -> bool:
     """Whether the rotations of a group map the cell onto itself."""
     return misfit(cell, group) <= _MISFIT
 
 
-def misfit(cell: np.ndarray, group: SpaceGroup) -> float:
+def misfit(cell: np.ndarray, group: SymmetryGroup) -> float:
     """How far the cell is from one that the rotations of a group map onto itself: the largest
     difference of an element of its metric, as a share of the lengths."""
     if len(group) == 1:
@@ -112,7 +112,7 @@ def misfit(cell: np.ndarray, group: SpaceGroup) -> float:
 
 
 @lru_cache(maxsize=512)
-def forced_angles(group: SpaceGroup) -> tuple[float | None, float | None, float | None]:
+def forced_angles(group: SymmetryGroup) -> tuple[float | None, float | None, float | None]:
     """Angles in degrees that any cell of a group has; None for one that is free."""
     rng = np.random.default_rng(0)
     found = []

@@ -12,8 +12,8 @@ from gemmi import cif
 
 from crysforge.datapipe.cif.blocks import NULLS, Block
 from crysforge.datapipe.cif.formula import Formula, in_words, parse_formula
-from crysforge.datapipe.cif.operations import SpaceGroup
-from crysforge.datapipe.cif.symbols import settings_of_number
+from crysforge.datapipe.cif.groups.operations import SymmetryGroup
+from crysforge.datapipe.cif.groups.symbols import settings_of_number
 from crysforge.datapipe.crystals.crystal import BadCrystal
 
 CHECKS = ("strict", "warn")
@@ -68,7 +68,7 @@ def _modulated_tags(tags: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @dataclass
-class Facts:
+class StatedFacts:
     """What a file says of its cell beside the atoms."""
 
     formula: Formula | None = None
@@ -97,7 +97,7 @@ class Doubt:
     numbers: tuple[int, ...] = ()
     hydrogens: bool = False
 
-    def is_settled(self, verdict: Verdict, facts: Facts) -> bool:
+    def is_settled(self, verdict: Verdict, facts: StatedFacts) -> bool:
         """Whether the facts that agree with the atoms leave no doubt: a formula (that has hydrogen,
         where there should be some), or, between several elements, Z or density."""
         if self.hydrogens and not (facts.formula and 1 in facts.formula.elements):
@@ -120,9 +120,9 @@ class Verdict:
     content: bool = False
 
 
-def facts_of(block: Block) -> Facts:
+def facts_of(block: Block) -> StatedFacts:
     """What a block says of its cell."""
-    facts = Facts()
+    facts = StatedFacts()
     for text in block.values(*_FORMULAE):
         if (formula := parse_formula(text)) is not None:
             facts.formula = formula
@@ -155,7 +155,7 @@ def _last_digit(text: str) -> float:
     return 10.0 ** -len(text.partition(".")[2].partition("(")[0])
 
 
-def judge(facts: Facts, atoms: Mapping[int, int], volume: float) -> Verdict:
+def judge(facts: StatedFacts, atoms: Mapping[int, int], volume: float) -> Verdict:
     """Holds the atoms of a cell (by atomic number) and its volume in Å³ against the facts."""
     verdict = Verdict([])
     if facts.volume and abs(facts.volume[0] - volume) > facts.volume[1]:
@@ -194,7 +194,7 @@ def judge(facts: Facts, atoms: Mapping[int, int], volume: float) -> Verdict:
 
 
 def _judge_formula(
-    facts: Facts, formula: Formula, atoms: Mapping[int, int], verdict: Verdict
+    facts: StatedFacts, formula: Formula, atoms: Mapping[int, int], verdict: Verdict
 ) -> None:
     units = formula.multiple(atoms)
     if units is None:
@@ -216,7 +216,7 @@ def _judge_formula(
         )
 
 
-def judge_multiplicity(given: list[str], found: list[int], group: SpaceGroup) -> str | None:
+def judge_multiplicity(given: list[str], found: list[int], group: SymmetryGroup) -> str | None:
     """What the multiplicities of the sites contradict; None if they agree: as numbers of images in
     the cell or in that of the conventional lattice, or as orders of the sites' own symmetry (which
     older programs wrote)."""
@@ -232,7 +232,7 @@ def judge_multiplicity(given: list[str], found: list[int], group: SpaceGroup) ->
     return f"the multiplicity of site {place + 1} is {given[place]}, it has {found[place]} images"
 
 
-def lattice_points(group: SpaceGroup) -> float:
+def lattice_points(group: SymmetryGroup) -> float:
     """How many times the conventional cell of a group's type is as large as the cell it is in."""
     settings = settings_of_number(group.number)
     if len(group) == 1 or not settings:

@@ -9,7 +9,7 @@ import numpy as np
 from ase.data import covalent_radii
 
 from crysforge.datapipe.cif.cell import fits
-from crysforge.datapipe.cif.symbols import Setting
+from crysforge.datapipe.cif.groups.symbols import Setting
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 
 _GRID = 10_000

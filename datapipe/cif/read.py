@@ -14,7 +14,7 @@ from crysforge.datapipe.cif.cell import Parameters, lattice_for, misfit, read_pa
 from crysforge.datapipe.cif.checks import (
     CHECKS,
     Doubt,
-    Facts,
+    StatedFacts,
     facts_of,
     judge,
     judge_multiplicity,
@@ -23,10 +23,10 @@ from crysforge.datapipe.cif.checks import (
 from crysforge.datapipe.cif.choice import Attempt, choose
 from crysforge.datapipe.cif.formula import in_words
 from crysforge.datapipe.cif.geometry import has_symmetry, merge_copies
+from crysforge.datapipe.cif.groups.symbols import settings_of_number
 from crysforge.datapipe.cif.order import ELECTRONEGATIVITY_RANK
 from crysforge.datapipe.cif.sites import Sites, expand, plain, read_sites
 from crysforge.datapipe.cif.species import Species, species_of
-from crysforge.datapipe.cif.symbols import settings_of_number
 from crysforge.datapipe.cif.symmetry import Candidate, Symmetry, symmetry_of
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.crystals.limits import check_atoms
@@ -101,7 +101,7 @@ def _read(block: Block, checks: str) -> Crystal:
     return choose(attempts, checks)
 
 
-def _species(block: Block, sites: Sites, facts: Facts) -> list[Species]:
+def _species(block: Block, sites: Sites, facts: StatedFacts) -> list[Species]:
     """[n] what each site may be.
 
     Raises:
@@ -127,7 +127,11 @@ def _species(block: Block, sites: Sites, facts: Facts) -> list[Species]:
 
 
 def _attempts(
-    sites: Sites, species: list[Species], facts: Facts, symmetry: Symmetry, parameters: Parameters
+    sites: Sites,
+    species: list[Species],
+    facts: StatedFacts,
+    symmetry: Symmetry,
+    parameters: Parameters,
 ) -> Iterator[Attempt]:
     """One for each group that fits the cell and each way to read the labels.
 
@@ -180,7 +184,7 @@ def _fitting(symmetry: Symmetry, parameters: Parameters) -> list[tuple[Candidate
 def _expanded(
     sites: Sites,
     numbers: np.ndarray,
-    facts: Facts,
+    facts: StatedFacts,
     symmetry: Symmetry,
     candidate: Candidate,
     cell: np.ndarray,

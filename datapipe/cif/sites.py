@@ -9,7 +9,7 @@ from gemmi import cif
 
 from crysforge.datapipe.cif.blocks import NULLS, Block
 from crysforge.datapipe.cif.checks import Doubt
-from crysforge.datapipe.cif.operations import SpaceGroup
+from crysforge.datapipe.cif.groups.operations import SymmetryGroup
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.crystals.limits import check_images
 
@@ -202,7 +202,7 @@ def _coordinate(text: str) -> float:
     return cif.as_number(text)
 
 
-def expand(sites: Sites, group: SpaceGroup, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def expand(sites: Sites, group: SymmetryGroup, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All atoms of the cell.
 
     A site whose images fall together within the precision of its coordinates is moved onto the
@@ -245,7 +245,7 @@ def expand(sites: Sites, group: SpaceGroup, cell: np.ndarray) -> tuple[np.ndarra
     return index // m, images.reshape(-1, 3)[index]
 
 
-def _images(frac: np.ndarray, group: SpaceGroup) -> np.ndarray:
+def _images(frac: np.ndarray, group: SymmetryGroup) -> np.ndarray:
     """[n, m, 3]."""
     return (frac @ group.stacked).reshape(len(frac), -1, 3) + group.translations
 

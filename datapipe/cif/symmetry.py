@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from crysforge.datapipe.cif.blocks import Block
-from crysforge.datapipe.cif.operations import SpaceGroup, group_of_hall, product_of
-from crysforge.datapipe.cif.symbols import (
+from crysforge.datapipe.cif.groups.operations import SymmetryGroup, group_of_hall, product_of
+from crysforge.datapipe.cif.groups.symbols import (
     Setting,
     choose,
     number_in_symbol,
@@ -61,7 +61,7 @@ _CODE = ("_space_group_it_coordinate_system_code", "_symmetry_it_coordinate_syst
 class Candidate:
     """One reading of the symmetry."""
 
-    group: SpaceGroup
+    group: SymmetryGroup
     setting: Setting | None = None
 
     @property
@@ -197,7 +197,7 @@ def _number(
     references: tuple[str, ...],
     numbers: tuple[str, ...],
     schoenflies: tuple[str, ...],
-    hall: SpaceGroup | None,
+    hall: SymmetryGroup | None,
 ) -> tuple[int | None, list[str]]:
     """The space-group number that all names agree on, and contradictions among them."""
     said: dict[int, str] = {}

@@ -116,10 +116,7 @@ def read_mapping(
             values, or not that of the form.
     """
     text = read_text(path, limit)
-    if path.suffix in _YAML:
-        values = parse_yaml(text, str(path))
-    else:
-        values = parse_json(text, str(path))
+    values = parse_yaml(text, str(path)) if path.suffix in _YAML else parse_json(text, str(path))
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{path} must hold a mapping of names to values")
     if schema is not None and values.get("schema") != schema:
@@ -227,17 +224,14 @@ def _check_size(node: yaml.Node | None, where: str) -> None:
     def size(node: yaml.Node) -> float:
         if id(node) not in sizes:
             sizes[id(node)] = math.inf  # as long as it is being counted
-            below = [x for pair in node.value for x in pair] if _is_map(node) else node.value
+            is_map = isinstance(node, yaml.MappingNode)
+            below = [x for pair in node.value for x in pair] if is_map else node.value
             own = [] if isinstance(node, yaml.ScalarNode) else below
             sizes[id(node)] = 1 + sum(map(size, own))
         return sizes[id(node)]
 
     if node is not None and size(node) > MAX_VALUES:
         raise ValueError(f"{where} stands for more than {MAX_VALUES} values: write them out")
-
-
-def _is_map(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.MappingNode)
 
 
 def _check(value: Any, where: str) -> None:

@@ -8,276 +8,35 @@ and the settings alone, not on the number of workers.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
-from ase.data import chemical_symbols
 from tqdm import tqdm
 
-from crysforge.datapipe.common.checked import Count, Name
 from crysforge.datapipe.common.journal import Journal
 from crysforge.datapipe.common.workers import Workers
-from crysforge.datapipe.crystals.crystal import Crystal
-from crysforge.datapipe.preparing.matcher import MAX_ATOMS, Group, Match, Matcher, Reduced
+from crysforge.datapipe.preparing.duplicates.decide import Decide, Formulas
+from crysforge.datapipe.preparing.duplicates.records import (
+    OUTCOME,
+    WITHIN,
+    Duplicates,
+    Found,
+    Reference,
+    Task,
+)
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import SPLITS
 
-WITHIN = -1
-"""Number of the data set itself; references have 0, 1, …"""
+__all__ = ["WITHIN", "Duplicates", "Found", "Reference", "search"]
 
 _SCANNED = 500
 """Records whose formulas are read at a time."""
 
 _LARGE = 1000
 """Crystals of one formula beyond which it becomes several tasks."""
-
-
-@dataclass(kw_only=True)
-class Duplicates:
-    """What counts as a duplicate: the same reduced formula and a match by pymatgen's
-    StructureMatcher, with the tolerances of the DAO paper's Algorithm 2."""
-
-    splits: list[str] = field(default_factory=lambda: ["test"])
-    """Splits of the data sets in `dedup` that count. Of files, all crystals count."""
-    ids: bool = True
-    """Whether the same id and reduced formula make a duplicate too, match or not."""
-    within: bool = False
-    """Whether to look for duplicates among the crystals themselves, too."""
-    keep: str = "first"
-    """Which of several to keep: first, lowest:LABEL or highest:LABEL. In any case those of test
-    come before those of val, and these before those of train."""
-    stol: float = 0.1
-    """Largest displacement of an atom, in units of (volume/atom)^(1/3)."""
-    angle_tol: float = 10.0
-    """Largest difference of a cell angle in degrees."""
-    ltol: float = 0.3
-    """Largest relative difference of a cell length, at equal volume."""
-    max_atoms: int = MAX_ATOMS
-    """Atoms of the largest crystal whose structure is compared: the time grows with more than
-    their cube. Larger ones are listed as undecided."""
-
-    def __post_init__(self) -> None:
-        if not self.splits or not set(self.splits) <= set(SPLITS):
-            raise ValueError(
-                f"duplicates.splits must be some of {', '.join(SPLITS)}, got {list(self.splits)}"
-            )
-        rule, _, label = self.keep.partition(":")
-        if (rule, bool(label)) not in (("first", False), ("lowest", True), ("highest", True)):
-            raise ValueError(
-                f"duplicates.keep must be first, lowest:LABEL or highest:LABEL, got {self.keep!r}"
-            )
-        if self.max_atoms < 1:
-            raise ValueError(f"duplicates.max_atoms must be at least 1, got {self.max_atoms}")
-        for name in ("stol", "angle_tol", "ltol"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"duplicates.{name} must be positive, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A data set whose crystals must not occur in another."""
-
-    name: str
-    dataset: Dataset
-    splits: Sequence[str]
-    origin: Mapping[str, Any]
-    """What identifies it in a report."""
-
-    @property
-    def items(self) -> np.ndarray:
-        """Item numbers of the crystals that count, ascending."""
-        return np.concatenate([self.dataset.split_items(s) for s in SPLITS if s in self.splits])
-
-
-@dataclass
-class Found:
-    """Which crystals are duplicates of which.
-
-    Attributes:
-        matches: one for each duplicate and set that has it: `item` and `id` of the duplicate, its
-            `formula`, number of the `set` (-1: the data set itself), `other` and `other_id` there,
-            `by` ("structure" or "id"), `rms` and `largest` displacement as in `matcher.Match`.
-        undecided: `set`, `id` and `why`, where the matcher failed; these count as no duplicates.
-        pairs: how many pairs have the same `formula`; the same atoms in the primitive cell too, so
-            that a match was looked for until one was found (`sites`); were `compared` by the
-            matcher, as other cells or atoms ruled out no match; `matched`.
-    """
-
-    matches: list[dict[str, Any]] = field(default_factory=list)
-    undecided: list[dict[str, Any]] = field(default_factory=list)
-    pairs: Counter[str] = field(default_factory=Counter)
-
-
-OUTCOME = {
-    "matches": [{
-        "item": Count, "id": str, "formula": Name, "set": int, "other": Count, "other_id": str,
-        "by": Literal["structure", "id"], "rms": float | None, "largest": float | None,
-    }],
-    "undecided": [{"set": int, "id": str, "why": str}],
-    "pairs": dict[Literal["formula", "sites", "compared", "matched"], Count],
-}  # fmt: skip
-"""`Found` as it is kept, formula by formula."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """The crystals of one reduced formula, or a part of them."""
-
-    key: str
-    items: list[int]
-    """Of the data set, those to be kept first in front."""
-    references: list[list[int]]
-    """Of each reference."""
-    part: int = 0
-    parts: int = 1
-    """Of a large formula, the part decides the crystals whose primitive cells belong to it."""
-
-    def pairs(self, within: bool) -> int:
-        """Pairs that the formula alone leaves."""
-        n, known = len(self.items), sum(map(len, self.references))
-        return n * known + (n * (n - 1) // 2 if within else 0)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A crystal of a task."""
-
-    item: int
-    crystal: Crystal
-    reduced: Reduced | None
-    """None: it cannot be reduced, or belongs to another part."""
-    decided_here: bool
-
-
-class _Known:
-    """Crystals that others are compared with, by what their primitive cells hold."""
-
-    def __init__(self) -> None:
-        self.by_id: dict[str, _Entry] = {}
-        self.groups: dict[tuple, Group] = defaultdict(Group)
-
-    def add(self, entry: _Entry, by_id: bool) -> None:
-        if by_id:
-            self.by_id[entry.crystal.id] = entry
-        if entry.reduced:
-            self.groups[entry.reduced.counts].add(entry.reduced)
-
-
-class Decide:
-    """Finds the duplicates in a task; this is what worker processes do."""
-
-    def __init__(
-        self, dataset: Dataset, references: Sequence[Reference], settings: Duplicates
-    ) -> None:
-        self.sets = {n: r.dataset for n, r in enumerate(references)} | {WITHIN: dataset}
-        self.settings = settings
-        self.matcher = Matcher(settings.stol, settings.angle_tol, settings.ltol)
-
-    def __call__(self, task: Task) -> tuple[str, Found]:
-        found = Found()
-        references = [_Known() for _ in task.references]
-        for number, items in enumerate(task.references):
-            for entry in self._read(number, items, task, found):
-                references[number].add(entry, self.settings.ids)
-        kept = _Known()
-        for entry in self._read(WITHIN, task.items, task, found):
-            if not entry.decided_here:
-                continue
-            hits = [self._find(n, known, entry, found) for n, known in enumerate(references)]
-            if self.settings.within and not any(hits):
-                hits = [self._find(WITHIN, kept, entry, found)]
-                if not any(hits):
-                    kept.add(entry, by_id=False)
-            found.matches += [hit for hit in hits if hit]
-        return task.key, found
-
-    def _read(self, number: int, items: list[int], task: Task, found: Found) -> Iterator[_Entry]:
-        for item, crystal in self.sets[number].read(items):
-            if not isinstance(crystal, Crystal):
-                raise OSError(f"{self.sets[number].root} changed while it was read: {crystal}")
-            reduced, here = None, task.part == 0
-            try:
-                reduced = Reduced(crystal, item, self.settings.max_atoms)
-            except Exception as error:  # pymatgen gives up on a cell in more ways than one
-                if here:
-                    found.undecided.append(_undecided(number, crystal.id, error))
-            else:
-                here = zlib.crc32(repr(reduced.counts).encode()) % task.parts == task.part
-            yield _Entry(item, crystal, reduced if here else None, here)
-
-    def _find(
-        self, number: int, known: _Known, entry: _Entry, found: Found
-    ) -> dict[str, Any] | None:
-        """The match of a crystal among those known, as a record; None if there is none."""
-        new, match = entry.reduced, Match(None, None)
-        if twin := known.by_id.get(entry.crystal.id):
-            other, other_id, by = twin.item, twin.crystal.id, "id"
-            if new and twin.reduced and new.counts == twin.reduced.counts:
-                match = self.matcher.measure(twin.reduced, new)
-        elif new and (same := self._same(number, known, new, found)):
-            other, other_id, by = same.item, same.id, "structure"
-            match = self.matcher.measure(same, new)
-        else:
-            return None
-        return {
-            "item": entry.item,
-            "id": entry.crystal.id,
-            "formula": entry.crystal.to_ase().get_chemical_formula("metal", empirical=True),
-            "set": number,
-            "other": other,
-            "other_id": other_id,
-            "by": by,
-            **asdict(match),
-        }
-
-    def _same(self, number: int, known: _Known, new: Reduced, found: Found) -> Reduced | None:
-        """A crystal that the matcher takes for the same, the most similar ones tried first."""
-        group = known.groups.get(new.counts)
-        if not group:
-            return None
-        found.pairs["sites"] += len(group)
-        for other in group.nearest(new):
-            if not self.matcher.may_fit(other, new):
-                continue
-            found.pairs["compared"] += 1
-            try:
-                if self.matcher.fits(other, new):
-                    found.pairs["matched"] += 1
-                    return other
-            except Exception as error:  # as above
-                found.undecided.append(_undecided(number, new.id, error))
-        return None
-
-
-def _undecided(number: int, id: str, error: Exception) -> dict[str, Any]:
-    return {"set": number, "id": id, "why": f"{type(error).__name__}: {error}"}
-
-
-class Formulas:
-    """Reads the reduced formulas of crystals, as text."""
-
-    def __init__(self, sets: Mapping[int, Dataset]) -> None:
-        self.sets = sets
-
-    def __call__(self, work: tuple[int, list[int]]) -> list[str] | str:
-        """Of the items of one set; or what is wrong with one of them."""
-        number, items = work
-        out = []
-        for _, crystal in self.sets[number].read(items):
-            if not isinstance(crystal, Crystal):
-                return f"{self.sets[number].root}: {crystal}"
-            elements, counts = np.unique(crystal.numbers, return_counts=True)
-            counts //= np.gcd.reduce(counts)
-            names = (f"{chemical_symbols[z]}{n}" for z, n in zip(elements, counts, strict=True))
-            out.append("".join(names))
-        return out
 
 
 def search(

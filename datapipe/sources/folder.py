@@ -21,7 +21,6 @@ from crysforge.datapipe.sources.base import (
 )
 from crysforge.datapipe.sources.delimited import same_column, sniff
 from crysforge.datapipe.sources.file_names import (
-    SUFFIXES,
     Names,
     ids_of,
     is_structure,
@@ -37,13 +36,11 @@ from crysforge.datapipe.sources.labels import (
     read_table,
     split_of,
 )
-from crysforge.datapipe.sources.texts import SAVE_AS_TEXT, WORKBOOKS
+from crysforge.datapipe.sources.passed_over import no_crystals, tell
 from crysforge.datapipe.storage.manifest import SPLITS
 
 _MOST_TABLES = 20
 """Tables that are looked into for labels."""
-_SHOWN = 5
-"""Examples of a long list."""
 
 
 def _likes(look: Look) -> int:
@@ -84,7 +81,7 @@ def read_folder(path: Path, options: Options) -> Iterator[Raw]:
         return
     ids = ids_of(structures)
     tables = [] if options.labels else _choose(files, Names(ids, files.aliases), options)
-    _tell(files, {*structures, *(t.name for t in tables)}, options)
+    tell(files, {*structures, *(t.name for t in tables)}, options)
     if not tables:
         for name, payload in files.payloads():
             yield Raw(ids[name], files.where(name), payload)
@@ -220,29 +217,6 @@ def _nth(item: tuple[str, str]) -> int:
     return SPLITS.index(item[0])
 
 
-def _tell(files: Files, used: set[str], options: Options) -> None:
-    """Notes what is passed over."""
-    others = [n for n in files.names if n not in used]
-    for what, names in (("other file", others), ("pipe or device", files.no_files)):
-        if names:
-            options.note(f"passed over {_listed(what, names)}")
-    if files.links:
-        options.note(f"{_listed('link', files.links)} to what is read anyway: it is read once")
-    if files.left_out:
-        options.note(f"not followed: {_outside(files)}")
-
-
-def _outside(files: Files) -> str:
-    remedy = "read them with follow_links=true" if files.path.is_dir() else "unpack it"
-    return f"{_listed('link', files.left_out)} out of {files.path.name} or to nothing; {remedy}"
-
-
-def _listed(what: str, names: Sequence[str]) -> str:
-    more = ", …" if len(names) > _SHOWN else ""
-    plural = "s" if len(names) > 1 else ""
-    return f"{len(names):,} {what}{plural} ({', '.join(names[:_SHOWN])}{more})"
-
-
 # Folders of other files
 
 
@@ -280,31 +254,14 @@ def _read_data(files: Files, options: Options) -> Iterator[Raw]:
     chosen = {n: split_of(n) if splits else None for n in (splits.values() if splits else data)}
     single = {n for n in chosen if Path(n).suffix.lower() not in (".json", ".extxyz", ".xyz")}
     if not chosen:
-        raise ValueError(_nothing(files))
+        raise ValueError(no_crystals(files))
     if not splits and len(chosen) > 1 and single:
         raise ValueError(
             f"{files.path} has several files of crystals ({', '.join(chosen)}): give one as input, "
             "or train=…, val=…, test=…"
         )
-    _tell(files, set(chosen), options)
+    tell(files, set(chosen), options)
     for name, split in chosen.items():
         read: Callable[[Path, Options], Iterator[Raw]] = SOURCES[data[name]].read
         for raw in read(files.path / name, options):
             yield replace(raw, split=split) if split else raw
-
-
-def _nothing(files: Files) -> str:
-    """What is wrong with a folder without crystals."""
-    text = f"{files.path} holds no structure files ({', '.join(SUFFIXES)}, POSCAR…)"
-    if files.left_out:
-        return f"{text}; it has {_outside(files)}"
-    if workbook := next((n for n in files.names if n.lower().endswith(WORKBOOKS)), None):
-        return f"{text}; {workbook} is a workbook: {SAVE_AS_TEXT}"
-    if files.no_files:
-        return f"{text}; it has {_listed('pipe or device', files.no_files)}"
-    if not files.names:
-        return text
-    text = f"{text}; it has {_listed('other file', files.names)}"
-    if not files.path.is_dir():
-        return f"{text}: unpack it and give what holds the crystals as input"
-    return text

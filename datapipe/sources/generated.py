@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.prototypes import TARGETS, check_size
 from crysforge.datapipe.sources.base import NO, SOURCES, SURE, Options, Raw
+from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import MANIFEST, SPLITS
 
 
@@ -14,8 +16,6 @@ from crysforge.datapipe.storage.manifest import MANIFEST, SPLITS
 def read_prototypes(path: Path, options: Options) -> Iterator[Raw]:
     """SYNTHETIC crystals made here (`input=prototypes size=N seed=S`): see
     `datapipe.crystals.prototypes`."""
-    from crysforge.datapipe.crystals.prototypes import TARGETS, check_size
-
     check_size(options.size)
     labels = dict.fromkeys(TARGETS, "computed with the crystal")
     for index in range(options.size):
@@ -29,8 +29,6 @@ def read_prototypes(path: Path, options: Options) -> Iterator[Raw]:
 )
 def read_shards(path: Path, options: Options) -> Iterator[Raw]:
     """A data set that `prepare` wrote, with its labels and splits."""
-    from crysforge.datapipe.storage.dataset import Dataset
-
     dataset = Dataset.open(path)
     for split in SPLITS:
         for item, crystal in dataset.read(dataset.split_items(split)):

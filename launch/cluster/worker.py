@@ -36,7 +36,7 @@ from crysforge.launch.cluster.events import EventLog, ends_of_turn, outcome_of, 
 
 _STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _TAG = re.compile(r"([a-z][a-z0-9_]*)-\d{8}")
-"""Name of a checkpoint (trainer/runs/checkpoint.py)."""
+"""Name of a checkpoint (trainer/runs/saved.py)."""
 END = "SLURM_JOB_END_TIME"
 SUPERVISOR = "CRYSFORGE_SUBMIT"
 """Environment variable that says which process runs the cells on this machine."""
@@ -107,7 +107,8 @@ class Task:
             late = time.time() > (start.get("ends") or math.inf) - LATE_S
             end["in_vain"] = late and end["progress"] == start.get("progress")
         log.note(**end)
-        if wanted and (end["event"] == "stopped" or self._may_restart(log)):
+        crashes = log.crashes(end["progress"])
+        if wanted and (end["event"] == "stopped" or crashes <= self.max_crashes):
             self._requeue(env, log)
         return end["event"]
 
@@ -121,9 +122,6 @@ class Task:
     def checkpoint(self, *args: Any, **kwargs: Any) -> DelayedSubmission:
         """submitit's own way of continuing a job: the same task again."""
         return DelayedSubmission(self)
-
-    def _may_restart(self, log: EventLog) -> bool:
-        return log.crashes(progress(self.output)) <= self.max_crashes
 
     def _requeue(self, env: JobEnvironment, log: EventLog) -> None:
         """Asks the scheduler for another turn, unless the job had all it may have, or its turns are

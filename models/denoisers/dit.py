@@ -95,7 +95,7 @@ class DiT(nn.Module):
         self.time = nn.Sequential(
             nn.Linear(TIME_CHANNELS, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
         )
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.layers))
         self.final_modulation = nn.Linear(config.width, 2 * config.width)
         self.output = nn.Linear(config.width, dim)
         self._initialise()
@@ -156,7 +156,7 @@ class DiT(nn.Module):
         return x if order is None else torch.empty_like(x).index_copy(0, order, x)
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
     """One adaLN-Zero transformer block."""
 
     def __init__(self, config: DiTConfig) -> None:

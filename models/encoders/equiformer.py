@@ -95,7 +95,7 @@ class Equiformer(Encoder):
 
     Invariant to proper rotation, translation and the choice of cell, supercells too; not to
     reflection. Weights that no latent depends on are left out, see `NeighbourEmbedding` and
-    `Block`. The norms are others, see `IrrepNorm`.
+    `EquiformerBlock`. The norms are others, see `IrrepNorm`.
     """
 
     Config = EquiformerConfig
@@ -125,7 +125,9 @@ class Equiformer(Encoder):
         self.couplings = Couplings(self.degrees)
         last = [config.width]
         self.blocks = nn.ModuleList(
-            Block(config, last if i == config.layers - 1 else config.channels, DROPOUT_SALT + i)
+            EquiformerBlock(
+                config, last if i == config.layers - 1 else config.channels, DROPOUT_SALT + i
+            )
             for i in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.width)
@@ -199,7 +201,7 @@ class NeighbourEmbedding(nn.Module):
         return x
 
 
-class Block(nn.Module):
+class EquiformerBlock(nn.Module):
     """A layer of Equiformer: attention and a feed-forward network, each with a norm before it and
     added to what it saw. Where degrees end here, only the lower ones are computed."""
 

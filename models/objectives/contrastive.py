@@ -131,7 +131,7 @@ class Projector(nn.Module):
         return pooled if self.norm is None else self.norm(pooled)
 
 
-class Predictor(nn.Module):
+class PredictionHead(nn.Module):
     """SimSiam's predictor: batch norm, and a bottleneck of a quarter of the width."""
 
     def __init__(self, dim: int) -> None:

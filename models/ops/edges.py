@@ -75,7 +75,7 @@ def _order_by(index: Tensor, size: int) -> RowSum:
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class EdgeBlock:
     """A run of nodes with the edges into them."""
 
     nodes: slice
@@ -115,7 +115,7 @@ class Edges:
     """Most edges into a node or out of one; 0: the device knows."""
     pairs: int = 0
     """Pairs of edges of which one ends where the other starts; 0: the device knows."""
-    _blocks: dict[int, list[Block]] = field(default_factory=dict, repr=False)
+    _blocks: dict[int, list[EdgeBlock]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, batch: CrystalBatch) -> Edges:
@@ -185,7 +185,7 @@ class Edges:
             ),
         )
 
-    def blocks(self, size: int) -> list[Block]:
+    def blocks(self, size: int) -> list[EdgeBlock]:
         """Runs of whole nodes with at most about `size` edges each: on CPU the buffers of one
         block then stay in the cache. Elsewhere one block holds everything."""
         if size not in self._blocks:
@@ -202,12 +202,12 @@ class Edges:
             cuts.append(max(end, cuts[-1] + 1))
         return cuts if self.num_nodes else [0, 0]
 
-    def _block(self, first: int, last: int) -> Block:
+    def _block(self, first: int, last: int) -> EdgeBlock:
         whole = first == 0 and last == self.num_nodes  # then the device need not be asked
         start, end = (0, len(self)) if whole else (int(self.ptr[first]), int(self.ptr[last]))
         edges, gather, spread = slice(start, end), self.gather.forward, self.into.transpose
         each, ptr = self._each[: end - start + 1], self.ptr[first : last + 1] - start
-        return Block(
+        return EdgeBlock(
             nodes=slice(first, last),
             edges=edges,
             target=self.target[edges],

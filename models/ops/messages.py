@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crysforge.models.ops.dispatch import Op
-from crysforge.models.ops.edges import Block, Edges
+from crysforge.models.ops.edges import EdgeBlock, Edges
 from crysforge.models.ops.norm import BatchNorm, moments
 from crysforge.models.ops.precision import full_precision
 
@@ -139,7 +139,7 @@ class _HiddenGrad:
         self.dweight = torch.zeros_like(full_precision(weight))
         self.dbias = self.dweight.new_zeros(len(weight))
 
-    def add(self, block: Block, grad: Tensor) -> None:
+    def add(self, block: EdgeBlock, grad: Tensor) -> None:
         """`grad` [e, D] of the block's output."""
         self.dbias += grad.sum(0)
         grad = grad.to(self.table.dtype)
@@ -268,7 +268,7 @@ class _MatformerMessages(torch.autograd.Function):
         )
 
 
-def _scores(query, key, feature, own, edges: Edges, b: Block, heads: int):
+def _scores(query, key, feature, own, edges: Edges, b: EdgeBlock, heads: int):
     """For the edges of a block, [e, H, C] each: query, source's key, feature key; and the score
     [e, H, 3C]."""
     width = query.shape[1] // heads

@@ -12,7 +12,7 @@ import pytest
 
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.preparing.config import PrepareConfig
-from crysforge.datapipe.preparing.edit import MergeConfig, ReshardConfig, SubsetConfig
+from crysforge.datapipe.preparing.edit_configs import MergeConfig, ReshardConfig, SubsetConfig
 from crysforge.datapipe.preparing.inspect import InspectConfig
 from crysforge.datapipe.preparing.verify import VerifyConfig
 from crysforge.launch import analyse, demo, ensemble, export, leaderboard, predict, prepare

@@ -17,9 +17,11 @@ ROOMS = [
     "datapipe",
     "datapipe.storage",
     "datapipe.graphs",
+    "datapipe.cif.groups",
     "datapipe.cif",
     "datapipe.sources",
     "datapipe.loading",
+    "datapipe.preparing.duplicates",
     "datapipe.preparing",
     "models",
     "models.ops",
@@ -62,6 +64,51 @@ MOST_FILES, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 11, 300, 60
 LARGE = {"datapipe.sources", "models.encoders", "launch"}
 """Folders of things that are alike."""
 
+# What does not keep a rule yet: each may only get better, and goes from here once it keeps it.
+LONGER = {
+    "datapipe/preparing/write.py": 347,
+    "launch/cluster/suite.py": 324,
+    "trainer/base/command_line.py": 408,
+    "trainer/runs/model_directory.py": 400,
+}
+"""Files of more than `MOST_LINES`, and how many they may have."""
+LONGER_FUNCTIONS = {
+    "datapipe/graphs/packing.py pack": 112,
+    "datapipe/loading/stream.py __init__": 101,
+    "launch/finetune.py main": 84,
+    "launch/pretrain.py main": 80,
+    "models/kernels/matformer.py _gated_grad": 64,
+}
+"""Functions of more than `MOST_LINES_OF_A_FUNCTION`, and how many they may have."""
+FULLER = {"datapipe.common": 20, "launch.cluster": 12, "trainer.loop": 13}
+"""Folders of more than `MOST_FILES` different things, and how many they may have."""
+UPWARD = {
+    "launch/cluster/jobs.py": {"launch.predict"},  # the settings of a job, as of the others
+    "trainer/jobs/finetuning.py": {"trainer.serving.trained_on"},
+}
+"""What files import from above."""
+LATE = {
+    "datapipe/sources/parse.py _prototype": {"datapipe.crystals.prototypes"},
+    "launch/cluster/jobs.py _finetune": {"trainer.jobs.schemas"},  # torch takes seconds, and
+    "launch/cluster/jobs.py _predict": {"launch.predict"},  # the status of jobs needs none of it
+    "launch/cluster/jobs.py _prepare": {"datapipe.preparing.config"},
+    "launch/cluster/jobs.py _pretrain": {"trainer.jobs.schemas"},
+    "launch/cluster/jobs.py check": {"models.encoders", "trainer.stages.base"},
+    "trainer/base/command_line.py _lost": {"trainer.base.distributed"},
+    "trainer/serving/ensemble.py __init__": {"trainer.serving.predictor"},
+}
+"""What functions import."""
+TWICE: dict[str, set[str]] = {
+    "Cell": {"launch/cluster/jobs.py", "trainer/evaluation/suite.py"},
+    "Failure": {"datapipe/loading/worker.py", "datapipe/sources/read.py"},
+    "Look": {"datapipe/sources/base.py", "trainer/reports/figures.py"},
+    "Predictions": {"trainer/evaluation/results.py", "trainer/serving/ensemble.py"},
+    "Result": {"trainer/evaluation/results.py", "trainer/loop/session.py"},
+    "Suite": {"launch/cluster/suite.py", "trainer/evaluation/suite.py"},
+    "Task": {"datapipe/preparing/duplicates/records.py", "launch/cluster/worker.py"},
+}
+"""Names that several classes have."""
+
 FILES = [p for name in MAY_USE for p in sorted((ROOT / name).rglob("*.py"))]
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -77,6 +124,24 @@ def module(path: Path) -> str:
 
 def room(path: Path) -> str:
     return ".".join(path.parent.relative_to(ROOT).parts)
+
+
+def key(path: Path, function: ast.FunctionDef | None = None) -> str:
+    """A file, or a function of it, in the lists of exceptions."""
+    name = path.relative_to(ROOT).as_posix()
+    return f"{name} {function.name}" if function else name
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def length(function: ast.FunctionDef) -> int:
+    return (function.end_lineno or 0) - function.lineno + 1
 
 
 MODULES = {module(p): p for p in FILES}
@@ -107,7 +172,8 @@ def test_imports_go_down(path):
     for name, line in ours(path).items():
         there = room(MODULES[name])
         where = f"{path.relative_to(ROOT)}:{line} imports {name}"
-        assert there == here or ROOMS.index(there) < ROOMS.index(here), f"{where}, which is above"
+        down = there == here or ROOMS.index(there) < ROOMS.index(here)
+        assert down or name in UPWARD.get(key(path), ()), f"{where}, which is above"
         assert {there, there.split(".")[0]} & MAY_USE[package], where
     if package == "models":
         used = {n for n in ours(path) if n.split(".")[0] == "datapipe"}
@@ -135,37 +201,64 @@ def test_there_is_no_circle_of_imports():
         visit(name, ())
 
 
+def late(path: Path, function: ast.FunctionDef) -> dict[str, int]:
+    """What a function imports, and where."""
+    if function.name == "__getattr__":
+        return {}
+    return {k: v for k, v in ours(path, function).items() if k != module(path)}
+
+
 @each_file
 def test_our_own_code_is_imported_at_the_top(path):
     """A recipe may import what is heavy after its arguments were parsed."""
-    for node in ast.walk(tree(path)):
-        if not isinstance(node, ast.FunctionDef) or node.name == "__getattr__":
-            continue
-        inner = {k: v for k, v in ours(path, node).items() if k != module(path)}
+    for node in functions(path):
+        inner = late(path, node)
         if room(path) == "launch" and inner:
             parsed = [n.lineno for n in ast.walk(node) if isinstance(n, ast.Call)
                       and ast.unparse(n.func) in ("parse", "Request.parse")]  # fmt: skip
             assert parsed, f"{path.name}: {node.name} imports {[*inner]} and parses nothing"
             assert min(inner.values()) > parsed[0], f"{path.name}: {node.name} imports too early"
         else:
-            assert not inner, f"{path.relative_to(ROOT)}: {node.name} imports {[*inner]}"
+            others = inner.keys() - LATE.get(key(path, node), set())
+            assert not others, f"{key(path)}: {node.name} imports {[*others]}"
 
 
 @each_file
 def test_files_and_functions_are_of_a_size_to_read(path):
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MOST_LINES, f"{path.relative_to(ROOT)} has {lines} lines"
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.FunctionDef):
-            long = node.end_lineno - node.lineno + 1
-            where = f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
-            assert long <= MOST_LINES_OF_A_FUNCTION, f"{where} has {long} lines"
+    most = LONGER.get(key(path), MOST_LINES)
+    assert lines(path) <= most, f"{key(path)} has {lines(path)} lines"
+    for node in functions(path):
+        most = LONGER_FUNCTIONS.get(key(path, node), MOST_LINES_OF_A_FUNCTION)
+        where = f"{key(path)}:{node.lineno} {node.name}"
+        assert length(node) <= most, f"{where} has {length(node)} lines"
+
+
+def things() -> Counter[str]:
+    """Files of each folder."""
+    return Counter(room(p) for p in FILES if p.name != "__init__.py")
 
 
 def test_folders_are_of_a_size_to_find_things_in():
-    count = Counter(room(p) for p in FILES if p.name != "__init__.py")
-    for name, files in count.items():
-        assert files <= MOST_FILES or name in LARGE, f"{name} has {files} files"
+    for name, files in things().items():
+        assert files <= FULLER.get(name, MOST_FILES) or name in LARGE, f"{name} has {files} files"
+
+
+def test_exceptions_are_needed():
+    """One that keeps its rule by now, or is gone, is to be taken from its list."""
+    every = [(key(p, f), p, f) for p in FILES for f in functions(p)]
+    long = {key(p) for p in FILES if lines(p) > MOST_LINES}
+    long_functions = {name for name, _, f in every if length(f) > MOST_LINES_OF_A_FUNCTION}
+    full = {name for name, files in things().items() if files > MOST_FILES and name not in LARGE}
+    assert LONGER.keys() <= long, LONGER.keys() - long
+    assert LONGER_FUNCTIONS.keys() <= long_functions, LONGER_FUNCTIONS.keys() - long_functions
+    assert FULLER.keys() <= full, FULLER.keys() - full
+    for name, modules in UPWARD.items():
+        above = ROOMS[ROOMS.index(room(ROOT / name)) + 1 :]
+        found = {n for n in ours(ROOT / name) if room(MODULES[n]) in above}
+        assert modules <= found, (name, modules - found)
+    for name, modules in LATE.items():
+        found = {n for k, p, f in every if k == name for n in late(p, f)}
+        assert modules <= found, (name, modules - found)
 
 
 def test_tests_lie_where_the_code_does():
@@ -178,14 +271,12 @@ def test_tests_lie_where_the_code_does():
 
 
 def test_no_class_name_is_there_twice():
-    names: dict[str, str] = {}
+    places: dict[str, set[str]] = {}
     for path in FILES:
         for node in tree(path).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                assert node.name not in names, (
-                    f"{node.name} is in {names[node.name]} and {path.relative_to(ROOT)}"
-                )
-                names[node.name] = str(path.relative_to(ROOT))
+                places.setdefault(node.name, set()).add(key(path))
+    assert {name: where for name, where in places.items() if len(where) > 1} == TWICE
 
 
 def calls(path: Path) -> set[str]:

@@ -41,7 +41,7 @@ class Property:
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRow:
     """One model of a published table."""
 
     encoder: str
@@ -71,7 +71,7 @@ class PublishedTable:
     key: str
     source: str
     properties: list[Property]
-    rows: list[Row]
+    rows: list[PublishedRow]
     note: str = ""
     also: tuple[str, ...] = ()
     """Other names."""
@@ -185,7 +185,7 @@ def published() -> Published:
     for t in record["tables"]:
         columns = [properties[key] for key in t["properties"]]
         rows = [
-            Row(shown(r["encoder"]), _by(columns, r["mae"]), _by(columns, r.get("std")),
+            PublishedRow(shown(r["encoder"]), _by(columns, r["mae"]), _by(columns, r.get("std")),
                 shown(r.get("pretraining", NONE)))
             for r in t["rows"]
         ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from crysforge.datapipe.common.safe_names import check_names
 from crysforge.datapipe.loading.config import LoaderConfig
 from crysforge.trainer.loop.config import TrainerConfig
-from crysforge.trainer.runs.checkpoint import TAG
+from crysforge.trainer.runs.saved import TAG
 from crysforge.trainer.stages.base import STAGES, pretraining_stages
 from crysforge.trainer.stages.finetune import FinetuneConfig
 

@@ -11,8 +11,9 @@ from crysforge.trainer.base.agreement import same_file
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.engines.base import Engine
 from crysforge.trainer.loop.ema import WeightAverage
-from crysforge.trainer.runs.checkpoint import BackgroundWriter, Checkpoint, RunDirectory
+from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.logger import Logger
+from crysforge.trainer.runs.saved import BackgroundWriter, Checkpoint
 
 
 class Saver:

@@ -34,9 +34,9 @@ from crysforge.trainer.loop.profiler import ProfileWindow
 from crysforge.trainer.loop.saver import Saver
 from crysforge.trainer.loop.session import Result, Session
 from crysforge.trainer.loop.watchdog import Watchdog
-from crysforge.trainer.runs.checkpoint import Checkpoint
 from crysforge.trainer.runs.forms import STATE
 from crysforge.trainer.runs.logger import Logger
+from crysforge.trainer.runs.saved import Checkpoint
 
 
 @dataclass

@@ -21,7 +21,7 @@ from crysforge.datapipe.graphs.transforms import (
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.objectives.contrastive import (
-    Predictor,
+    PredictionHead,
     Projector,
     barlow_twins,
     negative_cosine,
@@ -84,7 +84,7 @@ class CrystalTwinsStage(Stage):
         self.encoder = encoder
         simsiam = config.variant == "simsiam"
         self.projector = Projector(encoder.dim, norm=simsiam)
-        self.predictor = Predictor(encoder.dim) if simsiam else None
+        self.predictor = PredictionHead(encoder.dim) if simsiam else None
         self.weights = {config.variant: 1.0}
 
     def transform(self) -> Transform:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from crysforge.datapipe.cif import read_cif
-from crysforge.datapipe.cif.operations import group_of_hall
+from crysforge.datapipe.cif.groups.operations import group_of_hall
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from tests.cif_text import SETTINGS, Example, all_sites, example, largest_gap, text
 

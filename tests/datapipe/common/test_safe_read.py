@@ -214,7 +214,7 @@ ANYTHING = {
     "launch/cluster/status.py": "results.csv has whatever numbers runs have",
     "models/objectives/element_features.py": "a file of ours",
     "trainer/runs/card.py": "settings of a run, which the card shows",
-    "trainer/runs/checkpoint.py": "the state of a run, see Checkpoint.read_state",
+    "trainer/runs/saved.py": "the state of a run, see Checkpoint.read_state",
     "trainer/evaluation/results.py": "settings of a run: `data`, if it is a text",
     "trainer/evaluation/suite.py": "settings of runs, to tell them apart",
     "trainer/runs/model_directory.py": "a model of one of two schemas, then checked; a scaler",

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from crysforge.datapipe.graphs.neighbours import cluster, lattice_triple
+from crysforge.datapipe.graphs.lattice_vectors import lattice_triple
+from crysforge.datapipe.graphs.neighbours import cluster
 from tests.reference_graphs import cell
 
 TOL = 1e-4

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.preparing import dedup
-from crysforge.datapipe.preparing import matcher as matcher_module
-from crysforge.datapipe.preparing.matcher import Group, Matcher, Reduced
+from crysforge.datapipe.preparing.duplicates import matcher as matcher_module
+from crysforge.datapipe.preparing.duplicates.matcher import Group, Matcher, Reduced
 from crysforge.datapipe.preparing.write import summary
 from crysforge.datapipe.storage.dataset import Dataset
 from tests.duplicates import (

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from crysforge.datapipe.common.journal import Journal, WorkDirectory
-from crysforge.datapipe.preparing import dedup
 from crysforge.datapipe.preparing import deduplicate as unique
 from crysforge.datapipe.preparing.config import PrepareConfig
-from crysforge.datapipe.preparing.dedup import Decide, Duplicates
-from crysforge.datapipe.preparing.matcher import Reduced
+from crysforge.datapipe.preparing.duplicates import decide
+from crysforge.datapipe.preparing.duplicates.decide import Decide
+from crysforge.datapipe.preparing.duplicates.matcher import Reduced
+from crysforge.datapipe.preparing.duplicates.records import Duplicates
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from tests.duplicates import make_sets, polymorph, report, run, store
 
@@ -134,7 +135,7 @@ def test_what_the_matcher_fails_on_is_kept_and_listed(sets, tmp_path, monkeypatc
                 raise ValueError("can't find niggli")
             super().__init__(crystal, item, most)
 
-    monkeypatch.setattr(dedup, "Reduced", Failing)
+    monkeypatch.setattr(decide, "Reduced", Failing)
     found = run(sets["new"], tmp_path / "out", sets["known"])
     assert found <= sets["against"] - bad
     listed = report(tmp_path / "out")["undecided"]

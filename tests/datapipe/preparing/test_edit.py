@@ -12,14 +12,8 @@ import pytest
 import safetensors.numpy as safetensors
 
 from crysforge.datapipe.crystals.filters import Filters
-from crysforge.datapipe.preparing.edit import (
-    MergeConfig,
-    ReshardConfig,
-    SubsetConfig,
-    merge,
-    reshard,
-    subset,
-)
+from crysforge.datapipe.preparing.edit import merge, reshard, subset
+from crysforge.datapipe.preparing.edit_configs import MergeConfig, ReshardConfig, SubsetConfig
 from crysforge.datapipe.preparing.inspect import InspectConfig, describe, statistics
 from crysforge.datapipe.preparing.verify import VerifyConfig, verify
 from crysforge.datapipe.storage.dataset import SPLITS, Dataset, DatasetWriter, Manifest

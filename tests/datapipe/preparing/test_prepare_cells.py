@@ -12,7 +12,8 @@ from pymatgen.io.cif import CifWriter
 from crysforge.datapipe.crystals.cells import AS_GIVEN, Cells, cells_of, extensive_of
 from crysforge.datapipe.crystals.filters import Filters
 from crysforge.datapipe.crystals.per_cell import of_the_cell
-from crysforge.datapipe.preparing.edit import MergeConfig, SubsetConfig, merge, subset
+from crysforge.datapipe.preparing.edit import merge, subset
+from crysforge.datapipe.preparing.edit_configs import MergeConfig, SubsetConfig
 from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.preparing.write import summary
 from crysforge.datapipe.sources import UNITS

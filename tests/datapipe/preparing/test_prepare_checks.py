@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crysforge.datapipe.preparing.config import PrepareConfig
-from crysforge.datapipe.preparing.dedup import Duplicates
+from crysforge.datapipe.preparing.duplicates.records import Duplicates
 from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.preparing.write import summary
 from crysforge.datapipe.storage.dataset import Dataset

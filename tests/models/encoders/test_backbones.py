@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from crysforge.datapipe.crystals.crystal import Crystal
-from crysforge.datapipe.graphs.neighbours import signed_triple
+from crysforge.datapipe.graphs.lattice_vectors import signed_triple
 from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.schema import GraphSpec, concat
 from crysforge.models.encoders import ENCODERS, build_encoder

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from crysforge import load
 from crysforge.datapipe.common.files import sha256
 from crysforge.trainer.loop.guards import load_batch
-from crysforge.trainer.runs.checkpoint import Checkpoint, RunDirectory
+from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.model_directory import open_model
+from crysforge.trainer.runs.saved import Checkpoint
 from tests.exploits import PICKLES, as_torch
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -31,8 +31,9 @@ from crysforge.trainer.loop.fit import fit
 from crysforge.trainer.loop.guards import SpikeMonitor, dump_batch, load_batch
 from crysforge.trainer.loop.session import Session
 from crysforge.trainer.loop.watchdog import Watchdog
-from crysforge.trainer.runs.checkpoint import BackgroundWriter, RunDirectory
+from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.logger import read_metrics
+from crysforge.trainer.runs.saved import BackgroundWriter
 from crysforge.trainer.stages.vae import VAEConfig, VAEStage
 
 STEPS = 6

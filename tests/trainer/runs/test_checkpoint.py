@@ -15,8 +15,9 @@ import torch
 from crysforge.datapipe.common.files import sha256
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import load_into, load_tensors, save_tensors
-from crysforge.trainer.runs.checkpoint import BackgroundWriter, Checkpoint, RunDirectory
+from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.logger import Logger
+from crysforge.trainer.runs.saved import BackgroundWriter, Checkpoint
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -165,7 +166,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_named(run, monkeypatch):
         return torch.UntypedStorage.from_file(str(file), False, 1)
 
     for name, read, words in (
-        ("runs.checkpoint.sha256", sha256, "vae-00000001 is not complete, or being deleted"),
+        ("runs.saved.sha256", sha256, "vae-00000001 is not complete, or being deleted"),
         ("base.tensors.load_file", opened, r"model\.safetensors was deleted while it was read"),
     ):
         path = run.save(checkpoint(1), keep=1)

@@ -21,7 +21,7 @@ _TERM = re.compile(r"([+-]?)(?:(\d+\.?\d*|\.\d+)(?:/(\d+\.?\d*))?)?\*?([xyzabc]?
 
 
 @dataclass(frozen=True, eq=False)
-class SpaceGroup:
+class SymmetryGroup:
     """A space group in one setting: operations modulo the translations of the cell.
 
     Attributes:
@@ -108,7 +108,7 @@ class SpaceGroup:
 
 
 @lru_cache(maxsize=512)
-def group_of_triplets(triplets: tuple[str, ...]) -> SpaceGroup:
+def group_of_triplets(triplets: tuple[str, ...]) -> SymmetryGroup:
     """The group of operations such as `-x,y+1/2,-z`; an identity that the list lacks is added.
 
     Raises:
@@ -120,7 +120,7 @@ def group_of_triplets(triplets: tuple[str, ...]) -> SpaceGroup:
 
 
 @lru_cache(maxsize=512)
-def group_of_hall(symbol: str) -> SpaceGroup | None:
+def group_of_hall(symbol: str) -> SymmetryGroup | None:
     """The group of a Hall symbol; None if it cannot be read."""
     clean = symbol.replace("_", " ").strip()
     for attempt in (clean, clean.capitalize(), f"-{clean[1:].capitalize()}"):
@@ -136,7 +136,7 @@ def group_of_hall(symbol: str) -> SpaceGroup | None:
     return None
 
 
-def product_of(triplets: tuple[str, ...], centring: tuple[str, ...]) -> SpaceGroup:
+def product_of(triplets: tuple[str, ...], centring: tuple[str, ...]) -> SymmetryGroup:
     """The group of a list of operations and one of centring translations, as magCIF has them.
 
     Raises:
@@ -146,7 +146,7 @@ def product_of(triplets: tuple[str, ...], centring: tuple[str, ...]) -> SpaceGro
 
 
 @lru_cache(maxsize=512)
-def _product(triplets: tuple[str, ...], centring: tuple[str, ...]) -> SpaceGroup:
+def _product(triplets: tuple[str, ...], centring: tuple[str, ...]) -> SymmetryGroup:
     operations, shifts = ([_parse(x) for x in texts] for texts in (triplets, centring))
     if any(rotation != _IDENTITY for rotation, _ in shifts):
         raise BadCrystal("a centring of the CIF is not a translation")
@@ -205,7 +205,7 @@ def _fraction(numerator: str, denominator: str | None) -> Fraction:
     return near if abs(near - value) < Fraction(2, 1000) else value
 
 
-def _group(operations: list[Operation]) -> SpaceGroup:
+def _group(operations: list[Operation]) -> SymmetryGroup:
     """Checks closure, exactly.
 
     Raises:
@@ -238,7 +238,7 @@ def _group(operations: list[Operation]) -> SpaceGroup:
     product = order[place]
     if not np.array_equal(codes[product], wanted):
         raise BadCrystal(_NO_GROUP)
-    return SpaceGroup(rotation.astype(float), shift / denominator, product.astype(np.int16))
+    return SymmetryGroup(rotation.astype(float), shift / denominator, product.astype(np.int16))
 
 
 _NO_GROUP = (
@@ -262,7 +262,7 @@ def _entries_by_operations() -> dict[bytes, gemmi.SpaceGroup]:
     return found
 
 
-def group_of_entry(hall: str) -> SpaceGroup:
+def group_of_entry(hall: str) -> SymmetryGroup:
     """The group of a tabulated Hall symbol."""
     group = group_of_hall(hall)
     assert group is not None

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import gemmi
 
-from crysforge.datapipe.cif.operations import SpaceGroup, group_of_entry
+from crysforge.datapipe.cif.groups.operations import SymmetryGroup, group_of_entry
 
 _DOUBLE_GLIDES = {
     39: "aem2 bme2 b2em c2me cm2e ae2m",
@@ -73,7 +73,7 @@ class Setting:
         return self.number in _MONOCLINIC and "a" in self.qualifier
 
     @property
-    def group(self) -> SpaceGroup:
+    def group(self) -> SymmetryGroup:
         """Its operations."""
         return group_of_entry(self.hall)
 

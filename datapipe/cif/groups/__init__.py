@@ -1,0 +1,1 @@
+"""Symmetry groups: operations, and the symbols that stand for them."""

@@ -1,0 +1,1 @@
+"""When crystals are the same, and which of a data set are."""
