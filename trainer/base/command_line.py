@@ -122,8 +122,8 @@ def merge_sources(
     merged: Any = OmegaConf.create({})
     typed: set[str] = set()
     for name in checked(list[str], list(files), "the list of config files"):
-        data = read_named(name, "config file")
-        values = _mapping(name, data)
+        path, data = _config(name)
+        values = _mapping(path, data)
         own = {key for key, _ in leaves(values)}
         trusted = hashlib.sha256(data).hexdigest() in recorded
         typed = typed | own if trusted else typed - own
@@ -284,11 +284,16 @@ def read_yaml(name: str | Path) -> dict[str, Any]:
         ValueError: no such file, no mapping of settings, or one that refers to something elsewhere;
             see `datapipe.common.safe_read.parse_yaml`.
     """
+    return _mapping(*_config(name))
+
+
+def _config(name: str | Path) -> tuple[Path, bytes]:
+    """The config file of that name (see `find_config`), and what it holds."""
     path = find_config(name)
     if not path.exists():
         hint = nearest(str(name), shipped_configs())
         raise ValueError(f"config file {str(name)!r} does not exist; shipped: {hint}")
-    return _mapping(path, read_named(path, "config file"))
+    return path, read_named(path, "config file")
 
 
 def _mapping(path: str | Path, data: bytes) -> dict[str, Any]:
