@@ -128,7 +128,7 @@ def test_a_cache_that_cannot_work_says_so(root, access, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot make the cache directory .*loader\.cache_dir"):
         open_shard(root, shard, Access(cache_dir=str(tmp_path / "file" / "x")))
-    monkeypatch.setattr("shutil.copyfile", full)
+    monkeypatch.setattr("shutil.copyfileobj", full)
     with pytest.raises(ValueError, match=r"is full: free some space, lower loader\.cache_gb"):
         open_shard(root, shard, access)
     assert kept(access) == []
