@@ -46,7 +46,7 @@ class DemoConfig:
 def call(script: str, *args: str) -> None:
     """Shows a command and runs it; its failure ends the demo."""
     print(f"$ python launch/{script}.py {' '.join(args)}", flush=True)
-    path = Path(__file__).resolve().with_name(f"{script}.py")
+    path = Path(__file__).resolve().parent / f"{script}.py"
     bind = Parent.here().end_program_with_me
     done = subprocess.run([sys.executable, str(path), *args], check=False, preexec_fn=bind)
     if done.returncode:

@@ -78,6 +78,7 @@ def announce(config) -> None:
 def check() -> None:
     config = parse(VerifyConfig, __doc__)
     required(config, "verify")
+    Manifest.load(config.verify)  # an error stands alone
     announce(config)
     count = 0
     for problem in verify(config):
@@ -94,6 +95,7 @@ def look() -> None:
     local = local_path(config.inspect)
     if local is None:
         required(config, "output")
+    Manifest.load(config.inspect)  # an error stands alone
     announce(config)
     found = statistics(config)
     print(describe(found))

@@ -9,12 +9,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from crysforge.datapipe.common.workers import Workers
+from crysforge.datapipe.graphs.transforms import Step
 from crysforge.datapipe.loading.stream import LoaderConfig, Stream
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage import remote as source
@@ -29,9 +30,13 @@ def hold_the_interpreter(*_):
     ctypes.PyDLL(None).pause()
 
 
-def hold_and_mark(folder, sample, rng):
-    (folder / f"held-{os.getpid()}").touch()
-    hold_the_interpreter()
+@dataclass(frozen=True)
+class HoldAndMark(Step):
+    folder: Path
+
+    def on_crystal(self, sample, rng):
+        (self.folder / f"held-{os.getpid()}").touch()
+        hold_the_interpreter()
 
 
 def loader(where, cache, **more):
@@ -57,7 +62,7 @@ def in_the_queue(root, tmp_path, server):
 
 
 def in_a_transform(root, tmp_path, server):
-    stream = loader(root, tmp_path, transform=partial(hold_and_mark, tmp_path))
+    stream = loader(root, tmp_path, transform=HoldAndMark(tmp_path))
     return lambda: next(iter(stream)), lambda _: len(list(tmp_path.glob("held-*"))) == 2
 
 

@@ -70,7 +70,7 @@ def test_a_script_of_the_demo(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import signal\nsignal.signal(signal.SIGTERM, lambda *_: None)\n"
                       "while True: signal.pause()\n")  # fmt: skip
-    with parent_of(lambda: demo.call(str(script))) as parent:
+    with parent_of(lambda: demo.call(str(script.with_suffix("")))) as parent:
         until(parent.children, "it runs")
         assert orphans(parent) == []
 

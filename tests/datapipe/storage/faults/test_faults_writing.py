@@ -186,6 +186,7 @@ def test_prepare_killed_at_32_points_then_run_again(tmp_path, crystals):
             output=str(tmp_path / name),
             targets=["gap"],
             split="keep",
+            cell="as_is",
             shard_size=7,
             workers=1,
             progress=False,
