@@ -13,9 +13,8 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from crysforge.datapipe.common.escape import from_cell
+from crysforge.datapipe.common.escape import code_span, from_cell
 from crysforge.datapipe.common.safe_names import (
-    as_code,
     check_names,
     file_part,
     in_markdown,
@@ -214,7 +213,7 @@ def test_model_files_and_their_card(tmp_path):
     assert len(rows) == n
     for name, row in zip(NASTY, rows, strict=True):
         assert len(re.findall(r"(?<!\\)\|", row)) == 7, row
-        assert as_code(name, in_table=True) in row
+        assert code_span(name) in row
 
 
 def test_reports_find_the_scores_of_a_target_called_mae(tmp_path):
