@@ -22,6 +22,8 @@ _OVERLAP = 0.5
 """Å between two atoms that cannot both be there."""
 _MOST_ATOMS = 500
 """Atoms of the largest cell in which all distances are looked at."""
+_MOST_MAPPED = 200
+"""Atoms of the largest cell that is held against its images under a group."""
 _TOLERANCES = (0.01, 0.05, 0.1, 0.3)
 """Å, for the search of a symmetry that a file names."""
 
@@ -95,7 +97,7 @@ def impossible_pair(crystal: Crystal) -> tuple[int, int, float] | None:
 def has_symmetry(crystal: Crystal, number: int, settings: tuple[Setting, ...]) -> bool:
     """Whether the atoms have the symmetry that a file names: the group maps them onto themselves,
     or a search finds a group of that type."""
-    if len(crystal) <= _MOST_ATOMS and any(_is_closed(crystal, s) for s in settings):
+    if len(crystal) <= _MOST_MAPPED and any(_is_closed(crystal, s) for s in settings):
         return True
     import spglib
 
