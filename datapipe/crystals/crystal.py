@@ -88,7 +88,10 @@ class Crystal:
         if volume < 0:  # the inverted basis spans the same crystal with the right hand
             cell, frac = -cell, -frac
         # Lower-triangular Cholesky factor of the metric = cell with a ∥ x and b in the xy plane.
-        standard = np.linalg.cholesky(cell @ cell.T)
+        try:
+            standard = np.linalg.cholesky(cell @ cell.T)
+        except np.linalg.LinAlgError:
+            raise BadCrystal("the cell is flat, up to rounding") from None
         return cls(
             id=str(id),
             numbers=z.astype(np.uint8),
