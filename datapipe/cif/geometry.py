@@ -69,7 +69,7 @@ def shortest_distances(crystal: Crystal) -> str:
     if len(crystal) > _MOST_ATOMS:
         return "open"
     radii = covalent_radii[crystal.numbers]
-    distances = _distances(crystal)
+    distances = nearest_distances(crystal)
     if distances.min() < _OVERLAP:
         return "overlap"
     least = float((distances / (radii[:, None] + radii)).min())
@@ -127,7 +127,7 @@ def _is_closed(crystal: Crystal, setting: Setting) -> bool:
     return True
 
 
-def _distances(crystal: Crystal) -> np.ndarray:
+def nearest_distances(crystal: Crystal) -> np.ndarray:
     """[n, n] Å from each atom to the nearest image of each; of itself, to its nearest copy."""
     n = len(crystal)
     out = np.empty((n, n))
@@ -143,7 +143,7 @@ def _distances(crystal: Crystal) -> np.ndarray:
 
 def _sorted_distances(crystal: Crystal) -> np.ndarray:
     """All distances, sorted within each pair of elements."""
-    distances = _distances(crystal)
+    distances = nearest_distances(crystal)
     places = [np.flatnonzero(crystal.numbers == z) for z in np.unique(crystal.numbers)]
     return np.concatenate(
         [np.sort(distances[np.ix_(a, b)].ravel()) for a in places for b in places]
