@@ -25,7 +25,7 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from crysforge.datapipe.cif import read_cifs
-from crysforge.datapipe.cif.geometry import _distances
+from crysforge.datapipe.cif.geometry import nearest_distances
 from crysforge.datapipe.common.text import decode
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.sources.poscar import read_poscar
@@ -115,7 +115,7 @@ def same(a: Crystal, b: Crystal) -> bool:
             ]
         )
         for c in (a, b)
-        for d in [_distances(c)]
+        for d in [nearest_distances(c)]
     )
     return bool(np.allclose(first, second, atol=0.05))
 

@@ -75,7 +75,7 @@ class Block:
                     continue
                 raw = column[0]
             self._check(tag)
-            if raw[0] in "'\";":
+            if raw.startswith(QUOTES):
                 raw = cif.as_string(raw)
             if raw not in NULLS and (text := raw.strip()):
                 found.append(text)
@@ -118,8 +118,10 @@ class Block:
         return any(tag in self.places or tag in self.pairs for tag in _OTHER_SITES)
 
 
-NULLS = (".", "?")
-"""Raw values that stand for the default and the unknown."""
+NULLS = (".", "?", "")
+"""Raw values that stand for the default and the unknown, and one that is missing."""
+QUOTES = ("'", '"', ";")
+"""What quoted values start with."""
 
 _tags: dict[str, str] = {}
 

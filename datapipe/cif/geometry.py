@@ -22,6 +22,8 @@ _OVERLAP = 0.5
 """Å between two atoms that cannot both be there."""
 _MOST_ATOMS = 500
 """Atoms of the largest cell in which all distances are looked at."""
+_MOST_MAPPED = 200
+"""Atoms of the largest cell that is held against its images under a group."""
 _TOLERANCES = (0.01, 0.05, 0.1, 0.3)
 """Å, for the search of a symmetry that a file names."""
 
@@ -67,7 +69,7 @@ def shortest_distances(crystal: Crystal) -> str:
     if len(crystal) > _MOST_ATOMS:
         return "open"
     radii = covalent_radii[crystal.numbers]
-    distances = _distances(crystal)
+    distances = nearest_distances(crystal)
     if distances.min() < _OVERLAP:
         return "overlap"
     least = float((distances / (radii[:, None] + radii)).min())
@@ -95,7 +97,7 @@ def impossible_pair(crystal: Crystal) -> tuple[int, int, float] | None:
 def has_symmetry(crystal: Crystal, number: int, settings: tuple[Setting, ...]) -> bool:
     """Whether the atoms have the symmetry that a file names: the group maps them onto themselves,
     or a search finds a group of that type."""
-    if len(crystal) <= _MOST_ATOMS and any(_is_closed(crystal, s) for s in settings):
+    if len(crystal) <= _MOST_MAPPED and any(_is_closed(crystal, s) for s in settings):
         return True
     import spglib
 
@@ -125,7 +127,7 @@ def _is_closed(crystal: Crystal, setting: Setting) -> bool:
     return True
 
 
-def _distances(crystal: Crystal) -> np.ndarray:
+def nearest_distances(crystal: Crystal) -> np.ndarray:
     """[n, n] Å from each atom to the nearest image of each; of itself, to its nearest copy."""
     n = len(crystal)
     out = np.empty((n, n))
@@ -141,7 +143,7 @@ def _distances(crystal: Crystal) -> np.ndarray:
 
 def _sorted_distances(crystal: Crystal) -> np.ndarray:
     """All distances, sorted within each pair of elements."""
-    distances = _distances(crystal)
+    distances = nearest_distances(crystal)
     places = [np.flatnonzero(crystal.numbers == z) for z in np.unique(crystal.numbers)]
     return np.concatenate(
         [np.sort(distances[np.ix_(a, b)].ravel()) for a in places for b in places]

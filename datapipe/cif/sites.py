@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from gemmi import cif
 
-from crysforge.datapipe.cif.blocks import NULLS, Block
+from crysforge.datapipe.cif.blocks import NULLS, QUOTES, Block
 from crysforge.datapipe.cif.checks import Doubt
 from crysforge.datapipe.cif.groups.operations import SymmetryGroup
 from crysforge.datapipe.crystals.crystal import BadCrystal
@@ -120,7 +120,7 @@ def plain(raw: str) -> str:
     """A raw value without quotes; empty for `.` and `?`."""
     if raw in NULLS:
         return ""
-    return raw if raw[0] not in "'\";" else cif.as_string(raw).strip()
+    return cif.as_string(raw).strip() if raw.startswith(QUOTES) else raw
 
 
 def _occupancy(block: Block, n: int) -> np.ndarray | None:
@@ -198,7 +198,7 @@ def _coordinate(text: str) -> float:
     text = text.strip("'\"")
     top, slash, bottom = text.partition("/")
     if slash:
-        return cif.as_number(top) / cif.as_number(bottom) if bottom not in ("0", "") else np.nan
+        return cif.as_number(top) / (cif.as_number(bottom) or np.nan)
     return cif.as_number(text)
 
 

@@ -61,13 +61,14 @@ def species_of(label: str, type_symbol: str, allowed: frozenset[int] | None) -> 
 
 def _whole(symbol: str, allowed: frozenset[int] | None) -> int | None:
     """The element of a type symbol that is one, with charge or isotope: `O2-`, `Fe+3`, `2H`; not
-    of one that may be a molecule, as `CO3` and `T` (tritium, or a tetrahedral site)."""
+    of one that may be a molecule, as `CO3` and `NO2-`, nor of `T` (tritium, or a tetrahedral
+    site)."""
     match = _START.match(symbol)
     if match is None or not _CHARGE.fullmatch(match[2]) or len(match[1]) > 2 or match[1] == "T":
         return None
     letters = match[1]
     molecule = len(letters) == 2 and letters[1].upper() == letters[1] and letters[1] in NUMBERS
-    if molecule and not re.fullmatch(r"\d?[+-]\d?", match[2]):
+    if molecule and not re.fullmatch(r"\d?\+\d?", match[2]):
         return None
     return _element(letters.capitalize(), allowed)
 

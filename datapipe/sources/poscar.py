@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -197,4 +198,7 @@ def _float(word: str) -> float:
     """A number as Fortran reads it: `1.0D0`, `1.d+0`, `.5`."""
     if "_" in word or word.lower().lstrip("+-")[:1] in ("n", "i"):  # of float()'s own
         raise ValueError(word)
-    return float(word.lower().replace("d", "e"))
+    value = float(word.lower().replace("d", "e"))
+    if not math.isfinite(value):
+        raise ValueError(word)
+    return value

@@ -186,6 +186,8 @@ def _parse_row(text: str, triplet: str) -> tuple[list[int], Fraction]:
         found = _TERM.match(text, place)
         if found is None or found.end() == place or not (found[2] or found[4]):
             raise BadCrystal(f"symmetry operation {triplet.strip()!r} cannot be read")
+        if found[3] is not None and not float(found[3]):
+            raise BadCrystal(f"symmetry operation {triplet.strip()!r} divides by zero")
         sign = -1 if found[1] == "-" else 1
         value = _fraction(found[2], found[3]) if found[2] else Fraction(1)
         if found[4]:

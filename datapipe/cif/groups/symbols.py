@@ -91,9 +91,9 @@ def settings_of_symbol(symbol: str) -> tuple[Setting, ...]:
 
     A short monoclinic symbol names no axis; `P 21/c` may be `P 1 21/c 1` or `P 21/c 1 1`.
     """
-    remarks = " ".join(_REMARK.findall(symbol))
     if len(symbol) > _LONGEST:
         return ()
+    remarks = " ".join(_REMARK.findall(symbol))
     said = _REMARK.sub(" ", symbol)
     found, extension = _look_up(_plain(said))
     screws = [word for word in said.replace("_", " ").split()[1:] if _SCREW.fullmatch(word)]

@@ -1,6 +1,7 @@
 """CIF text as pymatgen, ASE and gemmi write it; files of several structures; contradictions."""
 
 import io
+from pathlib import Path
 
 import ase.io
 import gemmi
@@ -14,6 +15,8 @@ from crysforge.datapipe.cif.order import BY_ELECTRONEGATIVITY
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from tests.cif_cases import FM3M, NACL, A, block, formula
 from tests.layouts import assert_same, cif, make_structure
+
+FILES = Path(__file__).resolve().parents[2] / "data" / "cases"
 
 
 def snapped(rng: np.random.Generator) -> Structure:
@@ -123,3 +126,34 @@ def test_what_is_ambiguous_is_refused_either_way():
     for checks in ("strict", "warn"):
         with pytest.raises(BadCrystal, match=r"ambiguous: F d -3 m :1 gives .*F d -3 m :2 gives"):
             read_cif(text, checks)
+
+
+def test_damaged_text_gives_a_crystal_or_says_why():
+    rng = np.random.default_rng(0)
+    texts = [path.read_text() for path in sorted(FILES.glob("*.*cif"))]
+    pieces = [
+        "'",
+        '"',
+        ";",
+        "_",
+        "loop_",
+        "0",
+        ".",
+        "?",
+        "(",
+        "1e9",
+        "-",
+        "nan",
+        "#",
+        "225",
+        "P 1",
+        "",
+    ]
+    for _ in range(1500):
+        text = list(rng.choice(texts))
+        for place in rng.integers(0, len(text), rng.integers(1, 7)):
+            text[place] = str(rng.choice(pieces))
+        try:
+            assert all(isinstance(c, Crystal | BadCrystal) for _, c in read_cifs("".join(text)))
+        except BadCrystal as error:
+            assert "\n" not in str(error)
