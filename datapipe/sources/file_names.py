@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 import re
 import unicodedata
@@ -91,6 +92,9 @@ class Names:
 
     def __init__(self, ids: Mapping[str, str], aliases: Mapping[str, str] | None = None) -> None:
         self.ids = ids
+        levels = zip(*(name.split("/")[:-1] for name in ids), strict=False)
+        shared = itertools.takewhile(lambda level: len(set(level)) == 1, levels)
+        self._head = "/".join(level[0] for level in shared)
         self._by: dict[str, str | None] = {}
         self._by_path: dict[str, str | None] = {}
         self._by_number: dict[str, str | None] = {}
@@ -118,12 +122,15 @@ class Names:
         """The path of each file that a table lists; None for what is no file.
 
         One way of reading holds for all keys, the one that finds the most files: as they are,
-        relative to the table's own `folder`, as paths without their first folders, or as numbers.
+        relative to the table's own `folder`, or one above it or above all files, as paths without
+        their first folders, or as numbers.
         """
         deepest = max((_normal(k).count("/") for k in keys[:1000]), default=0)
         finds: list[Callable[[str], str | None]] = [self.find]
-        if folder:
-            finds.append(lambda k: self.find(posixpath.join(folder, k)))
+        finds += [
+            lambda k, above=above: self._by_path.get(posixpath.join(above, _normal(k)))  # type: ignore
+            for above in dict.fromkeys([*_above(folder), *_above(self._head)])
+        ]
         finds += [
             lambda k, skip=skip: self._by_path.get(_normal(k).split("/", skip)[-1])  # type: ignore
             for skip in range(1, deepest + 1)
@@ -139,6 +146,12 @@ class Names:
             if count and count == len(set(keys)):
                 break
         return found
+
+
+def _above(folder: str) -> list[str]:
+    """A folder and those that it lies in, without the top."""
+    path = PurePosixPath(folder)
+    return [str(p) for p in (path, *path.parents) if p.name]
 
 
 def _add(by: dict[str, str | None], pairs: Iterable[tuple[str, str]]) -> None:
