@@ -121,9 +121,9 @@ class Names:
     def match(self, keys: Sequence[str], folder: str = "") -> list[str | None]:
         """The path of each file that a table lists; None for what is no file.
 
-        One way of reading holds for all keys, the one that finds the most files: as they are,
-        relative to the table's own `folder`, or one above it or above all files, as paths without
-        their first folders, or as numbers.
+        One way of reading holds for all keys, the first that finds a file: as they are, relative to
+        the table's own `folder` or one above it or above all files, as paths without their first
+        folders. Where more are found as numbers, they are numbers.
         """
         deepest = max((_normal(k).count("/") for k in keys[:1000]), default=0)
         finds: list[Callable[[str], str | None]] = [self.find]
@@ -135,17 +135,13 @@ class Names:
             lambda k, skip=skip: self._by_path.get(_normal(k).split("/", skip)[-1])  # type: ignore
             for skip in range(1, deepest + 1)
         ]
-        finds.append(self.find_number)
-        found: list[str | None] = []
-        most = -1
+        found: list[str | None] = [None] * len(keys)
         for find in finds:
-            files = [find(k) for k in keys]
-            count = len(set(files) - {None})
-            if count > most:
-                found, most = files, count
-            if count and count == len(set(keys)):
+            found = [find(k) for k in keys]
+            if any(found):
                 break
-        return found
+        numbers = [self.find_number(k) for k in keys]
+        return numbers if len(set(numbers)) > len(set(found)) else found
 
 
 def _above(folder: str) -> list[str]:

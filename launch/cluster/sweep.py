@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from crysforge.datapipe.common.safe_names import file_part
 Cell = dict[str, Any]
 """Settings of one run: dotted key → value."""
 
+_KEY = re.compile(r"\w[\w./-]*")
+"""What can stand in a dotted key."""
 _LONGEST = 120
 """Characters of a cell's name; longer ones are cut and end in a hash."""
 
@@ -136,10 +139,11 @@ def _from_file(path: Path) -> list[Cell]:
 
 
 def dotted(value: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings as (dotted key, value) pairs."""
+    """Nested mappings as (dotted key, value) pairs; one whose keys are other names, such as those
+    of targets, is a value."""
     pairs: list[tuple[str, Any]] = []
     for key, item in value.items():
-        if isinstance(item, dict) and item:
+        if isinstance(item, dict) and item and all(map(_KEY.fullmatch, map(str, item))):
             pairs += dotted(item, f"{prefix}{key}.")
         else:
             pairs.append((f"{prefix}{key}", item))
