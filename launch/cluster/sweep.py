@@ -19,8 +19,8 @@ from crysforge.datapipe.common.safe_names import file_part
 Cell = dict[str, Any]
 """Settings of one run: dotted key → value."""
 
-_KEY = re.compile(r"\w[\w./-]*")
-"""What can stand in a dotted key."""
+_KEY = re.compile(r"\w[\w-]*")
+"""A part of a dotted key."""
 _LONGEST = 120
 """Characters of a cell's name; longer ones are cut and end in a hash."""
 
