@@ -124,7 +124,8 @@ def list_files(
 
 def _tell(files: Files, used: set[str], options: Options) -> None:
     """Notes what is passed over."""
-    others = [n for n in files.names if n not in used]
+    labels = Path(options.labels or "").resolve()
+    others = [n for n in files.names if n not in used and (files.path / n).resolve() != labels]
     for what, names in (("other file", others), ("pipe or device", files.no_files)):
         if names:
             options.note(f"passed over {_listed(what, names)}")
