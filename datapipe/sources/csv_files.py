@@ -4,7 +4,7 @@ the name of its file."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -64,7 +64,8 @@ class _Layout:
 def _likes(look: Look) -> int:
     if look.suffix not in TABLES or is_structure(look.path.name):
         return NO
-    if _named(look.columns):
+    tables = (rows for _, rows in sniff(look.head, look.whole))
+    if _named(look.columns) or any(_is_text(c) for rows in tables for row in rows for c in row):
         return SURE
     return NO if look.suffix in (".dat", ".data") else MAYBE
 
@@ -122,6 +123,8 @@ def _layout(path: Path, options: Options) -> _Layout | None:
     if "\0" in look.head:
         raise ValueError(f"{path.name} holds zero bytes: this is no table as text")
     for dialect, sample in sniff(look.head, look.whole):
+        if len(sample) > 1 and sample[0][0].startswith("#") and _named(list(map(clean, sample[1]))):
+            dialect, sample = replace(dialect, skip=dialect.skip + 1), sample[1:]  # a remark
         row = sample[0] if sample else []
         texts = tuple(i for i, cell in enumerate(row) if _is_text(cell))
         if texts:

@@ -142,12 +142,11 @@ def _remarks(head: str, separator: str) -> int:
     count = next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)
     if not count:
         return 0
-    cells = [
-        len(line.lstrip("# ").split() if separator == " " else line.split(separator))
-        for line in lines[count - 1 : count + 1]
-    ]
+    last = lines[count - 1].lstrip("# ")
+    cells = len(last.split() if separator == " " else last.split(separator))
+    row = _sample(head, False, Dialect(separator, count))[:1]
     least = 3 if separator == " " else 2  # two words are rather a remark
-    return count - 1 if cells[0] == cells[1] >= least else count
+    return count - 1 if row and len(row[0]) == cells >= least else count
 
 
 def _sample(head: str, whole: bool, dialect: Dialect) -> list[list[str]]:

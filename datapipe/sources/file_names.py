@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 import re
 import unicodedata
@@ -91,6 +92,9 @@ class Names:
 
     def __init__(self, ids: Mapping[str, str], aliases: Mapping[str, str] | None = None) -> None:
         self.ids = ids
+        levels = zip(*(name.split("/")[:-1] for name in ids), strict=False)
+        shared = itertools.takewhile(lambda level: len(set(level)) == 1, levels)
+        self._head = "/".join(level[0] for level in shared)
         self._by: dict[str, str | None] = {}
         self._by_path: dict[str, str | None] = {}
         self._by_number: dict[str, str | None] = {}
@@ -117,28 +121,33 @@ class Names:
     def match(self, keys: Sequence[str], folder: str = "") -> list[str | None]:
         """The path of each file that a table lists; None for what is no file.
 
-        One way of reading holds for all keys, the one that finds the most files: as they are,
-        relative to the table's own `folder`, as paths without their first folders, or as numbers.
+        One way of reading holds for all keys, the first that finds a file: as they are, relative to
+        the table's own `folder` or one above it or above all files, as paths without their first
+        folders. Where more are found as numbers, they are numbers.
         """
         deepest = max((_normal(k).count("/") for k in keys[:1000]), default=0)
         finds: list[Callable[[str], str | None]] = [self.find]
-        if folder:
-            finds.append(lambda k: self.find(posixpath.join(folder, k)))
+        finds += [
+            lambda k, above=above: self._by_path.get(posixpath.join(above, _normal(k)))  # type: ignore
+            for above in dict.fromkeys([*_above(folder), *_above(self._head)])
+        ]
         finds += [
             lambda k, skip=skip: self._by_path.get(_normal(k).split("/", skip)[-1])  # type: ignore
             for skip in range(1, deepest + 1)
         ]
-        finds.append(self.find_number)
-        found: list[str | None] = []
-        most = -1
+        found: list[str | None] = [None] * len(keys)
         for find in finds:
-            files = [find(k) for k in keys]
-            count = len(set(files) - {None})
-            if count > most:
-                found, most = files, count
-            if count and count == len(set(keys)):
+            found = [find(k) for k in keys]
+            if any(found):
                 break
-        return found
+        numbers = [self.find_number(k) for k in keys]
+        return numbers if len(set(numbers)) > len(set(found)) else found
+
+
+def _above(folder: str) -> list[str]:
+    """A folder and those that it lies in, without the top."""
+    path = PurePosixPath(folder)
+    return [str(p) for p in (path, *path.parents) if p.name]
 
 
 def _add(by: dict[str, str | None], pairs: Iterable[tuple[str, str]]) -> None:

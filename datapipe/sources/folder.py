@@ -3,12 +3,10 @@ files that hold crystals."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from crysforge.datapipe.common.text import decode
 from crysforge.datapipe.sources.base import (
     MAYBE,
     NO,
@@ -19,28 +17,22 @@ from crysforge.datapipe.sources.base import (
     Options,
     Raw,
 )
-from crysforge.datapipe.sources.delimited import same_column, sniff
+from crysforge.datapipe.sources.delimited import sniff
 from crysforge.datapipe.sources.file_names import (
+    SUFFIXES,
     Names,
     ids_of,
     is_structure,
     names_file,
     short_id,
-    without_packing,
 )
 from crysforge.datapipe.sources.files import Files, Zip, open_files
-from crysforge.datapipe.sources.labels import (
-    LabelTable,
-    by_split,
-    of_split,
-    read_table,
-    split_of,
-)
-from crysforge.datapipe.sources.passed_over import no_crystals, tell
-from crysforge.datapipe.storage.manifest import SPLITS
+from crysforge.datapipe.sources.labels import LabelTable, by_split, split_of
+from crysforge.datapipe.sources.listing import choose_tables, tables_in
+from crysforge.datapipe.sources.texts import SAVE_AS_TEXT, WORKBOOKS
 
-_MOST_TABLES = 20
-"""Tables that are looked into for labels."""
+_SHOWN = 5
+"""Examples of a long list."""
 
 
 def _likes(look: Look) -> int:
@@ -53,8 +45,11 @@ def _splits(path: Path, options: Options) -> bool:
     files = open_files(path, options.follow_links)
     if files is None or options.labels:
         return False
-    names = _tables(files) if any(map(is_structure, files.names)) else _data(files)
-    return bool(by_split(names))
+    structures = [n for n in files.names if is_structure(n)]
+    if not structures:
+        return bool(by_split(_data(files)))
+    tables, _ = choose_tables(files, Names(ids_of(structures), files.aliases), options)
+    return any(table.split for table in tables)
 
 
 @SOURCES.register("folder", _likes, splits=_splits)
@@ -80,8 +75,9 @@ def read_folder(path: Path, options: Options) -> Iterator[Raw]:
         yield from _read_data(files, options)
         return
     ids = ids_of(structures)
-    tables = [] if options.labels else _choose(files, Names(ids, files.aliases), options)
-    tell(files, {*structures, *(t.name for t in tables)}, options)
+    names = Names(ids, files.aliases)
+    tables, used = ([], set()) if options.labels else choose_tables(files, names, options)
+    _tell(files, {*structures, *used}, options)
     if not tables:
         for name, payload in files.payloads():
             yield Raw(ids[name], files.where(name), payload)
@@ -126,95 +122,28 @@ def list_files(
                 yield Raw(ids[file], files.where(file), unlisted)
 
 
-def _tables(files: Files) -> list[str]:
-    """Tables that may hold labels, `id_prop` first."""
-    found = [n for n in files.names if _suffix(n) in TABLES and not is_structure(n)]
-    return sorted(found, key=lambda n: (not _is_id_prop(n), TABLES.index(_suffix(n))))
+def _tell(files: Files, used: set[str], options: Options) -> None:
+    """Notes what is passed over."""
+    labels = Path(options.labels or "").resolve()
+    others = [n for n in files.names if n not in used and (files.path / n).resolve() != labels]
+    for what, names in (("other file", others), ("pipe or device", files.no_files)):
+        if names:
+            options.note(f"passed over {_listed(what, names)}")
+    if files.links:
+        options.note(f"{_listed('link', files.links)} to what is read anyway: it is read once")
+    if files.left_out:
+        options.note(f"not followed: {_outside(files)}")
 
 
-def _suffix(name: str) -> str:
-    return Path(without_packing(name).lower()).suffix
+def _outside(files: Files) -> str:
+    remedy = "read them with follow_links=true" if files.path.is_dir() else "unpack it"
+    return f"{_listed('link', files.left_out)} out of {files.path.name} or to nothing; {remedy}"
 
 
-def _is_id_prop(name: str) -> bool:
-    return name.rsplit("/", 1)[-1].lower().startswith("id_prop")
-
-
-def _choose(files: Files, names: Names, options: Options) -> list[LabelTable]:
-    """The tables that say which files are crystals of the set, and their labels: one for each split
-    where there are such, else `id_prop.csv`, else, if labels are wanted, the one that has them.
-
-    Raises:
-        ValueError: several tables could be meant; the only ones have a fault.
-    """
-    every = _tables(files)
-    found: list[LabelTable] = []
-    faults: list[ValueError] = []
-
-    def read(name: str) -> LabelTable:
-        notes: list[str] = []
-        text = decode(files.read(name), notes)
-        for note in notes:
-            options.note(f"{name}: {note}")
-        return read_table(text, name, names, options, options.structure_column)
-
-    splits = by_split(every)
-    lists: list[LabelTable] = []
-    if splits:
-        tables = [of_split(read(name), split) for split, name in sorted(splits.items(), key=_nth)]
-        if all(t.found for t in tables):
-            if absent := [s for s in SPLITS if s not in splits]:
-                options.note(f"no table is of {absent[0]}: that split is empty")
-            if any(t.labels for t in tables) or not options.wanted:
-                return tables
-            lists, every = tables, [n for n in every if n not in splits.values()]
-    first = next((n for n in every if PurePosixPath(n.lower()).name.startswith("id_prop.")), None)
-    if first and not options.wanted:
-        return [read(first)]
-    some = every if options.wanted else [n for n in every if _is_id_prop(n)]
-    for name in some[:_MOST_TABLES]:
-        try:
-            table = read(name)
-        except ValueError as error:
-            faults.append(error)
-            continue
-        found += [table] if table.fits() or name == first else []
-    if faults and (not found or first not in (None, *(t.name for t in found))):
-        raise faults[0]
-    chosen = [t for t in found if _means(t, options.wanted)] or found
-    if first and all(t.name == first or not _means(t, options.wanted) for t in found):
-        chosen = [t for t in found if t.name == first]
-    if len(chosen) > 1:
-        listed = ", ".join(t.name for t in chosen)
-        raise ValueError(
-            f"{files.path} has several tables of labels ({listed}): say which with "
-            f"labels={files.path / chosen[0].name}"
-        )
-    for table in chosen:
-        if table.name != first:
-            options.note(
-                f"labels are those of {table.name}, whose column {table.column} names "
-                f"{table.found:,} of {table.files:,} files"
-            )
-    return [_listed_in(t, chosen[0]) for t in lists] if lists and chosen else chosen
-
-
-def _listed_in(split: LabelTable, table: LabelTable) -> LabelTable:
-    """The rows of a table that are of a split, from a list of its files."""
-    rows = {row.file: row for row in table.rows if row.file is not None}
-    return replace(split, rows=[rows.get(row.file, row) if row.file else row for row in split.rows])
-
-
-def _means(table: LabelTable, wanted: Sequence[str]) -> bool:
-    """Whether a table says itself that it has these labels: in its header, or by its name."""
-    if table.headed:
-        return all(same_column(name, table.labels) for name in wanted)
-    words = re.split(r"[\s.,;]+", table.name.rsplit("/", 1)[-1].lower().replace("id_prop_", ""))
-    return len(wanted) == 1 and wanted[0].lower() in words
-
-
-def _nth(item: tuple[str, str]) -> int:
-    return SPLITS.index(item[0])
+def _listed(what: str, names: Sequence[str]) -> str:
+    more = ", …" if len(names) > _SHOWN else ""
+    plural = "s" if len(names) > 1 else ""
+    return f"{len(names):,} {what}{plural} ({', '.join(names[:_SHOWN])}{more})"
 
 
 # Folders of other files
@@ -247,21 +176,38 @@ def _names_files(look: Look) -> bool:
 
 
 def _read_data(files: Files, options: Options) -> Iterator[Raw]:
-    data, tables = _data(files), _tables(files) if files.path.is_dir() else []
+    data, tables = _data(files), tables_in(files) if files.path.is_dir() else []
     if not data and len(tables) == 1 and _names_files(Look(files.path / tables[0])):
         data = {tables[0]: "csv"}
     splits = by_split(data)
     chosen = {n: split_of(n) if splits else None for n in (splits.values() if splits else data)}
     single = {n for n in chosen if Path(n).suffix.lower() not in (".json", ".extxyz", ".xyz")}
     if not chosen:
-        raise ValueError(no_crystals(files))
+        raise ValueError(_nothing(files))
     if not splits and len(chosen) > 1 and single:
         raise ValueError(
             f"{files.path} has several files of crystals ({', '.join(chosen)}): give one as input, "
             "or train=…, val=…, test=…"
         )
-    tell(files, set(chosen), options)
+    _tell(files, set(chosen), options)
     for name, split in chosen.items():
         read: Callable[[Path, Options], Iterator[Raw]] = SOURCES[data[name]].read
         for raw in read(files.path / name, options):
             yield replace(raw, split=split) if split else raw
+
+
+def _nothing(files: Files) -> str:
+    """What is wrong with a folder without crystals."""
+    text = f"{files.path} holds no structure files ({', '.join(SUFFIXES)}, POSCAR…)"
+    if files.left_out:
+        return f"{text}; it has {_outside(files)}"
+    if workbook := next((n for n in files.names if n.lower().endswith(WORKBOOKS)), None):
+        return f"{text}; {workbook} is a workbook: {SAVE_AS_TEXT}"
+    if files.no_files:
+        return f"{text}; it has {_listed('pipe or device', files.no_files)}"
+    if not files.names:
+        return text
+    text = f"{text}; it has {_listed('other file', files.names)}"
+    if not files.path.is_dir():
+        return f"{text}: unpack it and give what holds the crystals as input"
+    return text

@@ -98,7 +98,7 @@ def read_table(
         ValueError: an empty table, rows of unequal length, two columns of one name, no such
             column, or another number of label columns than targets.
     """
-    dialect, rows = _cut(text, name, files)
+    dialect, rows = _without_remark(*_cut(text, name, files), options.wanted)
     place = _named_column(rows[0], column, name) if column else None
     keys = [_column(rows, place)] if place is not None else _columns(rows)
     folder = name.rpartition("/")[0]
@@ -176,6 +176,17 @@ def _cut(text: str, name: str, files: Names) -> tuple[Dialect, list[list[str]]]:
     return dialect, [trim(row, width) for row in rows]
 
 
+def _without_remark(
+    dialect: Dialect, rows: list[list[str]], wanted: Sequence[str]
+) -> tuple[Dialect, list[list[str]]]:
+    """A table without a first line that starts with # and names nothing that is wanted."""
+    names = [cell.lstrip("# ") for cell in rows[0]]
+    remark = rows[0][0].startswith("#") and not any(same_column(w, names) for w in wanted)
+    if remark and wanted and len(rows) > 1:
+        return replace(dialect, skip=dialect.skip + 1), rows[1:]
+    return dialect, rows
+
+
 def _named_column(names: Sequence[str], column: str, where: str) -> int:
     found = same_column(column, names)
     if found is None:
@@ -239,7 +250,7 @@ def _label_names(
     options: Options,
 ) -> dict[int, str]:
     """Names of the label columns by their numbers."""
-    others = [i for i in range(len(rows[0])) if i != place]
+    others = [i for i in range(len(rows[0])) if i != place and any(row[i] for row in rows)]
     if names:
         return {i: names[i] for i in others if names[i]}
     if not options.targets:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from crysforge.datapipe.sources.base import Look, Options, Payload, Raw
 from crysforge.datapipe.sources.delimited import clean, sniff
@@ -40,8 +40,8 @@ def read_named(path: Path, options: Options) -> Iterator[Raw]:
         raise ValueError(_without_files(path, text, named, outside))
     if outside:
         options.note(
-            f"{len(outside)} files that {path.name} names ({outside[0]}, …) lie outside of its "
-            "folder; read them with follow_links=true"
+            f"{len(outside):,} file(s) that {path.name} names ({PurePath(outside[0]).name}, …) lie "
+            "outside of its folder; read them with follow_links=true"
         )
     yield from list_files(files, [table], ids, rest=False)
 

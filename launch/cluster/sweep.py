@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from crysforge.trainer.base.command_line import read_plain
 Cell = dict[str, Any]
 """Settings of one run: dotted key → value."""
 
+_KEY = re.compile(r"\w[\w-]*")
+"""A part of a dotted key."""
 _LONGEST = 120
 """Characters of a cell's name; longer ones are cut and end in a hash."""
 
@@ -141,7 +144,7 @@ def dotted(value: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
         raise ValueError(f"settings are a mapping of keys to values, not {repr(value)[:40]}")
     pairs: list[tuple[str, Any]] = []
     for key, item in value.items():
-        if isinstance(item, dict) and item:
+        if isinstance(item, dict) and item and all(map(_KEY.fullmatch, map(str, item))):
             pairs += dotted(item, f"{prefix}{key}.")
         else:
             pairs.append((f"{prefix}{key}", item))

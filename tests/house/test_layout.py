@@ -94,7 +94,7 @@ LATE = {
     "launch/cluster/jobs.py _prepare": {"datapipe.preparing.config"},
     "launch/cluster/jobs.py _pretrain": {"trainer.jobs.schemas"},
     "launch/cluster/jobs.py check": {"models.encoders", "trainer.stages.base"},
-    "trainer/base/command_line.py _lost": {"trainer.base.distributed"},
+    "trainer/base/command_line.py _in_words": {"trainer.base.distributed"},
     "trainer/serving/ensemble.py __init__": {"trainer.serving.predictor"},
 }
 """What functions import."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from crysforge.datapipe.common.files import replacing
 from crysforge.datapipe.common.streams import is_stream
@@ -58,7 +58,7 @@ def _write(
     model: Predictor | Ensemble,
     crystals: Iterable[Crystal | Failure],
     drop: _Drops,
-    write: Callable[[Sequence[str]], None],
+    write: Callable[[Sequence[Any]], Any],
     max_atoms: int,
     strict: bool,
     counts: Predicted,

@@ -225,6 +225,29 @@ def test_one_table_called_test_is_no_split(tmp_path):
     assert manifest.splits == {"train": 10, "val": 1, "test": 1}
 
 
+def test_tables_of_splits_of_something_else_are_none(tmp_path):
+    folder = put(tmp_path / "set")
+    for name in ("train.csv", "test.csv"):
+        (folder / name).write_text("word,count\nsalt,1\nsugar,2\n")
+    (folder / "gaps.csv").write_text(table(ROWS))
+    manifest = prepare(config(input=str(folder), output=str(tmp_path / "out")))
+    assert manifest.splits == {"train": 10, "val": 1, "test": 1}
+    assert "passed over 2 other files (test.csv, train.csv)" in manifest.provenance["notes"]
+
+
+def test_lists_of_splits_of_which_one_has_labels(tmp_path):
+    folder = put(tmp_path / "set")
+    (folder / "train.csv").write_text(table(ROWS[:8], ("file", "gap")))
+    (folder / "test.csv").write_text(table([row[:1] for row in ROWS[8:]], ("file",)))
+    for labels in (None, "id_prop.csv"):
+        if labels:
+            (folder / labels).write_text(table(ROWS))
+        out = tmp_path / str(labels)
+        manifest = prepare(config(input=str(folder), output=str(out)))
+        assert manifest.splits == {"train": 8, "val": 0, "test": 4}
+        assert manifest.targets["gap"].labelled["test"] == (4 if labels else 0)
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 @pytest.mark.parametrize("suffix", ["csv", "json"])
 def test_a_folder_of_one_file_for_each_split(tmp_path, suffix, kind):

@@ -358,6 +358,14 @@ def test_files_outside_of_the_tables_folder_need_leave(tmp_path):
         with pytest.raises(ValueError, match=r"outside of its folder.*follow_links=true"):
             read(path)
         assert labelled(path, follow_links=True) == GAP_OF
+    put(tmp_path / "tables", count=6)
+    rows = [*((f"salt{i}.cif", GAPS[i]) for i in range(6)), (tmp_path / "cifs/salt7.cif", GAPS[7])]
+    path.write_text(table(rows, ("cif", "gap")))
+    notes: list[str] = []
+    found = read(path, notes=notes)
+    assert [f.reason for f in found if isinstance(f, Failure)] == ["missing file"]
+    assert notes == ["1 file(s) that t.csv names (salt7.cif, …) lie outside of its folder; read "
+                     "them with follow_links=true"]  # fmt: skip
 
 
 def test_labels_in_a_table_for_any_input(tmp_path):

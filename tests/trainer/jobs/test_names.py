@@ -106,6 +106,14 @@ def test_submitted_jobs_and_sweeps_take_any_name(tmp_path):
     assert all(re.fullmatch(r"[A-Za-z0-9._+=,-]+", n) for n in names)
 
 
+def test_mappings_by_name_in_a_file_of_runs(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    cells = [{"units": {"E (eV, 0.1 K)": "eV", "[b]": "K"}, "loader": {"workers": 0}}]
+    path.write_text(yaml.safe_dump(cells), encoding="utf-8")
+    (cell,) = sweep.read_sweep(str(path))
+    assert sweep.merge({"targets": ["[b]"]}, cell) == {"targets": ["[b]"], **cells[0]}
+
+
 def test_parts_of_file_names_are_safe_and_differ():
     parts = slugs(NASTY)
     assert len({part.casefold() for part in parts}) == len(NASTY)
