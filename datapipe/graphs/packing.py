@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,11 +39,9 @@ def build(
     if transform is None:
         shown = [(s, _neighbours(s.seen, spec, s)) for s in ready]
     else:
-        shown = [
-            view
-            for s in ready
-            for view in transform.show(s, lambda c, s=s: _neighbours(c, spec, s))
-        ]
+        shown = []
+        for s in ready:
+            shown += transform.show(s, partial(_neighbours, spec=spec, sample=s))
     return pack([s for s, _ in shown], [g for _, g in shown], spec, targets, quotient)
 
 

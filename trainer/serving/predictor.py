@@ -84,7 +84,11 @@ class Predictor:
         for i, row in enumerate(rows):
             if isinstance(row, BadCrystal):
                 raise BadCrystal(f"structure {i}: {row}", row.reason)
-        out = np.stack(rows) if rows else np.empty((0, len(self.targets)))
+        out = (
+            np.stack([row for row in rows if isinstance(row, np.ndarray)])
+            if rows
+            else np.empty((0, len(self.targets)))
+        )
         out = out[:, 0] if len(self.targets) == 1 else out
         return out[0] if single else out
 
@@ -108,7 +112,11 @@ class Predictor:
                 latents = self.encoder(batch).float()
                 pooled = torch.segment_reduce(latents, "mean", offsets=batch.ptr)
                 rows += list(pooled.cpu().numpy())
-        out = np.stack(rows) if rows else np.empty((0, self.encoder.dim), dtype=np.float32)
+        out = (
+            np.stack([row for row in rows if isinstance(row, np.ndarray)])
+            if rows
+            else np.empty((0, self.encoder.dim), dtype=np.float32)
+        )
         return out[0] if single else out
 
     def iterate(
