@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -41,16 +42,16 @@ def predict_to_csv(
     counts = Predicted(Outsiders(model.trained_on))
     output.parent.mkdir(parents=True, exist_ok=True)
     with suppress(_NothingWritten), replacing(output, streams=True) as file:
+        hashed = _Hashed(file)
         with replacing(dropped_path(output), streams=True) as bad:
-            _write(model, crystals, _Drops(bad), row_writer(file), max_atoms, strict, counts)
+            _write(model, crystals, _Drops(bad), row_writer(hashed), max_atoms, strict, counts)
         if not counts.dropped and not is_stream(output):
             dropped_path(output).unlink()
         if not counts.written:
             raise _NothingWritten
         if request:
-            file.flush()
             told = {"written": counts.written, "dropped": counts.dropped}
-            keep_request(output, request, Path(file.name), told)
+            keep_request(output, request, hashed.digest.hexdigest(), told)
     return counts
 
 
@@ -85,6 +86,17 @@ def _write(
         else:
             counts.written += 1
             write([crystal.id, *(cell(v) for v in values)])
+
+
+class _Hashed:
+    """Writes to a file of UTF-8 text, and knows the hash of what it wrote."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, text: str) -> int:
+        self.digest.update(text.encode())
+        return self._file.write(text)
 
 
 class _Drops:

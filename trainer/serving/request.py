@@ -16,15 +16,13 @@ def request_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.request.json")
 
 
-def keep_request(output: Path, request: str, content: Path, counts: Mapping[str, int]) -> None:
+def keep_request(output: Path, request: str, digest: str, counts: Mapping[str, int]) -> None:
     """Notes what `output` was asked for, before it takes its place.
 
     Args:
-        content: file that holds what will be `output`. counts: `written` and `dropped` crystals.
+        digest: SHA-256 of what will be `output`. counts: `written` and `dropped` crystals.
     """
-    write_json(
-        request_path(output), {"request": request, "sha256": sha256(content), **dict(counts)}
-    )
+    write_json(request_path(output), {"request": request, "sha256": digest, **dict(counts)})
 
 
 def predicted_before(output: Path, request: str) -> tuple[int, int] | None:
