@@ -58,8 +58,9 @@ class Logger:
             _drop_lines(run / "metrics.jsonl", stage, start)
             self._lines = open_append(run / "metrics.jsonl")
             again = self.board_path.is_dir()
-            for folder in (self.board_path.parent, self.board_path):
-                make_directory(folder, parents=False)
+            with self._not_worth_a_run():
+                for folder in (self.board_path.parent, self.board_path):
+                    make_directory(folder, parents=False)
             self._board = Board(self.board_path, start + 1 if again else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

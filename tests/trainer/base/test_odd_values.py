@@ -223,7 +223,7 @@ def test_a_run_starts_and_ends_with_a_full_disk_under_tensorboard(call, data, tm
     assert code == 75, err
     (run / "tensorboard").mkdir(exist_ok=True)
     shutil.rmtree(run / "tensorboard")
-    (run / "tensorboard").symlink_to("/dev/full")  # nothing can be made in it
+    (run / "tensorboard").write_text("")  # nothing can be made in it
     code, out, err = call(*args)
     assert code == 0, err
     assert (out + err).count("warning: logs are not complete") == 1 and "Traceback" not in err
