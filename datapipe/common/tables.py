@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 from crysforge.datapipe.common.escape import cell, from_cell
 from crysforge.datapipe.common.safe_read import own_file
@@ -15,7 +15,13 @@ MAX_TABLE = 1 << 30
 """Bytes of the longest file."""
 
 
-def row_writer(file: IO[str], **how: Any) -> Callable[[Sequence[object]], object]:
+class Writable(Protocol):
+    """A text file, or what stands for one."""
+
+    def write(self, text: str, /) -> object: ...
+
+
+def row_writer(file: Writable, **how: Any) -> Callable[[Sequence[object]], object]:
     """A function that appends a row to a CSV.
 
     Args:
