@@ -12,7 +12,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+from crysforge.datapipe.common import workers
+from crysforge.datapipe.common.workers import Workers
 
 RUNS = (
     "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile",
@@ -34,12 +38,16 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 SECRET = "s3cret-of-the-user"
 
 
+_WORKERS = {f.__code__ for f in (Workers._start, Workers._take, workers._serve)}
+
+
 class Breach(BaseException):
     """Something forbidden was about to happen. No `except Exception` hides it."""
 
 
 class Guard:
-    """The watch of one process; `armed()` for as long as a stranger's files are read.
+    """The watch of one process and of the workers that `datapipe.common.workers` forks from it;
+    `armed()` for as long as a stranger's files are read.
 
     Args:
         folder: an empty directory; of what it gets, only `box` may change.
@@ -50,7 +58,8 @@ class Guard:
         self.box = self.folder / "box"
         self.outside = self.folder / "outside"
         self.secret = self.outside / "secret.txt"
-        self._armed, self._breaches = False, [""][:0]
+        self._armed = False
+        self._told = self.folder / "breaches"  # of workers, too
         self.box.mkdir()
         self.outside.mkdir()
         self.secret.write_text(SECRET)
@@ -70,13 +79,14 @@ class Guard:
     @contextmanager
     def armed(self) -> Iterator[None]:
         """Raises Breach if anything forbidden happens inside, or has happened when it ends."""
-        self._armed, self._breaches = True, []
+        self._told.write_text("")
+        self._armed = True
         try:
             yield
         finally:
             self._armed = False
-            if self._breaches:
-                raise Breach("; ".join(self._breaches))
+            if breaches := self._told.read_text():
+                raise Breach(breaches.strip().replace("\n", "; "))
             if (now := self._state()) != self._before:
                 self._before = now
                 raise Breach(f"what is outside has changed: {sorted(now)}")
@@ -92,6 +102,8 @@ class Guard:
         if not self._armed:
             return
         what = ""
+        if event in ("os.fork", "pickle.find_class") and _of_our_workers():
+            return
         if event in RUNS or event in SENDS:
             what = f"{event} {args[:2]!r}"[:200]
         elif event == "open":
@@ -101,7 +113,10 @@ class Guard:
         elif event in CHANGES:
             what = self._changed(event, args)
         if what:
-            self._breaches.append(what)
+            self._armed = False
+            with open(self._told, "a", errors="replace") as told:
+                told.write(f"{what}\n")
+            self._armed = True
             raise Breach(what)
 
     def _changed(self, event: str, args: tuple[Any, ...]) -> str:
@@ -133,3 +148,12 @@ class Guard:
         if path in (os.devnull, str(self.box)):
             return True
         return path.startswith((f"{self.box}{os.sep}", "/dev/shm/"))
+
+
+def _of_our_workers() -> bool:
+    """Whether our own workers ask: one is forked, or something comes through its pipe. The watch is
+    in a worker as well."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals["__name__"].startswith("multiprocessing."):
+        frame = frame.f_back
+    return frame is not None and frame.f_code in _WORKERS

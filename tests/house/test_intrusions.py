@@ -40,6 +40,7 @@ BREACHES = {
     "a file removed": "(guard.outside / 'notes.tmp').unlink()",
     "a folder removed": "import shutil; shutil.rmtree(guard.outside / 'vae-00000001')",
     "a file moved": "(guard.box / 'a').rename(guard.outside / 'a')",
+    "in a worker": "list(Workers(open, 2).map([guard.secret]))",
     "hidden by a handler": "try:\n  open(guard.secret)\nexcept Exception:\n  pass",
 }
 
@@ -49,6 +50,7 @@ def test_the_guard_notices(tmp_path):
     code = f"""
 import os
 from pathlib import Path
+from crysforge.datapipe.common.workers import Workers
 from tests.guarded import Breach, Guard
 guard = Guard(Path({str(tmp_path)!r}))
 (guard.box / "a").write_text("a")
@@ -66,6 +68,8 @@ with guard.armed():
     (guard.box / "c").mkdir()
     (guard.box / "c").rmdir()
     open("/etc/hosts").close()
+    with Workers(len, 2) as workers:
+        assert list(workers.map([b"a", b"bc"], chunk=1)) == [1, 2]
 """
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
