@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import types
@@ -87,7 +88,12 @@ def sized(low: int, high: int) -> Rule:
 
 
 def _line(text: str) -> bool:
-    return len(text) <= 500 and text.replace("\xa0", " ").isprintable()
+    return len(text) <= 500 and _printable(text)
+
+
+@functools.lru_cache(4096)
+def _printable(text: str) -> bool:
+    return text.replace("\xa0", " ").isprintable()
 
 
 def _inside(text: str) -> bool:
@@ -124,6 +130,8 @@ def checked(form: Any, value: Any, where: str, at: str = "") -> Any:
         ValueError: it is of another type, out of its range or pattern, or lacks a field; one line
             that names the field and what was found.
     """
+    if form is type(value) and form in (bool, float, str):  # most are: logs are long
+        return value
     if isinstance(form, Mapping):
         return _table(form, value, where, at)
     if isinstance(form, list):
@@ -210,9 +218,9 @@ def _table(form: Mapping[str, Any], value: Any, where: str, at: str) -> dict[str
 
 
 def _mapping(forms: tuple[Any, ...], value: Mapping[Any, Any], where: str, at: str) -> dict:
-    out = {}
+    out, place = {}, f"a key of {at or 'the mapping'}"
     for key, item in value.items():
-        name = checked(forms[0], key, where, f"a key of {at or 'the mapping'}")
+        name = checked(forms[0], key, where, place)
         out[name] = checked(forms[1], item, where, f"{at}.{key}" if at else str(key))
     return out
 
