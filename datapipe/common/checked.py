@@ -120,6 +120,18 @@ Number = Annotated[int, between(1, 118)]
 """An atomic number."""
 
 
+class Misfit(ValueError):
+    """A value that is not of its form.
+
+    Attributes:
+        at: where it is.
+    """
+
+    def __init__(self, text: str, at: str) -> None:
+        super().__init__(text)
+        self.at = at
+
+
 def checked(form: Any, value: Any, where: str, at: str = "") -> Any:
     """The value, held against a form.
 
@@ -192,11 +204,15 @@ def _one_of(forms: tuple[Any, ...], value: Any, where: str, at: str) -> Any:
         return None
     if len(rest) == 1:
         return checked(rest[0], value, where, at)
+    found: list[Misfit] = []
     for form in rest:
         try:
             return checked(form, value, where, at)
-        except ValueError:
-            continue
+        except Misfit as error:
+            found.append(error)
+    deepest = max(found, key=lambda error: error.at.count("."))
+    if deepest.at != at:
+        raise deepest
     raise _wrong(" or ".join(map(described, forms)), value, where, at)
 
 
@@ -210,7 +226,7 @@ def _table(form: Mapping[str, Any], value: Any, where: str, at: str) -> dict[str
         if name in value and key != "*":
             out[name] = checked(inner, value[name], where, place)
         elif key == name and key != "*":
-            raise ValueError(f"{where} is damaged: missing key {place!r}")
+            raise Misfit(f"{where} is damaged: missing key {place!r}", at)
     if "*" in form:
         rest = {k: v for k, v in value.items() if k not in out}
         out |= _mapping((Name, form["*"]), rest, where, at)
@@ -236,21 +252,21 @@ def _instance(cls: Any, value: Any, where: str, at: str) -> Any:
     for key in (*needed, *value):
         place = f"{at}.{key}" if at else str(key)
         if key not in needed:
-            raise ValueError(f"{where} is damaged: unknown key {_brief(place)}")
+            raise Misfit(f"{where} is damaged: unknown key {_brief(place)}", at)
         if key not in value and needed[key]:
-            raise ValueError(f"{where} is damaged: missing key {place!r}")
+            raise Misfit(f"{where} is damaged: missing key {place!r}", at)
     given = {
         k: checked(hints[k], v, where, f"{at}.{k}" if at else str(k)) for k, v in value.items()
     }
     try:
         return cls(**given)
     except ValueError as error:
-        raise ValueError(f"{where} is damaged: {f'{at}: ' if at else ''}{error}") from None
+        raise Misfit(f"{where} is damaged: {f'{at}: ' if at else ''}{error}", at) from None
 
 
-def _wrong(what: str, value: Any, where: str, at: str) -> ValueError:
-    return ValueError(
-        f"{where} is damaged: {_shown(at) or 'it'} must be {what}, not {_brief(value)}"
+def _wrong(what: str, value: Any, where: str, at: str) -> Misfit:
+    return Misfit(
+        f"{where} is damaged: {_shown(at) or 'it'} must be {what}, not {_brief(value)}", at
     )
 
 

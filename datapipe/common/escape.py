@@ -77,4 +77,5 @@ def file_part(text: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).lstrip(".-")
     if plain == text and len(text) <= 80:
         return text
-    return f"{plain[:80]}-{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:8]}"
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+    return "-".join(filter(None, (plain[:80], digest)))
