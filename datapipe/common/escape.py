@@ -16,10 +16,14 @@ _NUMBER = re.compile(r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|inf)")
 def one_line(text: str) -> str:
     """A text on one line, with what cannot be printed (line ends, terminal codes, marks that turn
     the direction of writing) as `\\u202e`."""
-    text = " ".join(text.split())
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """A text of one line or more for a terminal, with what would steer it as `\\u001b`."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c == "\xa0" else _code(c) for c in text)
+    return "".join(c if c.isprintable() or c in "\xa0\n" else _code(c) for c in text)
 
 
 def _code(character: str) -> str:

@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 import crysforge
 from crysforge.datapipe.common.checked import checked
 from crysforge.datapipe.common.config import configure, refuse_references
+from crysforge.datapipe.common.escape import printable
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.safe_read import as_text, parse_yaml, read_named
 from crysforge.datapipe.storage.remote import DISK_FULL, is_remote
@@ -362,7 +363,7 @@ def run(
             traceback.print_exc()
         if isinstance(error, OSError) and error.errno in DISK_FULL and error.filename is None:
             error = OSError("the disk that the output is written to is full: free some space")
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         again = isinstance(error, ConnectionError | ChildProcessError | TimeoutError)
         ended(error, 1 if again else 2)
         raise SystemExit(1 if again else 2) from None

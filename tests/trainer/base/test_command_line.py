@@ -162,6 +162,15 @@ def test_a_terminal_without_a_letter_ends_no_run(monkeypatch):
     assert bytes_.getvalue() == "5 Å ".encode("latin-1") + b"\\u2192 \\u2026\n"
 
 
+def test_an_error_steers_no_terminal(capsys):
+    def fail():
+        raise ValueError("crystal \x1b[2J\u202ea\nb")
+
+    with pytest.raises(SystemExit):
+        run(fail)
+    assert capsys.readouterr().err == "error: crystal \\u001b[2J\\u202ea\nb\n"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
