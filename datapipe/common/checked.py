@@ -28,6 +28,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
+from crysforge.datapipe.common.escape import brief
+
 LARGEST = 2**62
 """No number of ours is larger: counts, bytes, steps, seconds."""
 
@@ -49,16 +51,11 @@ class Either:
 
 
 @dataclass(frozen=True)
-class Mapped:
-    """A mapping, and the forms of its keys and values."""
+class mapped:
+    """A mapping, as `dict[key, value]` where the values are no types but tables."""
 
     key: Any
     value: Any
-
-
-def mapped(key: Any, value: Any) -> Mapped:
-    """A mapping, as `dict[key, value]` where the values are no types but tables."""
-    return Mapped(key, value)
 
 
 def table_of(cls: Any) -> dict[str, Any]:
@@ -148,7 +145,7 @@ def checked(form: Any, value: Any, where: str, at: str = "") -> Any:
         return _table(form, value, where, at)
     if isinstance(form, list):
         return _list(form[0], value, where, at)
-    if isinstance(form, Mapped):
+    if isinstance(form, mapped):
         if not isinstance(value, Mapping):
             raise _wrong("a mapping", value, where, at)
         return _mapping((form.key, form.value), value, where, at)
@@ -226,7 +223,7 @@ def _table(form: Mapping[str, Any], value: Any, where: str, at: str) -> dict[str
         if name in value and key != "*":
             out[name] = checked(inner, value[name], where, place)
         elif key == name and key != "*":
-            raise Misfit(f"{where} is damaged: missing key {place!r}", at)
+            raise Misfit(f"{where} is damaged: missing key {brief(place)}", at)
     if "*" in form:
         rest = {k: v for k, v in value.items() if k not in out}
         out |= _mapping((Name, form["*"]), rest, where, at)
@@ -252,9 +249,9 @@ def _instance(cls: Any, value: Any, where: str, at: str) -> Any:
     for key in (*needed, *value):
         place = f"{at}.{key}" if at else str(key)
         if key not in needed:
-            raise Misfit(f"{where} is damaged: unknown key {_brief(place)}", at)
+            raise Misfit(f"{where} is damaged: unknown key {brief(place)}", at)
         if key not in value and needed[key]:
-            raise Misfit(f"{where} is damaged: missing key {place!r}", at)
+            raise Misfit(f"{where} is damaged: missing key {brief(place)}", at)
     given = {
         k: checked(hints[k], v, where, f"{at}.{k}" if at else str(k)) for k, v in value.items()
     }
@@ -266,19 +263,18 @@ def _instance(cls: Any, value: Any, where: str, at: str) -> Any:
 
 def _wrong(what: str, value: Any, where: str, at: str) -> Misfit:
     return Misfit(
-        f"{where} is damaged: {_shown(at) or 'it'} must be {what}, not {_brief(value)}", at
+        f"{where} is damaged: {brief(at, bare=True) or 'it'} must be {what}, not {brief(value)}", at
     )
 
 
-_WORDS = {
+_WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "a text",
     list: "a list",
     dict: "a mapping",
-    None: "nothing",
-    types.NoneType: "nothing",
+    **dict.fromkeys((None, types.NoneType), "nothing"),
 }
 
 
@@ -293,7 +289,7 @@ def described(form: Any) -> str:
         return " or ".join(map(repr, args))
     if isinstance(form, Either) or origin in (Union, types.UnionType):
         return " or ".join(map(described, form.forms if isinstance(form, Either) else args))
-    if isinstance(form, Mapped | Mapping):
+    if isinstance(form, mapped | Mapping):
         return _WORDS[dict]
     return _WORDS.get(origin or form, _WORDS[dict])
 
@@ -302,20 +298,3 @@ def _both(form: Any, rule: Rule) -> str:
     """A form with a rule in words."""
     alone = rule.what.split()[0] in ("a", "an", "one", "the")
     return rule.what if alone else f"{described(form)}, {rule.what}"
-
-
-def _shown(text: str) -> str:
-    """A text of a stranger on one short line."""
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= 100 else f"{text[:99]}…"
-
-
-def _brief(value: Any) -> str:
-    """A value of a stranger on one short line."""
-    if isinstance(value, list | Mapping):
-        return f"{_WORDS[list if isinstance(value, list) else dict]} of {len(value)}"
-    if isinstance(value, int) and abs(value) > LARGEST:
-        return "a number beyond all bounds"
-    return _shown(
-        repr(value) if not isinstance(value, str) or value.isprintable() else ascii(value)
-    )

@@ -83,3 +83,14 @@ def file_part(text: str) -> str:
         return text
     digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
     return "-".join(filter(None, (plain[:80], digest)))
+
+
+def brief(value: object, bare: bool = False) -> str:
+    """A value on one short line; `bare`: a text without quotes."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'a mapping'} of {len(value)}"
+    if isinstance(value, int) and abs(value) > 1 << 64:
+        return "a number beyond all bounds"
+    text = value if bare and isinstance(value, str) else repr(value)
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 100 else f"{text[:99]}…"
