@@ -37,8 +37,8 @@ from crysforge.trainer.base.help import help_text, show
 
 T = TypeVar("T")
 
-PROSE = {"license", "metadata", "source", "title"}
-"""Settings that are shown, never opened."""
+PROSE = ("license", "source", "title")
+"""Settings that are shown, never opened; and so are all below `metadata`."""
 
 
 def parse(schema: type[T], doc: str | None, argv: Sequence[str] | None = None) -> T:
@@ -153,9 +153,13 @@ def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def refuse_locations(values: Mapping[str, Any], typed: Collection[str] = ()) -> None:
     """Raises ValueError for a URL or command to open among settings, but those of the `typed` keys
-    and those that are shown only."""
+    and those that are shown only; and for a leave to replace files that is not typed."""
     for key, value in leaves(values):
-        if key in typed or PROSE & {*key.split(".")}:
+        if key == "overwrite" and value and key not in typed:
+            raise ValueError(
+                "overwrite=true counts only if it is typed: give it on the command line"
+            )
+        if key in typed or key.split(".")[-1] in PROSE or key.startswith("metadata."):
             continue
         for text in _texts(value):
             if is_remote(text):

@@ -254,6 +254,10 @@ def test_data_sets_below_an_address_that_is_typed(file, tmp_path):
     for change, words in (
         ({"data_dir": "s3://bucket"}, "data_dir is 's3://bucket' in a config file"),
         ({"data": {"a": {"path": "pipe:x"}, "b": {}}}, "data.a.path is 'pipe:x' in a config file"),
+        ({"data": {"source": {"path": "pipe:x"}}}, "data.source.path is 'pipe:x' in a config file"),
+        ({"data": {"metadata": {"path": "pipe:x"}}}, "data.metadata.path is 'pipe:x'"),
+        ({"data": {"title": "pipe:x"}}, "must be settings by name, not 'pipe:x'"),
+        ({"data": {"a": ["x"], "b": {}}}, "must be settings by name, not a list of 1"),
     ):
         with pytest.raises(ValueError, match=words):
             Suite([file(**change)], ["output=runs"])

@@ -18,6 +18,7 @@ import pytest
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.files import sha256
 from crysforge.datapipe.storage.remote import is_below
+from crysforge.launch.predict import PredictConfig
 from crysforge.trainer.base.command_line import (
     from_sources,
     parse,
@@ -235,6 +236,16 @@ def test_a_later_file_takes_no_more_than_an_earlier_one(tmp_path):
     typed.write_text("data: s3://mine\nseed: 1\n")  # edited since
     with pytest.raises(ValueError, match="only if it is typed"):
         parse(Job, None, [f"--config={typed}", recorded])
+
+
+def test_a_file_gives_no_leave_to_replace_files(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("overwrite: true\n")
+    with pytest.raises(ValueError, match="overwrite=true counts only if it is typed"):
+        parse(PredictConfig, None, [f"--config={path}"])
+    assert parse(PredictConfig, None, [f"--config={path}", "overwrite=true"]).overwrite
+    path.write_text("overwrite: false\n")
+    assert not parse(PredictConfig, None, [f"--config={path}"]).overwrite
 
 
 def test_what_is_shown_may_be_an_address(tmp_path):
