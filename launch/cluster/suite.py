@@ -312,6 +312,7 @@ def _with_included(file: str, above: tuple[str, ...] = ()) -> list[str]:
 def _values(factor: str, values: Any) -> dict[Any, dict[str, Any]]:
     """A factor's values, each with its settings by dotted key."""
     if isinstance(values, list):
+        values = checked(list[str | int | float | bool | None], values, "the suite", factor)
         found = {value: {factor: value} for value in values}
         if len(found) != len(values):
             raise ValueError(f"factor {factor!r} has a value twice: {values}")

@@ -156,9 +156,7 @@ def refuse_locations(values: Mapping[str, Any], typed: Collection[str] = ()) -> 
     and those that are shown only; and for a leave to replace files that is not typed."""
     for key, value in leaves(values):
         if key == "overwrite" and value and key not in typed:
-            raise ValueError(
-                "overwrite=true counts only if it is typed: give it on the command line"
-            )
+            raise ValueError("overwrite=true counts only if it is typed on the command line")
         if key in typed or key.split(".")[-1] in PROSE or key.startswith("metadata."):
             continue
         for text in _texts(value):
