@@ -294,8 +294,7 @@ def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
 
 def _checked(cell: Cell) -> str:
     """What the check of a cell's config depends on."""
-    set_here = ("data", "init_from", "run_dir")
-    config = {k: v for k, v in cell.config.items() if k not in set_here}
+    config = {k: v for k, v in cell.config.items() if k not in ("data", "init_from", "run_dir")}
     seed = {"seed": type(config.get("seed")).__name__}
     return json.dumps([cell.job, bool(cell.after), config | seed], sort_keys=True)
 

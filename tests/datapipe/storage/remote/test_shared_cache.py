@@ -42,6 +42,18 @@ def test_where_others_write_a_copy_is_trusted_by_its_hash(shared):
     assert ids(shared) == whole  # now by size, as every copy is ours
 
 
+def test_a_copy_that_was_trusted_is_not_for_good(shared):
+    folder = Path(shared.cache_dir)
+    folder.chmod(0o700)
+    whole = ids(shared)
+    for path in folder.glob("*.tar"):
+        content = bytearray(path.read_bytes())
+        content[700] ^= 1
+        path.write_bytes(content)
+    folder.chmod(0o775)
+    assert ids(shared) == whole
+
+
 def test_hashing_is_done_once(shared, monkeypatch):
     shard = Manifest.load(SET).shards[0]
     cache, url = ShardCache(shared), str(SET / shard.name)
