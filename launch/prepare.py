@@ -42,6 +42,7 @@ from crysforge.datapipe.common import threads
 
 threads.choose(1)  # the work is shared out to processes
 
+from crysforge.datapipe.common.escape import one_line
 from crysforge.datapipe.preparing.bake import BakeConfig, bake
 from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.edit import merge, reshard, subset
@@ -82,7 +83,7 @@ def check() -> None:
     announce(config)
     count = 0
     for problem in verify(config):
-        print(problem)
+        print(one_line(problem))
         count += 1
     print(f"{config.verify}: {count or 'no'} problem{'' if count == 1 else 's'}")
     if count:

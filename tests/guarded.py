@@ -7,21 +7,24 @@ is made, whoever asks for it; what is forbidden is stopped there and then.
 
 from __future__ import annotations
 
+import mmap
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
-
-from crysforge.datapipe.common import workers
-from crysforge.datapipe.common.workers import Workers
 
 RUNS = (
     "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile",
     "os.fork", "os.forkpty", "pty.spawn", "pickle.find_class", "ctypes.dlopen", "code.__new__",
 )  # fmt: skip
+OWN = {
+    "os.fork": ("multiprocessing/popen_fork.py", "_launch"),
+    "pickle.find_class": ("multiprocessing/connection.py", "recv"),
+}
+"""What workers of ours need, and where alone: they are watched as well."""
 SENDS = (
     "socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname", "socket.bind",
     "urllib.Request", "http.client.connect", "ftplib.connect", "smtplib.connect",
@@ -35,19 +38,27 @@ CHANGES = {
 RELATIVE = ("os.remove", "os.rename", "os.rmdir")
 """Those that take open directories behind."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+LONGEST = 30
+"""Seconds that reading may take."""
 SECRET = "s3cret-of-the-user"
-
-
-_WORKERS = {f.__code__ for f in (Workers._start, Workers._take, workers._serve)}
 
 
 class Breach(BaseException):
     """Something forbidden was about to happen. No `except Exception` hides it."""
 
 
+def _too_long(number: int, frame: object) -> None:
+    raise Breach(f"takes longer than {LONGEST} s")
+
+
+def _is_called_in(file: str, function: str) -> bool:
+    """Whether what the hook was told of is done by a function of a file."""
+    code = sys._getframe(2).f_code
+    return code.co_filename.endswith(file) and code.co_name == function
+
+
 class Guard:
-    """The watch of one process and of the workers that `datapipe.common.workers` forks from it;
-    `armed()` for as long as a stranger's files are read.
+    """The watch of one process; `armed()` for as long as a stranger's files are read.
 
     Args:
         folder: an empty directory; of what it gets, only `box` may change.
@@ -59,7 +70,7 @@ class Guard:
         self.outside = self.folder / "outside"
         self.secret = self.outside / "secret.txt"
         self._armed = False
-        self._told = self.folder / "breaches"  # of workers, too
+        self._breaches = mmap.mmap(-1, 1 << 16)  # of this process and of all that it forks
         self.box.mkdir()
         self.outside.mkdir()
         self.secret.write_text(SECRET)
@@ -79,14 +90,16 @@ class Guard:
     @contextmanager
     def armed(self) -> Iterator[None]:
         """Raises Breach if anything forbidden happens inside, or has happened when it ends."""
-        self._told.write_text("")
-        self._armed = True
+        self._armed, self._breaches[:] = True, bytes(len(self._breaches))
+        signal.signal(signal.SIGALRM, _too_long)
+        signal.alarm(LONGEST)
         try:
             yield
         finally:
+            signal.alarm(0)
             self._armed = False
-            if breaches := self._told.read_text():
-                raise Breach(breaches.strip().replace("\n", "; "))
+            if found := self._breaches[:].partition(b"\0")[0]:
+                raise Breach(found.decode(errors="replace"))
             if (now := self._state()) != self._before:
                 self._before = now
                 raise Breach(f"what is outside has changed: {sorted(now)}")
@@ -102,9 +115,9 @@ class Guard:
         if not self._armed:
             return
         what = ""
-        if event in ("os.fork", "pickle.find_class") and _of_our_workers():
-            return
         if event in RUNS or event in SENDS:
+            if event in OWN and _is_called_in(*OWN[event]):
+                return
             what = f"{event} {args[:2]!r}"[:200]
         elif event == "open":
             path, _, flags = args
@@ -113,10 +126,9 @@ class Guard:
         elif event in CHANGES:
             what = self._changed(event, args)
         if what:
-            self._armed = False
-            with open(self._told, "a", errors="replace") as told:
-                told.write(f"{what}\n")
-            self._armed = True
+            if not self._breaches[0]:
+                text = what.encode(errors="replace")[: len(self._breaches) - 1]
+                self._breaches[: len(text)] = text
             raise Breach(what)
 
     def _changed(self, event: str, args: tuple[Any, ...]) -> str:
@@ -148,12 +160,3 @@ class Guard:
         if path in (os.devnull, str(self.box)):
             return True
         return path.startswith((f"{self.box}{os.sep}", "/dev/shm/"))
-
-
-def _of_our_workers() -> bool:
-    """Whether our own workers ask: one is forked, or something comes through its pipe. The watch is
-    in a worker as well."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_globals["__name__"].startswith("multiprocessing."):
-        frame = frame.f_back
-    return frame is not None and frame.f_code in _WORKERS

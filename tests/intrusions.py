@@ -139,7 +139,8 @@ def run_names_its_data(scene: Scene) -> None:
 
 def config_names_a_place(scene: Scene) -> None:
     schema = scene.dice.choice(SCHEMAS)
-    fields = [f for f in dataclasses.fields(schema) if f.name not in PROSE]
+    shown = (*PROSE, "metadata")
+    fields = [f for f in dataclasses.fields(schema) if f.name not in shown]
     chosen = scene.dice.choice(
         [f.name for f in fields if "str" in str(f.type) or "dict" in str(f.type)]
     )
@@ -181,7 +182,9 @@ def suite_puts_a_place_together(scene: Scene) -> None:
     }  # fmt: skip
     way = scene.dice.choice(["path", "data_dir", "parts", "factor", "include"])
     if way == "path":
-        suite["data"]["a"]["path"] = location
+        name = scene.dice.choice(["a", "source", "title", "metadata"])
+        suite["data"][name] = {"path": location}
+        suite["settings"]["data"] = name
     elif way == "data_dir":
         suite["data_dir"] = location
     elif way == "parts":

@@ -294,8 +294,7 @@ def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
 
 def _checked(cell: Cell) -> str:
     """What the check of a cell's config depends on."""
-    set_here = ("data", "init_from", "run_dir")
-    config = {k: v for k, v in cell.config.items() if k not in set_here}
+    config = {k: v for k, v in cell.config.items() if k not in ("data", "init_from", "run_dir")}
     seed = {"seed": type(config.get("seed")).__name__}
     return json.dumps([cell.job, bool(cell.after), config | seed], sort_keys=True)
 
@@ -312,6 +311,7 @@ def _with_included(file: str, above: tuple[str, ...] = ()) -> list[str]:
 def _values(factor: str, values: Any) -> dict[Any, dict[str, Any]]:
     """A factor's values, each with its settings by dotted key."""
     if isinstance(values, list):
+        values = checked(list[str | int | float | bool | None], values, "the suite", factor)
         found = {value: {factor: value} for value in values}
         if len(found) != len(values):
             raise ValueError(f"factor {factor!r} has a value twice: {values}")

@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 import crysforge
 from crysforge.datapipe.common.checked import checked
 from crysforge.datapipe.common.config import configure, refuse_references
+from crysforge.datapipe.common.escape import printable
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.safe_read import as_text, parse_yaml, read_named
 from crysforge.datapipe.storage.remote import DISK_FULL, is_remote
@@ -36,8 +37,8 @@ from crysforge.trainer.base.help import help_text, show
 
 T = TypeVar("T")
 
-PROSE = {"license", "metadata", "source", "title"}
-"""Settings that are shown, never opened."""
+PROSE = ("license", "source", "title")
+"""Settings that are shown, never opened; and so are all below `metadata`."""
 
 
 def parse(schema: type[T], doc: str | None, argv: Sequence[str] | None = None) -> T:
@@ -152,9 +153,11 @@ def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def refuse_locations(values: Mapping[str, Any], typed: Collection[str] = ()) -> None:
     """Raises ValueError for a URL or command to open among settings, but those of the `typed` keys
-    and those that are shown only."""
+    and those that are shown only; and for a leave to replace files that is not typed."""
     for key, value in leaves(values):
-        if key in typed or PROSE & {*key.split(".")}:
+        if key == "overwrite" and value and key not in typed:
+            raise ValueError("overwrite=true counts only if it is typed on the command line")
+        if key in typed or key.split(".")[-1] in PROSE or key.startswith("metadata."):
             continue
         for text in _texts(value):
             if is_remote(text):
@@ -362,7 +365,7 @@ def run(
             traceback.print_exc()
         if isinstance(error, OSError) and error.errno in DISK_FULL and error.filename is None:
             error = OSError("the disk that the output is written to is full: free some space")
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         again = isinstance(error, ConnectionError | ChildProcessError | TimeoutError)
         ended(error, 1 if again else 2)
         raise SystemExit(1 if again else 2) from None

@@ -355,7 +355,7 @@ def take_encoder(exported: Exported, section: Mapping[str, Any]) -> Encoder:
         for key, value in asked.items():
             if exported.encoder.get(key) != value:
                 raise ValueError(
-                    f"{exported.path} holds encoder {exported.encoder['name']!r} with {key}="
+                    f"{exported.path} holds encoder {exported.encoder.get('name')!r} with {key}="
                     f"{exported.encoder.get(key)!r}, but the config asks for {asked['name']!r} "
                     f"with {key}={value!r}: make the 'encoder' section agree, or leave it out"
                 )

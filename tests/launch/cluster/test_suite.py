@@ -244,3 +244,31 @@ def test_the_suites_here_are_sound_but_for_their_data(path, tmp_path):
     assert set(suite.config.data) == set(missing), "a data set that no cell needs"
     replicates = {c.values.get("seed", c.values.get("fold")) for c in suite.cells if c.after}
     assert len(replicates) >= 3
+
+
+def test_data_sets_below_an_address_that_is_typed(file, tmp_path):
+    remote = Suite([file()], ["output=runs", "data_dir=s3://bucket"])
+    assert {c.config["data"] for c in remote.cells} == {"s3://bucket/a", "s3://bucket/b"}
+    one = Suite([file()], ["output=runs", "data.b.path=s3://bucket/b"])
+    assert {c.config["data"] for c in one.cells} == {"data/a", "s3://bucket/b"}
+    for change, words in (
+        ({"data_dir": "s3://bucket"}, "data_dir is 's3://bucket' in a config file"),
+        ({"data": {"a": {"path": "pipe:x"}, "b": {}}}, "data.a.path is 'pipe:x' in a config file"),
+        ({"data": {"source": {"path": "pipe:x"}}}, "data.source.path is 'pipe:x' in a config file"),
+        ({"data": {"metadata": {"path": "pipe:x"}}}, "data.metadata.path is 'pipe:x'"),
+        ({"data": {"title": "pipe:x"}}, "must be settings by name, not 'pipe:x'"),
+        ({"data": {"a": ["x"], "b": {}}}, "must be settings by name, not a list of 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Suite([file(**change)], ["output=runs"])
+    odd = {**TINY["data"], "../a": {}}
+    task = {**TINY["factors"], "task": {"energy": {"data": "../a", "target": "e"}}}
+    with pytest.raises(ValueError, match="no plain name below s3://bucket"):
+        Suite([file(data=odd, factors=task)], ["output=runs", "data_dir=s3://bucket"])
+
+
+def test_a_suite_that_includes_itself(tmp_path):
+    (tmp_path / "a.yaml").write_text("include: [b.yaml]\n")
+    (tmp_path / "b.yaml").write_text("include: [a.yaml]\n")
+    with pytest.raises(ValueError, match="includes itself"):
+        Suite([str(tmp_path / "a.yaml")], ["output=runs"])
