@@ -46,7 +46,7 @@ def main() -> None:
     required(config, "data", "run_dir", "targets")
     stop = StopRequest(config.trainer.walltime_minutes, config.trainer.walltime_margin_minutes)
     config.trainer.engine = "torch"
-    dataset = Dataset.open(config.data)
+    dataset = Dataset.open(config.data).with_fold(config.fold)
     learns = config.finetune.epochs > 0
     jobs.check_splits(dataset, config.data, *(("train", "val") if learns else ("test",)))
     items = {"train": jobs.labelled_items(dataset, config) if learns else np.empty(0, np.int64)}
@@ -54,6 +54,8 @@ def main() -> None:
     world = distributed.init(config.trainer.timeout_s, job_facts(config, dataset.manifest))
     threads.leave_cores(config.loader.workers)
     print(f"{world.describe()}; {threads.describe()}")
+    start = lineage(config.init_from, config.init_stage)
+    jobs.check_fold(dataset, start)
     stage, scaler = jobs.finetune_stage(config, dataset, items["train"])
     streams = [
         jobs.make_stream(
@@ -93,7 +95,6 @@ def main() -> None:
     if "finetune" in record["finished"]:
         print(f"{directory.path}: already finished, see metrics.json")
         return
-    start = lineage(config.init_from, config.init_stage)
     data = jobs.learned_from(dataset, items["train"], start, read=True)
     data["labels"] = len(items["train"])
     describe_stage(directory.path / "finetune", stage, data, scaler, start)

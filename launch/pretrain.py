@@ -48,7 +48,7 @@ def main() -> None:
     stop = StopRequest(config.trainer.walltime_minutes, config.trainer.walltime_margin_minutes)
     sections = {name: getattr(config, name) for name in config.stages}
     micro = {name: jobs.micro_batch(section, config.trainer) for name, section in sections.items()}
-    dataset = Dataset.open(config.data)
+    dataset = Dataset.open(config.data).with_fold(config.fold)
     jobs.check_splits(dataset, config.data, "train")
     world = distributed.init(config.trainer.timeout_s, job_facts(config, dataset.manifest))
     threads.leave_cores(config.loader.workers)
@@ -57,6 +57,7 @@ def main() -> None:
     before = open_model(config.init_from, config.init_stage) if config.init_from else None
     encoder = jobs.starting_encoder(config, dataset)
     start = lineage(config.init_from, config.init_stage)
+    jobs.check_fold(dataset, start)
     data = jobs.learned_from(dataset, dataset.split_items("train"), start, read=False)
     directory = RunDirectory(config.run_dir)
     if not config.dry_run:

@@ -22,6 +22,7 @@ ROOMS = [
     "datapipe.sources",
     "datapipe.loading",
     "datapipe.preparing.duplicates",
+    "datapipe.preparing.splitting",
     "datapipe.preparing",
     "models",
     "models.ops",
@@ -67,7 +68,6 @@ LARGE = {"datapipe.sources", "models.encoders", "launch"}
 # What does not keep a rule yet: each may only get better, and goes from here once it keeps it.
 LONGER = {
     "datapipe/graphs/neighbours.py": 338,
-    "datapipe/preparing/write.py": 347,
     "trainer/base/rendezvous.py": 301,
     "launch/cluster/suite.py": 324,
     "trainer/base/command_line.py": 408,

@@ -68,7 +68,7 @@ def learned_from(
         start: see `lineage`.
         read: whether to read them for their elements; else these are those of all splits.
     """
-    data = describe_data(dataset.manifest)
+    data = describe_data(dataset)
     if len(items):
         data["seen"] = _seen(dataset, items, read)
     elif start is not None:
@@ -89,6 +89,22 @@ def _seen(dataset: Dataset, items: np.ndarray, read: bool) -> dict[str, Any]:
         "atoms": [int(atoms.min()), int(atoms.max())],
         "volume_per_atom": [round(float(v), 4) for v in (volume.min(), volume.max())],
     }
+
+
+def check_fold(dataset: Dataset, start: Mapping[str, Any] | None) -> None:
+    """Raises ValueError if what a job starts from has seen the crystals that it is to test on: it
+    was trained on another fold of the same data set, itself or what it started from."""
+    while start:
+        data = start.get("data") or {}
+        if data.get("fingerprint") == dataset.manifest.fingerprint and dataset.fold is not None:
+            seen = data.get("fold")
+            if seen != dataset.fold:
+                raise ValueError(
+                    f"init_from was trained on fold {seen} of {dataset.root}, with crystals that "
+                    f"fold {dataset.fold} tests on: start from one of fold={dataset.fold} (in a "
+                    "suite: `per: [fold]`)"
+                )
+        start = start.get("start")
 
 
 def make_stream(
@@ -131,6 +147,7 @@ def identity(
     """
     value = {
         "data": dataset.manifest.fingerprint,
+        **({} if config.fold is None else {"fold": config.fold}),
         "seed": config.seed,
         "encoder": encoder.section,
         "init_from": config.init_from,
