@@ -82,8 +82,7 @@ class Suite:
         root = Path(root)
         record = read_suite(root / SUITE)
         try:
-            alike = record.get("replicate") or list(REPLICATES)
-            alike = [alike] if isinstance(alike, str) else list(alike)
+            alike = replicates_of(record.get("replicate"))
             cells = [
                 Cell(name, inside(root, c["run"]), c["job"], _replicated(c["values"], alike))
                 for name, c in record["cells"].items()
@@ -189,6 +188,11 @@ def read_suite(path: Path) -> dict[str, Any]:
     """What a suite.json says. Raises ValueError for another schema, or one that does not say what
     it must."""
     return read_mapping(path, FORM, MAX_SUITE, SCHEMA)
+
+
+def replicates_of(asked: str | Sequence[str] | None) -> list[str]:
+    """Factors that only repeat: those asked for, one or several, else `REPLICATES`."""
+    return [asked] if isinstance(asked, str) else list(asked or REPLICATES)
 
 
 def _replicated(values: Mapping[str, Any], replicates: Sequence[str]) -> dict[str, Any]:

@@ -24,7 +24,13 @@ from crysforge.trainer.base.tensors import load_into
 from crysforge.trainer.engines.base import EngineConfig
 from crysforge.trainer.jobs.schemas import FinetuneJob, JobConfig
 from crysforge.trainer.runs.checkpoint import RunDirectory
-from crysforge.trainer.runs.model_directory import Scaler, describe_data, open_model, take_encoder
+from crysforge.trainer.runs.model_directory import (
+    Scaler,
+    describe_data,
+    lineage,
+    open_model,
+    take_encoder,
+)
 from crysforge.trainer.stages.base import Stage, StageConfig, count_parameters
 from crysforge.trainer.stages.finetune import FinetuneStage
 
@@ -91,9 +97,19 @@ def _seen(dataset: Dataset, items: np.ndarray, read: bool) -> dict[str, Any]:
     }
 
 
-def check_fold(dataset: Dataset, start: Mapping[str, Any] | None) -> None:
-    """Raises ValueError if what a job starts from has seen the crystals that it is to test on: it
-    was trained on another fold of the same data set, itself or what it started from."""
+def starting_lineage(config: JobConfig, dataset: Dataset) -> dict[str, Any] | None:
+    """What a job starts from, see `lineage`.
+
+    Raises:
+        ValueError: it has seen the crystals that the job is to test on: it was trained on another
+            fold of the same data set, itself or what it started from.
+    """
+    found = lineage(config.init_from, config.init_stage)
+    _check_fold(dataset, found)
+    return found
+
+
+def _check_fold(dataset: Dataset, start: Mapping[str, Any] | None) -> None:
     while start:
         data = start.get("data") or {}
         if data.get("fingerprint") == dataset.manifest.fingerprint and dataset.fold is not None:
