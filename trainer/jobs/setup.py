@@ -85,10 +85,10 @@ def learned_from(
 def _seen(dataset: Dataset, items: np.ndarray, read: bool) -> dict[str, Any]:
     """`elements` of crystals, the least and most `atoms` in their cells, and `volume_per_atom` in
     Å³."""
-    elements = set(dataset.manifest.elements)
-    if read:
-        found = (crystal for _, crystal in dataset.read(items) if isinstance(crystal, Crystal))
-        elements = set().union(*(crystal.numbers.tolist() for crystal in found))
+    elements = set() if read else set(dataset.manifest.elements)
+    for _, crystal in dataset.read(items) if read else ():
+        if isinstance(crystal, Crystal):
+            elements.update(crystal.numbers.tolist())
     atoms, volume = dataset.atoms[items], dataset.volume[items] / dataset.atoms[items]
     return {
         "elements": sorted(elements),
