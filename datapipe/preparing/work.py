@@ -97,14 +97,14 @@ class Work:
 
     def extensive(self) -> tuple[str, ...]:
         """The labels that go with the number of atoms, by the user's or a data set's word."""
-        told = [name for m in self._manifests() for name in extensive_of(m.provenance)]
+        told = [name for m in self._manifests for name in extensive_of(m.provenance)]
         names = dict.fromkeys([*self.config.extensive, *told])
         return tuple(n for n in names if n in self.labels and n not in self.config.intensive)
 
     def cells(self) -> Cells:
         """The cell that all crystals are in when they have been read: that of data sets may be a
         smaller one than is asked for."""
-        manifests = self._manifests()
+        manifests = self._manifests
         if not manifests or len(manifests) < len(self.inputs):
             return self.config.cell_rule
         before = [cells_of(manifest.provenance) for manifest in manifests]
@@ -112,6 +112,7 @@ class Work:
         asked = self.config.cell_rule
         return asked if RULES.index(asked.rule) <= RULES.index(least.rule) else least
 
+    @cached_property
     def _manifests(self) -> list[Manifest]:
         return [Manifest.load(path) for _, path, format in self.inputs if format == "shards"]
 
