@@ -102,13 +102,19 @@ def standard_basis(crystal: Crystal) -> np.ndarray:
 def _reduced(lattice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A basis of shortest vectors (Minkowski's): its rows [3, 3] in the lattice's vectors, and the
     scalar products [13, 13] in Å² of the short vectors made of it."""
-    basis = _UNIT
+    basis = _UNIT.copy()
     for _ in range(_ROUNDS):
         vectors = _SHORT @ (basis @ lattice)
         metric = vectors @ vectors.T
         square = metric.diagonal()
         if (square >= (_PARTS * square[_OWN]).max(axis=1) - 1e-9).all():
             break  # no sum is shorter than its longest part
+        own = metric[np.ix_(_OWN, _OWN)]
+        steps = np.rint(own / own.diagonal()) * (1 - _UNIT)
+        i, j = divmod(int(np.abs(steps).argmax()), 3)
+        if abs(steps[i, j]) > 1:  # far from reduced: straighten the most slanting vector
+            basis[i] -= steps[i, j] * basis[j]
+            continue
         triples = np.sort(square[_TRIPLES], axis=1)
         basis = _SHORT[_TRIPLES[np.lexsort(triples.T[::-1])[0]]] @ basis
     return basis, metric

@@ -93,18 +93,21 @@ class _Search:
         away = frac[1:] - frac[0]
         parts = [d for d in range(2, self.order + 1) if self.order % d == 0]
         prime = [d for d in parts if all(d % e for e in parts if e < d)]
-        found = [self._like(self._fractions(away, part)) for part in prime]
-        if not any(map(len, found)):
-            return found[0]
-        found += [self._like(self._fractions(away, part)) for part in parts if part not in prime]
-        return np.unique(np.concatenate(found), axis=0)
+        found = self._like(self._fractions(away, prime))
+        if not len(found) or len(prime) == len(parts):
+            return found
+        return self._like(self._fractions(away, parts))
 
-    def _fractions(self, away: np.ndarray, part: int) -> np.ndarray:
-        """The steps, multiples of 1/part, that are near a difference of fractional coordinates."""
-        whole = np.rint(away * part)
-        near = self._length(away - whole / part) <= 2 * self.tolerance
-        steps = whole[near].astype(np.int64) * (self.order // part) % self.order
-        return steps[steps.any(axis=1)]
+    def _fractions(self, away: np.ndarray, parts: list[int]) -> np.ndarray:
+        """The steps that are near a difference of fractional coordinates: multiples of 1/part."""
+        found = []
+        for part in parts:
+            whole = np.rint(away * part)
+            near = self._length(away - whole / part) <= 2 * self.tolerance
+            found.append(whole[near].astype(np.int64) * (self.order // part) % self.order)
+        steps = np.concatenate(found)
+        steps = steps[steps.any(axis=1)]
+        return np.unique(steps, axis=0) if len(steps) > 1 else steps
 
     def _like(self, steps: np.ndarray) -> np.ndarray:
         """Those of the steps that bring the first atoms to places of like ones."""
