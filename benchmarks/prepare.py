@@ -160,7 +160,12 @@ def measure(name: str, path: str, cifs: list[str], repeats: int) -> dict[str, An
         with tempfile.TemporaryDirectory(prefix="crysforge-") as folder:
             prepare(
                 PrepareConfig(
-                    input=path, output=f"{folder}/d", targets=["y"], workers=1, progress=False
+                    input=path,
+                    output=f"{folder}/d",
+                    targets=["y"],
+                    workers=1,
+                    progress=False,
+                    cell="as_is",
                 )
             )
 

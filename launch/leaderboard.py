@@ -7,7 +7,8 @@
     … suite=DIR 'where={task: phonons, pretraining: CrysLDNet}'   the cells of a suite as runs
 
 JARVIS: one run for each property, trained on its published split. Matbench: the five official
-folds of each task (prepare … split=matbench fold=0 to 4; configs/suites/matbench.yaml).
+folds of each task (prepare … split=matbench, finetune … fold=0 to 4; see
+configs/suites/matbench.yaml).
 """
 
 from __future__ import annotations

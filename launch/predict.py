@@ -25,10 +25,11 @@ from crysforge.datapipe.common import threads
 
 threads.choose()
 
+from crysforge.datapipe.common.files import sha256
 from crysforge.datapipe.common.streams import is_stream
 from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
-from crysforge.datapipe.preparing.config import origin, sha256
 from crysforge.datapipe.preparing.request import HOW, request_of
+from crysforge.datapipe.preparing.work import origin
 from crysforge.trainer.base.command_line import parse, required, run
 from crysforge.trainer.runs.model_directory import open_model
 from crysforge.trainer.serving.ensemble import ENSEMBLE

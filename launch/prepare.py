@@ -8,6 +8,8 @@
     python launch/prepare.py input=prototypes size=2000 output=data/demo targets=[ewald_energy]
     python launch/prepare.py input=dft_3d.json output=data/jarvis targets=[mbj_bandgap] \\
         split=published-123
+    python launch/prepare.py input=cifs/ output=data/mine targets=[band_gap] split_by=formula
+    python launch/prepare.py input=cifs/ output=data/mine targets=[band_gap] folds=5
     python launch/prepare.py input=gnome/ output=data/gnome dedup=[data/mp20,data/jarvis] \\
         duplicates.splits=[val,test] duplicates.within=true
 
@@ -55,7 +57,14 @@ from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.datapipe.storage.remote import join_path, local_path
 from crysforge.models.encoders import build_encoder
-from crysforge.trainer.base.command_line import parse, read_yaml, required, run
+from crysforge.trainer.base.command_line import (
+    CONTINUES,
+    STARTS_ANEW,
+    parse,
+    read_yaml,
+    required,
+    run,
+)
 from crysforge.trainer.figures.data_figures import histograms
 from crysforge.trainer.jobs.setup import suited
 
@@ -148,6 +157,15 @@ ACTIONS = {
 }
 
 
+def again() -> str:
+    """What the same command does after an interrupt: it goes on where a search for duplicates or
+    groups has kept what it found."""
+    output = next((a.partition("=")[2] for a in sys.argv if a.startswith("output=")), "")
+    root = Path(output).resolve()
+    kept = (root.parent / f".{root.name}.{purpose}" for purpose in ("dedup", "groups"))
+    return CONTINUES if output and any(path.is_dir() for path in kept) else STARTS_ANEW
+
+
 def main() -> None:
     given = {argument.partition("=")[0] for argument in sys.argv[1:]}
     action = next((act for name, act in ACTIONS.items() if name in given), make)
@@ -155,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again=again)

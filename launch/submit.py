@@ -43,7 +43,11 @@ from crysforge.launch.cluster.jobs import Cell, groups, settings_of, waves
 from crysforge.launch.cluster.request import Request
 from crysforge.launch.cluster.submission import Submission, new_attempt
 from crysforge.launch.cluster.worker import Task
-from crysforge.trainer.base.command_line import run
+from crysforge.trainer.base.command_line import CONTINUES, run
+
+
+def again() -> str:
+    return CONTINUES
 
 
 def main() -> None:
@@ -162,4 +166,4 @@ def run_all(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again=again)

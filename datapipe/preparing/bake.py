@@ -90,14 +90,14 @@ def bake(config: BakeConfig, specs: Iterable[GraphSpec]) -> Manifest:
     size = config.shard_size or max(shard.count for shard in manifest.shards)
     with (  # processes first: they must not hold the writer's lock
         Workers(baker, config.workers) as workers,
-        DatasetWriter(config.output, dataset.names, units, size) as writer,
+        DatasetWriter(config.output, dataset.names, units, size, dataset.folds) as writer,
     ):
-        results = zip(splits, workers.map(_crystals(dataset)), strict=True)
+        results = zip(range(len(splits)), workers.map(_crystals(dataset)), strict=True)
         bar = tqdm(results, "baking", len(dataset), unit=" crystals", disable=not config.progress)
-        for split, (crystal, tensors) in bar:
+        for item, (crystal, tensors) in bar:
             if isinstance(tensors, str):
                 raise ValueError(f"{dataset.root}: {crystal.id} has no graph: {tensors}")
-            writer.add(split, crystal, tensors)
+            writer.add(splits[item], crystal, tensors, dataset.fold_of(item))
         graphs = {key: dataclasses.asdict(g.spec) for key, g in baker.graphs.items()}
         return writer.finish({**_provenance(dataset), "request": request}, graphs)
 

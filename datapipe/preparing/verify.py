@@ -182,7 +182,7 @@ def _statistics(dataset: Dataset) -> Iterator[str]:
     """Whether the manifest's statistics of labels are those of the index."""
     for name, target in dataset.manifest.targets.items():
         labels = dataset.targets_of(name)
-        known = {s: labels[dataset.split_items(s)] for s in SPLITS}
+        known = {s: labels[dataset.stored_items(s)] for s in SPLITS}
         known = {s: values[~np.isnan(values)] for s, values in known.items()}
         counts = {s: len(values) for s, values in known.items()}
         train = known["train"]

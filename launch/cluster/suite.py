@@ -20,8 +20,8 @@ A suite is a YAML file (configs/suites/, schema `SuiteConfig`):
 
 In a suite `data` and `init_from` name one of its data sets and runs. A run with `per: [encoder]`
 is made once for each value of that factor, with those of the value's settings that the run's job
-has. In a setting, `{fold}` stands for the value of a factor `fold`. `include: [FILE]` starts from
-other suite files, given relative to this one.
+has: what is pretrained on a data set with folds, `fold: [0, 1, 2]`, is made `per: [fold]`. In a
+setting, `{fold}` stands for the value of that factor. `include: [FILE]` starts from other files.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from crysforge.datapipe.storage.remote import is_below, is_remote, local_path
 from crysforge.launch.cluster import sweep
 from crysforge.launch.cluster.jobs import JOBS, Cell, check
 from crysforge.trainer.base.command_line import merge_sources, read_yaml, refuse_locations
-from crysforge.trainer.evaluation.suite import SCHEMA, SUITE, read_suite
+from crysforge.trainer.evaluation.suite import SCHEMA, SUITE, read_suite, replicates_of
 
 _NONE = "none"
 
@@ -84,8 +84,8 @@ class SuiteConfig:
     """Directory of all runs."""
     baseline: str = ""
     """`FACTOR=VALUE` that others are compared with."""
-    replicate: str = "seed"
-    """Factor whose values are repetitions of the same."""
+    replicate: Any = None
+    """Factors whose values are repetitions of the same: one, or a list."""
     paper: str = ""
     """Name of the published table to show beside (launch/evaluate.py)."""
     data_dir: str = "data"
@@ -169,7 +169,7 @@ class Suite:
             "title": self.config.title,
             "baseline": self.config.baseline,
             "factors": list(self._factors),
-            "replicate": self.config.replicate,
+            "replicate": replicates_of(self.config.replicate),
             "paper": self.config.paper or None,
             "cells": {**known, **cells},
         }

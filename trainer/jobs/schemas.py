@@ -28,6 +28,8 @@ class JobConfig:
 
     data: str = ""
     """Directory or URL of a prepared data set."""
+    fold: int | None = None
+    """Fold to test on, of a data set that was prepared with folds."""
     run_dir: str = ""
     """Where the run lives. A run that is there is continued."""
     init_from: str = ""

@@ -24,7 +24,13 @@ from crysforge.trainer.base.tensors import load_into
 from crysforge.trainer.engines.base import EngineConfig
 from crysforge.trainer.jobs.schemas import FinetuneJob, JobConfig
 from crysforge.trainer.runs.checkpoint import RunDirectory
-from crysforge.trainer.runs.model_directory import Scaler, describe_data, open_model, take_encoder
+from crysforge.trainer.runs.model_directory import (
+    Scaler,
+    describe_data,
+    lineage,
+    open_model,
+    take_encoder,
+)
 from crysforge.trainer.stages.base import Stage, StageConfig, count_parameters
 from crysforge.trainer.stages.finetune import FinetuneStage
 
@@ -68,7 +74,7 @@ def learned_from(
         start: see `lineage`.
         read: whether to read them for their elements; else these are those of all splits.
     """
-    data = describe_data(dataset.manifest)
+    data = describe_data(dataset)
     if len(items):
         data["seen"] = _seen(dataset, items, read)
     elif start is not None:
@@ -79,16 +85,42 @@ def learned_from(
 def _seen(dataset: Dataset, items: np.ndarray, read: bool) -> dict[str, Any]:
     """`elements` of crystals, the least and most `atoms` in their cells, and `volume_per_atom` in
     Å³."""
-    elements = set(dataset.manifest.elements)
-    if read:
-        found = (crystal for _, crystal in dataset.read(items) if isinstance(crystal, Crystal))
-        elements = set().union(*(crystal.numbers.tolist() for crystal in found))
+    elements = set() if read else set(dataset.manifest.elements)
+    for _, crystal in dataset.read(items) if read else ():
+        if isinstance(crystal, Crystal):
+            elements.update(crystal.numbers.tolist())
     atoms, volume = dataset.atoms[items], dataset.volume[items] / dataset.atoms[items]
     return {
         "elements": sorted(elements),
         "atoms": [int(atoms.min()), int(atoms.max())],
         "volume_per_atom": [round(float(v), 4) for v in (volume.min(), volume.max())],
     }
+
+
+def starting_lineage(config: JobConfig, dataset: Dataset) -> dict[str, Any] | None:
+    """What a job starts from, see `lineage`.
+
+    Raises:
+        ValueError: it has seen the crystals that the job is to test on: it was trained on another
+            fold of the same data set, itself or what it started from.
+    """
+    found = lineage(config.init_from, config.init_stage)
+    _check_fold(dataset, found)
+    return found
+
+
+def _check_fold(dataset: Dataset, start: Mapping[str, Any] | None) -> None:
+    while start:
+        data = start.get("data") or {}
+        if data.get("fingerprint") == dataset.manifest.fingerprint and dataset.fold is not None:
+            seen = data.get("fold")
+            if seen != dataset.fold:
+                raise ValueError(
+                    f"init_from was trained on fold {seen} of {dataset.root}, with crystals that "
+                    f"fold {dataset.fold} tests on: start from one of fold={dataset.fold} (in a "
+                    "suite: `per: [fold]`)"
+                )
+        start = start.get("start")
 
 
 def make_stream(
@@ -131,6 +163,7 @@ def identity(
     """
     value = {
         "data": dataset.manifest.fingerprint,
+        **({} if config.fold is None else {"fold": config.fold}),
         "seed": config.seed,
         "encoder": encoder.section,
         "init_from": config.init_from,

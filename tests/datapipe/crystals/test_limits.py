@@ -27,8 +27,8 @@ from crysforge.datapipe.crystals.pair_bound import PairBound
 from crysforge.datapipe.graphs.lattice_sums import lattice_sums
 from crysforge.datapipe.graphs.neighbours import lattice_triple, neighbours
 from crysforge.datapipe.graphs.stored import StoredGraphs
-from crysforge.datapipe.preparing.dedup import Duplicates
 from crysforge.datapipe.preparing.duplicates.matcher import Reduced
+from crysforge.datapipe.preparing.duplicates.records import Duplicates
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.sources import Failure, Options, Reading, read_crystals
 from crysforge.datapipe.storage.plain_tar import MAX_ENTRY, PlainEntries

@@ -17,6 +17,9 @@ from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.jobs import groups, settings_of, waves
 from crysforge.launch.cluster.status import statuses
 from crysforge.launch.cluster.suite import Suite
+from crysforge.launch.evaluate import find
+from crysforge.trainer.evaluation.compare import arms_of, compare
+from crysforge.trainer.evaluation.results import gather
 
 SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))
 
@@ -228,6 +231,40 @@ def test_what_waits_for_a_failed_run_is_left_out_and_the_rest_is_run(
     states = {s.cell: s.state for s in statuses(tmp_path / "out")}
     assert states.pop("gone") == "failed"
     assert sorted(states.values()) == ["finished", "not started", "not started"]
+
+
+def test_a_suite_runs_over_folds_and_seeds_which_are_replicates(file, tmp_path, monkeypatch):
+    """What is pretrained is made anew for each fold, and nothing sees the crystals it is tested
+    on."""
+    with DatasetWriter(tmp_path / "data" / "f", ["e"], folds=2) as writer:
+        for i in range(24):
+            writer.add("train", salt(f"f{i}", i), fold=(i % 2, 2 - i % 2 if i % 8 < 2 else 0))
+        writer.finish({})
+    runs = {"made": {**TINY["runs"]["made"], "data": "f", "per": ["fold"]}}
+    runs["made"]["settings"] |= {"encoder": {"name": "cgcnn", "tiny": True}}
+    factors = {
+        "task": {"energy": {"data": "f", "target": "e"}},
+        "pretraining": TINY["factors"]["pretraining"],
+        "fold": [0, 1],
+        "seed": [3],
+    }
+    settings = {**TINY["settings"], "encoder": {"name": "cgcnn", "tiny": True}}
+    data = {"f": {"source": "made here"}}
+    path = file(data=data, runs=runs, factors=factors, settings=settings)
+    monkeypatch.setattr("sys.argv", ["submit.py", f"suite={path}", "cluster=debug"])
+    submit.main()
+    assert {s.cell for s in statuses(tmp_path / "out") if s.cell.startswith("made")} == {
+        "made,fold=0", "made,fold=1",
+    }  # fmt: skip
+    suite = find(tmp_path / "out")
+    assert suite.folds and suite.factors == ["task", "pretraining", "seed"]
+    results, missing = gather(suite)
+    arms = arms_of(suite, results, missing)
+    assert [len(arm.results) for arm in arms] == [2, 2] and not missing
+    assert set(arms[0].results) == {"fold 0, seed 3", "fold 1, seed 3"}
+    (found,) = compare(suite, arms, resamples=100)
+    assert found.bootstrap.n == 24 and found.test.n == 2  # every crystal is judged once
+    assert np.isnan(found.test.p_wilcoxon)
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda p: p.stem)
