@@ -45,9 +45,9 @@ from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import Filters
 from crysforge.datapipe.loading.config import LoaderConfig
 from crysforge.datapipe.loading.stream import Stream
-from crysforge.datapipe.preparing.bake import BakeConfig, bake
+from crysforge.datapipe.preparing.bake import bake
 from crysforge.datapipe.preparing.edit import subset
-from crysforge.datapipe.preparing.edit_configs import SubsetConfig
+from crysforge.datapipe.preparing.edit_configs import BakeConfig, SubsetConfig
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import (
