@@ -35,7 +35,8 @@ from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders.base import ENCODERS
 from crysforge.models.encoders.pddformer import PDDFormer
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 from tests.cell_changes import cells_of
 
 ARMS = {

@@ -44,7 +44,8 @@ from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.sources import Options, Reading, read_raw, resolve
 from crysforge.datapipe.storage.dataset import Dataset
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 
 
 @dataclass(kw_only=True)

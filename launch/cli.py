@@ -12,7 +12,7 @@ from pathlib import Path
 
 from crysforge import __version__
 from crysforge.datapipe.common.names import nearest
-from crysforge.trainer.base.command_line import STARTS_ANEW, run
+from crysforge.trainer.base.script import STARTS_ANEW, run
 
 FOLDER = Path(__file__).parent
 

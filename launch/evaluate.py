@@ -23,10 +23,10 @@ threads.choose()
 
 from crysforge.launch.cluster.status import run_directories
 from crysforge.launch.cluster.submission import SUFFIX, Submission
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 from crysforge.trainer.evaluation.suite import SUITE, Cell, Suite
 from crysforge.trainer.reports.config import EvaluateConfig
-from crysforge.trainer.reports.report import evaluate
 
 
 def find(path: Path) -> Suite:
@@ -50,6 +50,8 @@ def find(path: Path) -> Suite:
 def main() -> None:
     config = parse(EvaluateConfig, __doc__)
     required(config, "suite")
+    from crysforge.trainer.reports.report import evaluate
+
     report = evaluate(find(Path(config.suite)), config)
     print(report.main.title, report.main.markdown(), sep="\n\n")
     if report.missing:

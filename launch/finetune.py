@@ -28,7 +28,8 @@ import numpy as np
 from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer.base import distributed
-from crysforge.trainer.base.command_line import CONTINUES, parse, required, run, to_yaml
+from crysforge.trainer.base.command_line import parse, required, to_yaml
+from crysforge.trainer.base.script import CONTINUES, run
 from crysforge.trainer.base.signals import StopRequest
 from crysforge.trainer.base.tensors import copied_state
 from crysforge.trainer.jobs import finetuning as reports

@@ -27,7 +27,8 @@ threads.choose()
 
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.safe_read import inside
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 from crysforge.trainer.evaluation.suite import SUITE, read_suite
 from crysforge.trainer.serving.leaderboards import jarvis, matbench
 

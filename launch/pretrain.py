@@ -23,7 +23,8 @@ threads.choose()
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer.base import distributed
 from crysforge.trainer.base.agreement import same_file
-from crysforge.trainer.base.command_line import CONTINUES, parse, required, run, to_yaml
+from crysforge.trainer.base.command_line import parse, required, to_yaml
+from crysforge.trainer.base.script import CONTINUES, run
 from crysforge.trainer.base.signals import StopRequest
 from crysforge.trainer.jobs import setup as jobs
 from crysforge.trainer.jobs.schemas import pretrain_schema

@@ -43,7 +43,7 @@ from crysforge.launch.cluster.jobs import Cell, groups, settings_of, waves
 from crysforge.launch.cluster.request import Request
 from crysforge.launch.cluster.submission import Submission, new_attempt
 from crysforge.launch.cluster.worker import Task
-from crysforge.trainer.base.command_line import CONTINUES, run
+from crysforge.trainer.base.script import CONTINUES, run
 
 
 def again() -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from crysforge.datapipe.crystals.prototypes import TARGETS, UNITS, prototypes
 from crysforge.datapipe.storage.dataset import DatasetWriter
-from crysforge.trainer.base.command_line import STARTS_ANEW, run
+from crysforge.trainer.base.script import STARTS_ANEW, run
 from tests.exploits import Exploit
 from tests.launching import FINETUNE, PRETRAIN
 

@@ -92,14 +92,13 @@ FULLER = {
 }
 """Folders of more than `MOST_FILES` different things, and how many they may have."""
 UPWARD = {
-    "launch/cluster/jobs.py": {"launch.predict"},  # the settings of a job, as of the others
     "trainer/jobs/finetuning.py": {"trainer.serving.trained_on"},
 }
 """What files import from above."""
 LATE = {
     "datapipe/sources/parse.py _prototype": {"datapipe.crystals.prototypes"},
-    "launch/cluster/jobs.py _finetune": {"trainer.jobs.schemas"},  # torch takes seconds, and
-    "launch/cluster/jobs.py _predict": {"launch.predict"},  # the status of jobs needs none of it
+    "launch/cluster/jobs.py _finetune": {"trainer.jobs.schemas"},  # the status of jobs
+    "launch/cluster/jobs.py _predict": {"trainer.serving.config"},  # needs none of it
     "launch/cluster/jobs.py _prepare": {"datapipe.preparing.config"},
     "launch/cluster/jobs.py _pretrain": {"trainer.jobs.schemas"},
     "launch/cluster/jobs.py check": {"models.encoders", "trainer.stages.base"},

@@ -13,7 +13,7 @@ import pytest
 
 from crysforge.datapipe.preparing.splitting import clusters
 from crysforge.launch import prepare as prepare_script
-from crysforge.trainer.base.command_line import CONTINUES, STARTS_ANEW, run
+from crysforge.trainer.base.script import CONTINUES, STARTS_ANEW, run
 from crysforge.trainer.base.signals import SIGNALS, StopRequest
 from crysforge.trainer.reports import report
 from crysforge.trainer.serving.predictor import Predictor

@@ -17,7 +17,7 @@ from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.storage.dataset import DatasetWriter
 from crysforge.datapipe.storage.manifest import Manifest
-from crysforge.trainer.base.command_line import run
+from crysforge.trainer.base.script import run
 from tests.launching import FINETUNE
 
 MINE = "my thesis"

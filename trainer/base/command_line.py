@@ -29,9 +29,6 @@ from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.safe_read import as_text, parse_yaml, read_named
 from crysforge.datapipe.storage.remote import is_remote
 from crysforge.trainer.base.help import help_text, show
-from crysforge.trainer.base.script import CONTINUES as CONTINUES
-from crysforge.trainer.base.script import STARTS_ANEW as STARTS_ANEW
-from crysforge.trainer.base.script import run as run
 
 T = TypeVar("T")
 
