@@ -35,7 +35,7 @@ from crysforge.datapipe.common.files import (
     write_json,
     write_text,
 )
-from crysforge.datapipe.common.safe_read import read_mapping
+from crysforge.datapipe.common.safe_read import read_mapping, read_text
 from crysforge.trainer.runs.forms import OWNER, RUN
 from crysforge.trainer.runs.saved import MAX_RECORD, SCHEMA, Checkpoints, set_aside
 
@@ -162,13 +162,17 @@ class RunDirectory(Checkpoints):
             run["rewound"] = target
             write_json(self.path / "run.json", run)
         config = self.path / "config.yaml"
-        if not config.is_file() or config.read_text(encoding="utf-8") != config_yaml:
+        if (
+            config.is_symlink()
+            or not config.is_file()
+            or read_text(config, MAX_RECORD) != config_yaml
+        ):
             write_text(config, config_yaml)
         return run
 
     def _refuse_links(self) -> None:
         """Raises ValueError for a directory that is a link out of the run: what is written, and
-        what is removed, must be its own. (A file that is a link is not replaced.)"""
+        what is removed, must be its own. (A file that is a link is neither read nor replaced.)"""
         root = self.path.resolve()
         for folder, directories, _ in os.walk(root):
             for name in directories:

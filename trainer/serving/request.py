@@ -3,12 +3,15 @@ kill at the very end, finds that its work is done."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from crysforge.datapipe.common.checked import Count, Hash, Name
 from crysforge.datapipe.common.files import sha256, write_json
+from crysforge.datapipe.common.safe_read import read_mapping
+
+REQUEST = {"request": Name, "sha256": Hash, "written": Count, "dropped": Count}
+"""What is kept."""
 
 
 def request_path(output: Path) -> Path:
@@ -28,9 +31,9 @@ def keep_request(output: Path, request: str, digest: str, counts: Mapping[str, i
 def predicted_before(output: Path, request: str) -> tuple[int, int] | None:
     """(written, dropped) crystals, if `output` is there and is what is asked for."""
     try:
-        known: Any = json.loads(request_path(output).read_text(encoding="utf-8"))
+        known = read_mapping(request_path(output), REQUEST)
         if known["request"] == request and known["sha256"] == sha256(output):
-            return int(known["written"]), int(known["dropped"])
-    except (OSError, ValueError, KeyError, TypeError):
+            return known["written"], known["dropped"]
+    except (OSError, ValueError):
         pass  # there is no such file, or it is of another kind
     return None
