@@ -80,6 +80,8 @@ def jarvis(
             raise ValueError(f"{run}: {target!r} is no field of JARVIS")
         if odd := next((row["id"] for row in rows if cell(row["id"]) != row["id"]), None):
             raise ValueError(f"{run}: {odd!r} is no id of JARVIS")
+        if not np.isfinite([number(row["prediction"], run) for row in rows]).all():
+            raise ValueError(f"{run}: a prediction is no finite number")
         name = f"AI-SinglePropertyPrediction-{target}-{dataset}-test-mae.csv"
         if name in tables:
             raise ValueError(f"{run}: there is a run of {target} already")
