@@ -3,9 +3,12 @@ results, row for row."""
 
 from __future__ import annotations
 
+import pytest
+
 from tests import reliability, security
 from tests.attacks import ATTACKS
-from tests.distributed.trials import KINDS
+from tests.distributed.faults import owner_of
+from tests.distributed.trials import KINDS, MOMENTS
 
 CONFIG = reliability.Config()
 
@@ -24,6 +27,15 @@ def test_the_table_of_attacks_is_made_of_the_results():
     assert reliability.insert(page, table, reliability.ATTACKED) == page
     assert {t["attack"] for t in tried} == {attack.name for attack in ATTACKS}
     assert all(t["held"] for t in tried)
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda m: m.name)
+def test_a_moment_is_one_of_the_product(moment):
+    """A function that moved would never be reached."""
+    for engine in ("torch_engine:Torch", "deepspeed:DeepSpeed"):
+        for at in filter(None, (moment.at, moment.within)):
+            owner, name = owner_of(at.replace("base:", engine))
+            assert callable(getattr(owner, name))
 
 
 def test_what_the_table_counts():
