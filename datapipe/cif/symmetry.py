@@ -124,7 +124,7 @@ def symmetry_of(block: Block) -> Symmetry:
 
 
 def _sorted(symbols: list[str]) -> tuple[tuple[str, ...], ...]:
-    """Hermann-Mauguin symbols, numbers and Schoenflies symbols, all of which stand in their place."""
+    """Hermann-Mauguin symbols, and numbers and Schoenflies symbols that stand in their place."""
     numbers = [s for s in symbols if _BARE_NUMBER.fullmatch(s)]
     others = [s for s in symbols if s not in numbers]
     schoenflies = [
