@@ -20,6 +20,14 @@ class GraphConfig:
 
     quotient: bool = True
     """Whether encoders that allow it run on quotient graphs: equal output, fewer edges."""
+    ties: str = ""
+    """Neighbours as far away as the k-th: `kept`, or `cut` by rounding as in the released codes,
+    which switches the quotient off. Empty: as the encoder that the job starts from has it, and kept
+    by a fresh one."""
+
+    def __post_init__(self) -> None:
+        if self.ties not in ("", "kept", "cut"):
+            raise ValueError(f"graph.ties must be kept or cut, got {self.ties!r}")
 
 
 @dataclass(kw_only=True)

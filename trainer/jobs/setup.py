@@ -17,7 +17,7 @@ from crysforge.datapipe.loading.stream import Stream
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.models.encoders import Encoder, build_encoder
-from crysforge.models.encoders.base import for_primitive_cells
+from crysforge.models.encoders.base import for_primitive_cells, with_ties
 from crysforge.trainer.base.agreement import same_file
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import load_into
@@ -27,6 +27,11 @@ from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.model_directory import Scaler, describe_data, open_model, take_encoder
 from crysforge.trainer.stages.base import Stage, StageConfig, count_parameters
 from crysforge.trainer.stages.finetune import FinetuneStage
+
+TIES_ARE_CUT = (
+    "graph.ties=cut: rounding chooses among equal neighbours, so equal atoms differ and quotient "
+    "graphs are off"
+)
 
 
 def seed_everything(seed: int, purpose: str) -> None:
@@ -39,9 +44,13 @@ def starting_encoder(config: JobConfig, dataset: Dataset) -> Encoder:
     """The encoder a job starts from: another run's (`init_from`) or a fresh one, which suits the
     cells of the data set."""
     if config.init_from:
-        return take_encoder(open_model(config.init_from, config.init_stage), config.encoder)
+        exported, section = open_model(config.init_from, config.init_stage), config.encoder
+        if config.graph.ties:
+            section = with_ties(section or exported.encoder, config.graph.ties)
+        return take_encoder(exported, section)
     seed_everything(config.seed, "encoder")
-    return build_encoder(suited(config.encoder, dataset.manifest))
+    section = suited(config.encoder, dataset.manifest)
+    return build_encoder(with_ties(section, config.graph.ties))
 
 
 def suited(section: Mapping[str, Any], manifest: Manifest) -> Mapping[str, Any]:
@@ -55,6 +64,12 @@ def check_splits(dataset: Dataset, data: str, *names: str) -> None:
     for name in names:
         if len(dataset.split_items(name)) == 0:
             raise ValueError(f"data set {data} has no crystals in its {name!r} split")
+
+
+def splits_needed(sections: Mapping[str, StageConfig]) -> list[str]:
+    """The parts of a data set that stages cannot do without."""
+    best = any(getattr(section, "keep_weights", "last") == "best" for section in sections.values())
+    return ["train", "val"] if best else ["train"]
 
 
 def learned_from(
@@ -235,14 +250,15 @@ def with_label(dataset: Dataset, split: str, targets: list[str]) -> np.ndarray:
 
 
 def plan_text(stage: Stage, stream: Stream, config: Any, world: World, accumulation: int) -> str:
-    """One line on what a stage will do, for the log and `--dry-run`."""
+    """What a stage will do, for the log and `--dry-run`."""
     steps = stream.total_steps // accumulation
     if config.max_steps is not None:
         steps = min(steps, config.max_steps)
+    cut = "\n" + TIES_ARE_CUT if stage.encoder.graph.cut_ties else ""
     return (
         f"{stage.name}: {stream.epoch_size} crystals, {steps} steps of {config.batch_size}, "
         f"{count_parameters(stage):,} parameters ({count_parameters(stage.encoder):,} in the "
-        f"encoder), {world.size} rank(s)"
+        f"encoder), {world.size} rank(s){cut}"
     )
 
 
