@@ -162,7 +162,7 @@ def _edges(
     """Edges of the neighbour rule, then those to lattice images."""
     listed = PairList(pairs.i, pairs.j, pairs.image, points, lattice)
     doubled = spec.neighbors is not None and not spec.own_images_once
-    images = np.zeros((0, 3), dtype=np.int64)
+    images: np.ndarray = np.zeros((0, 3), dtype=np.int64)
     if spec.lattice_edges != "none":
         images = _MATFORMER_IMAGES if spec.lattice_edges == "matformer" else lattice_triple(lattice)
     if spec.cut_ties:

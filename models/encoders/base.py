@@ -98,7 +98,7 @@ class NearestConfig:
     """Whether rounding cuts ties at the k-th distance, as in the released codes. None: ties are
     kept. `graph.ties` of a job sets it."""
 
-    def near_rules(self) -> dict[str, bool]:
+    def near_rules(self) -> dict[str, Any]:
         """The settings of `GraphSpec` that these are."""
         return {"own_images_once": bool(self.own_images_once), "cut_ties": bool(self.cut_ties)}
 

@@ -44,13 +44,14 @@ def starting_encoder(config: JobConfig, dataset: Dataset) -> Encoder:
     """The encoder a job starts from: another run's (`init_from`) or a fresh one, which suits the
     cells of the data set."""
     if config.init_from:
-        exported, section = open_model(config.init_from, config.init_stage), config.encoder
+        exported = open_model(config.init_from, config.init_stage)
+        section: Mapping[str, Any] = config.encoder
         if config.graph.ties:
             section = with_ties(section or exported.encoder, config.graph.ties)
         return take_encoder(exported, section)
     seed_everything(config.seed, "encoder")
-    section = suited(config.encoder, dataset.manifest)
-    return build_encoder(with_ties(section, config.graph.ties))
+    fresh = suited(config.encoder, dataset.manifest)
+    return build_encoder(with_ties(fresh, config.graph.ties))
 
 
 def suited(section: Mapping[str, Any], manifest: Manifest) -> Mapping[str, Any]:
