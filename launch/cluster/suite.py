@@ -29,7 +29,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -39,72 +39,12 @@ from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.storage.remote import is_below, is_remote, local_path
 from crysforge.launch.cluster import sweep
+from crysforge.launch.cluster.config import DataSource, StartRun, SuiteConfig
 from crysforge.launch.cluster.jobs import JOBS, Cell, check
 from crysforge.trainer.base.command_line import merge_sources, read_yaml, refuse_locations
 from crysforge.trainer.evaluation.suite import SCHEMA, SUITE, read_suite
 
 _NONE = "none"
-
-
-@dataclass(kw_only=True)
-class DataSource:
-    """A prepared data set that a suite needs."""
-
-    path: str = ""
-    """Directory or URL; default its name in `data_dir`."""
-    source: str = ""
-    """Where the crystals come from and the command that prepares them."""
-
-
-@dataclass(kw_only=True)
-class StartRun:
-    """A run that cells, or other runs, start from."""
-
-    job: str = "pretrain"
-    """`pretrain` or `finetune`."""
-    data: str = ""
-    """Name of a data set."""
-    config: list[str] = field(default_factory=list)
-    """Config files."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Settings on top of them."""
-    per: list[str] = field(default_factory=list)
-    """Factors for each of whose values the run is made anew."""
-
-
-@dataclass(kw_only=True)
-class SuiteConfig:
-    """Settings of a suite."""
-
-    title: str = ""
-    """What is compared."""
-    include: list[str] = field(default_factory=list)
-    """Suite files to start from, relative to the one that includes them."""
-    output: str = ""
-    """Directory of all runs."""
-    baseline: str = ""
-    """`FACTOR=VALUE` that others are compared with."""
-    replicate: str = "seed"
-    """Factor whose values are repetitions of the same."""
-    paper: str = ""
-    """Name of the published table to show beside (launch/evaluate.py)."""
-    data_dir: str = "data"
-    """Where the data sets lie, each in a directory of its name."""
-    data: dict[str, Any] = field(default_factory=dict)
-    """Data sets by name: `path` and `source`."""
-    runs: dict[str, Any] = field(default_factory=dict)
-    """Runs to start from, by name: `job`, `data`, `config`, `settings`, `per`."""
-    config: list[str] = field(default_factory=list)
-    """Config files of every finetuning."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of every finetuning, on top of them."""
-    factors: dict[str, Any] = field(default_factory=dict)
-    """Factor → its values: a list of values of the setting of that name, or names with the settings
-    of each. The last varies fastest."""
-    exclude: list[dict[str, Any]] = field(default_factory=list)
-    """Combinations, or parts of some, that are no cells."""
-    skip_missing: bool = False
-    """Leave out the cells whose data set is not there, instead of stopping."""
 
 
 class Suite:
@@ -122,7 +62,7 @@ class Suite:
 
     def __init__(self, files: Sequence[str], overrides: Sequence[str]) -> None:
         included = [f for file in files for f in _with_included(file)]
-        self.config: SuiteConfig = configure(SuiteConfig, merge_sources(included, overrides))
+        self.config: SuiteConfig = configure(SuiteConfig, _with_overrides(included, overrides))
         if not self.config.output:
             raise ValueError("setting 'output' is required: give output=DIR for the suite's runs")
         self.output = Path(self.config.output)
@@ -178,7 +118,7 @@ class Suite:
 
     def _cells(self) -> Iterator[Cell]:
         """The finetunings; the runs they start from are noted on the way."""
-        base = merge_sources(self.config.config)
+        base = merge_sources(self._with_preset(self.config.config))
         combinations = list(itertools.product(*self._factors.values()))
         values = [dict(zip(self._factors, c, strict=True)) for c in combinations]
         values = [v for v in values if not any(v.items() >= x.items() for x in self.config.exclude)]
@@ -218,7 +158,7 @@ class Suite:
         valid = {f.name for f in fields(JOBS[run.job].schema())} - {"init_from"}
         theirs = self._settings(per).items()
         shared = {k: v for k, v in theirs if k.split(".")[0] in valid and k != "data"}
-        base = {**merge_sources(run.config), "data": run.data}
+        base = {**merge_sources(self._with_preset(run.config)), "data": run.data}
         values = {
             factor: value
             for factor, names in self._factors.items()
@@ -228,6 +168,10 @@ class Suite:
         cell = self._cell(name, run.job, base, {**shared, **run.settings}, chosen, values | per)
         self._start[name] = cell  # after what it starts from itself
         return cell
+
+    def _with_preset(self, files: Sequence[str]) -> list[str]:
+        """Config files of a run, and that of the hardware."""
+        return [*files, *([f"hardware/{self.config.hardware}"] if self.config.hardware else [])]
 
     def _settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -282,6 +226,35 @@ class Suite:
         if name not in names:
             raise ValueError(f"{what}: unknown name {name!r}: {nearest(name, names)}")
         return name
+
+
+def _with_overrides(files: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
+    """What the files and then the overrides say. One whose value is a mapping takes the place of
+    what it names: `factors.task={…}` leaves none of the old tasks, `settings={}` no setting."""
+    found = merge_sources(files)
+    for override in overrides:
+        given = merge_sources((), [override])
+        path = override.partition("=")[0].strip().split(".")
+        inner, above = given, found
+        for part in path[:-1]:
+            inner, above = inner.get(part, {}), above.get(part) or {}
+            if not (isinstance(inner, dict) and isinstance(above, dict)):
+                break
+        else:
+            if isinstance(inner.get(path[-1]), dict):
+                above.pop(path[-1], None)
+        found = _merged(found, given)
+    return found
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; the second has the last word."""
+    out = dict(below)
+    for key, value in above.items():
+        old = out.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        out[key] = _merged(old, value) if both else value
+    return out
 
 
 def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:

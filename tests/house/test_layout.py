@@ -69,7 +69,6 @@ LONGER = {
     "datapipe/graphs/neighbours.py": 322,
     "datapipe/preparing/write.py": 347,
     "trainer/base/rendezvous.py": 301,
-    "launch/cluster/suite.py": 324,
     "trainer/base/command_line.py": 408,
     "trainer/runs/model_directory.py": 400,
 }

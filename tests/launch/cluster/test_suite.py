@@ -110,6 +110,58 @@ def test_a_setting_changes_no_more_than_it_names(file, tmp_path):
     assert found["pretrain"]["vae"] == {"lr": 0.006, "max_steps": 2, "epochs": 1}
 
 
+def test_an_override_that_is_a_mapping_takes_the_place_of_what_it_names(file):
+    """So no run is started that nobody asked for; single settings still change no more than
+    themselves."""
+    two = {"energy": {"data": "a", "target": "e"}, "other": {"data": "b", "target": "e"}}
+    path = file(factors={**TINY["factors"], "task": two})
+
+    def tasks(*overrides):
+        suite = Suite([path], list(overrides))
+        return {c.values["task"] for c in suite.cells if c.job == "finetune"}, suite
+
+    assert tasks()[0] == {"energy", "other"}
+    assert tasks("factors.task={mine: {data: b, target: e}}")[0] == {"mine"}
+    both = ["factors.task={mine: {data: b, target: e}}", "factors.task.more={data: a, target: e}"]
+    assert tasks(*both)[0] == {"mine", "more"}
+    assert tasks("factors.task.more.data=a", "factors.task.more.target=e")[0] == {
+        "energy", "other", "more",
+    }  # fmt: skip
+    _, suite = tasks("settings={}", "settings.finetune.max_steps=9")
+    assert {tuple(c.config["finetune"].items()) for c in suite.cells if c.job == "finetune"} == {
+        (("max_steps", 9),)
+    }
+    _, suite = tasks("factors.seed=[4]", "factors.task={mine: {data: b, target: e}}")
+    assert [c.values["seed"] for c in suite.cells if c.job == "finetune"] == [4] * 4
+
+
+def test_the_plan_names_every_run_and_what_it_costs(file, monkeypatch, capsys):
+    def plan(*argv):
+        monkeypatch.setattr("sys.argv", ["submit.py", f"suite={path}", "cluster=local", *argv])
+        submit.main()
+        return capsys.readouterr().out
+
+    encoder = {"paper": {"encoder.name": "cgcnn"}}
+    settings = {"finetune.epochs": 600, "label_count": 3}
+    runs = {"made": {**TINY["runs"]["made"], "settings": {"stages": ["vae"], "vae.epochs": 10}}}
+    path = file(runs=runs, settings=settings, factors={**TINY["factors"], "encoder": encoder})
+    said = plan("--dry-run", "hardware=cpu")
+    names = {cell.name for cell in Suite([path], []).cells}
+    assert len(names) == 5 and all(f"# {name}: " in said for name in names)
+    assert said.count("(vae: 60 crystals") == 1  # 10 epochs of 6
+    assert said.count("(finetune: 1,800 crystals") == 4
+    hours = 4 * 1800 / (3766 * 9.2 / 2) / 3600  # cells of two atoms
+    assert f"finetune: 7,200 crystals in all, {60 * hours:.1f} device-minutes of cpu" in said
+    said = plan("--dry-run", "hardware=h200", "rates.finetune=2")
+    assert "finetune: 7,200 crystals in all, 1.0 device-hours of h200" in said
+    assert "not measured: crystals/s of vae on h200, or give rates.vae=N" in said
+    assert "\n# pretrain: 60 crystals in all\n" in said
+    said = plan("--dry-run", "settings.finetune.max_steps=5", "settings.finetune.batch_size=2")
+    assert said.count("(finetune: 10 crystals)") == 4
+    (suite,) = [Suite([path], ["hardware=h200"])]
+    assert {c.config["trainer"]["precision"] for c in suite.cells} == {"bf16"}
+
+
 def test_a_run_that_starts_from_a_run_comes_after_it(file):
     runs = {
         **TINY["runs"],
