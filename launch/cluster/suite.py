@@ -37,6 +37,7 @@ from crysforge.datapipe.common.checked import Name, checked
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.storage.manifest import MANIFEST
 from crysforge.datapipe.storage.remote import is_below, is_remote, local_path
 from crysforge.launch.cluster import sweep
 from crysforge.launch.cluster.config import DataSource, StartRun, SuiteConfig
@@ -45,6 +46,12 @@ from crysforge.trainer.base.command_line import merge_sources, read_yaml, refuse
 from crysforge.trainer.evaluation.suite import SCHEMA, SUITE, read_suite
 
 _NONE = "none"
+
+
+def prepared(file: str, data_dir: str) -> dict[str, bool]:
+    """The data sets of a suite's file, and whether each lies in a folder."""
+    found = configure(SuiteConfig, merge_sources(_with_included(file))).data
+    return {name: (Path(data_dir) / name / MANIFEST).is_file() for name in found}
 
 
 class Suite:
@@ -62,7 +69,7 @@ class Suite:
 
     def __init__(self, files: Sequence[str], overrides: Sequence[str]) -> None:
         included = [f for file in files for f in _with_included(file)]
-        self.config: SuiteConfig = configure(SuiteConfig, _with_overrides(included, overrides))
+        self.config: SuiteConfig = configure(SuiteConfig, sweep.with_overrides(included, overrides))
         if not self.config.output:
             raise ValueError("setting 'output' is required: give output=DIR for the suite's runs")
         self.output = Path(self.config.output)
@@ -196,7 +203,7 @@ class Suite:
         for name, data in self._data.items():
             path = self.path(name)
             here = local_path(path)
-            if path in used and here and not (Path(here) / "manifest.json").is_file():
+            if path in used and here and not (Path(here) / MANIFEST).is_file():
                 missing[name] = f"{name} is not at {path} — {data.source or 'no source is given'}"
         if missing and not self.config.skip_missing:
             listed = "\n  ".join(" ".join(text.split()) for text in missing.values())
@@ -226,35 +233,6 @@ class Suite:
         if name not in names:
             raise ValueError(f"{what}: unknown name {name!r}: {nearest(name, names)}")
         return name
-
-
-def _with_overrides(files: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
-    """What the files and then the overrides say. One whose value is a mapping takes the place of
-    what it names: `factors.task={…}` leaves none of the old tasks, `settings={}` no setting."""
-    found = merge_sources(files)
-    for override in overrides:
-        given = merge_sources((), [override])
-        path = override.partition("=")[0].strip().split(".")
-        inner, above = given, found
-        for part in path[:-1]:
-            inner, above = inner.get(part, {}), above.get(part) or {}
-            if not (isinstance(inner, dict) and isinstance(above, dict)):
-                break
-        else:
-            if isinstance(inner.get(path[-1]), dict):
-                above.pop(path[-1], None)
-        found = _merged(found, given)
-    return found
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested mappings as one; the second has the last word."""
-    out = dict(below)
-    for key, value in above.items():
-        old = out.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        out[key] = _merged(old, value) if both else value
-    return out
 
 
 def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
