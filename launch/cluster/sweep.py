@@ -111,8 +111,8 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     out = dict(below)
     for key, value in above.items():
         old = out.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        out[key] = _merged(old, value) if both else value
+        deeper = isinstance(old, dict) and isinstance(value, dict)
+        out[key] = _merged(old or {}, value) if deeper else value
     return out
 
 
