@@ -44,7 +44,8 @@ from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.sources import Options, Reading, read_raw, resolve
 from crysforge.datapipe.storage.dataset import Dataset
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 
 
 @dataclass(kw_only=True)
@@ -160,7 +161,12 @@ def measure(name: str, path: str, cifs: list[str], repeats: int) -> dict[str, An
         with tempfile.TemporaryDirectory(prefix="crysforge-") as folder:
             prepare(
                 PrepareConfig(
-                    input=path, output=f"{folder}/d", targets=["y"], workers=1, progress=False
+                    input=path,
+                    output=f"{folder}/d",
+                    targets=["y"],
+                    workers=1,
+                    progress=False,
+                    cell="as_is",
                 )
             )
 

@@ -14,7 +14,6 @@ not finished are listed and marked; evaluate again when they have. See docs/eval
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a file of a checkout
@@ -27,16 +26,10 @@ threads.choose()
 from crysforge.launch.cluster.status import run_directories
 from crysforge.launch.cluster.submission import SUFFIX, Submission
 from crysforge.launch.cluster.suite import prepared
-from crysforge.trainer.base.command_line import find_config, parse, required, run
-from crysforge.trainer.evaluation.compare import arms_of
-from crysforge.trainer.evaluation.exhibits import Exhibit, exhibits
-from crysforge.trainer.evaluation.published import published
-from crysforge.trainer.evaluation.results import gather
+from crysforge.trainer.base.command_line import find_config, parse, required
+from crysforge.trainer.base.script import run
 from crysforge.trainer.evaluation.suite import SUITE, Cell, Suite
 from crysforge.trainer.reports.config import EvaluateConfig
-from crysforge.trainer.reports.formats import Table
-from crysforge.trainer.reports.published_tables import published_table
-from crysforge.trainer.reports.report import evaluate
 
 
 def find(path: Path) -> Suite:
@@ -57,62 +50,19 @@ def find(path: Path) -> Suite:
     )
 
 
-def overview(config: EvaluateConfig) -> str:
-    """Every table and figure of a paper: the command that makes it, what is there and what is
-    missing, published numbers with ours beside.
-
-    Raises:
-        ValueError: an unknown paper.
-    """
-    parts = []
-    for shown in exhibits(config.paper):
-        parts.append(f"## {shown.exhibit}: {shown.what}")
-        parts.append("\n".join(f"    {command}" for command in shown.commands(config.runs)))
-        parts += ["\n".join(_state(shown, config))] if shown.suite else []
-        parts += [f"To know: {shown.lacks}."] if shown.lacks else []
-        parts += [table.markdown() for table in _beside(shown, config)]
-    return "\n\n".join(filter(None, parts))
-
-
-def _state(shown: Exhibit, config: EvaluateConfig) -> list[str]:
-    """Data sets and runs of an exhibit's suite."""
-    here = prepared(str(find_config(f"suites/{shown.suite}")), config.data_dir or "data")
-    absent = [name for name, there in here.items() if not there]
-    lines = [f"Data sets: {len(here) - len(absent)} of {len(here)} are here"]
-    lines[0] += f"; missing: {', '.join(absent)}." if absent else "."
-    root = Path(config.runs) / shown.suite
-    if not (root / SUITE).is_file():
-        return [*lines, f"Runs: none in {root}."]
-    suite = Suite.read(root)
-    _, missing = gather(suite, config.split)
-    names = {m.cell.name for m in missing}
-    done = len(suite.evaluated) - len(names)
-    return [*lines, f"Runs: {done} of {len(suite.evaluated)} finetunings in {root} have finished."]
-
-
-def _beside(shown: Exhibit, config: EvaluateConfig) -> list[Table]:
-    """The published tables of an exhibit, with ours beside."""
-    known = published()
-    root = Path(config.runs) / shown.suite
-    if shown.suite and (root / SUITE).is_file():
-        suite = Suite.read(root)
-        arms = arms_of(suite, *gather(suite, config.split))
-    else:
-        suite, arms = Suite(root, shown.exhibit, [], []), []
-    tables = [t for key in shown.tables or [] for t in known.tables if t.key == key]
-    chosen = [
-        replace(t, properties=[p for p in t.properties if p.key.startswith(shown.data)])
-        for t in tables
-    ]
-    return [published_table(suite, arms, known, table) for table in chosen]
-
-
 def main() -> None:
     config = parse(EvaluateConfig, __doc__)
     if config.paper and not config.suite:
-        print(overview(config))
+        from crysforge.trainer.reports.published_tables import overview
+
+        def data_sets(suite: str) -> dict[str, bool]:
+            return prepared(str(find_config(f"suites/{suite}")), config.data_dir or "data")
+
+        print(overview(config, data_sets))
         return
     required(config, "suite")
+    from crysforge.trainer.reports.report import evaluate
+
     report = evaluate(find(Path(config.suite)), config)
     print(report.main.title, report.main.markdown(), sep="\n\n")
     if report.missing:

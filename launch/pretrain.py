@@ -5,7 +5,7 @@
     python launch/pretrain.py --config configs/pretrain/tiny.yaml data=DIR … stages=[vae]
 
 A killed run continues with the same command. SIGTERM, SIGUSR1, SIGUSR2 and the end of the walltime
-make a run save and exit with code 75: start it again.
+make a run save and exit with code 75: start it again. Ctrl-C does so, too, with code 130.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ threads.choose()
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer.base import distributed
 from crysforge.trainer.base.agreement import same_file
-from crysforge.trainer.base.command_line import parse, required, run, to_yaml
+from crysforge.trainer.base.command_line import parse, required, to_yaml
+from crysforge.trainer.base.script import CONTINUES, run
 from crysforge.trainer.base.signals import StopRequest
 from crysforge.trainer.jobs import setup as jobs
 from crysforge.trainer.jobs.schemas import pretrain_schema
@@ -42,13 +43,17 @@ from crysforge.trainer.runs.model_directory import (
 from crysforge.trainer.stages.base import STAGES
 
 
+def again() -> str:
+    return CONTINUES
+
+
 def main() -> None:
     config = parse(pretrain_schema(), __doc__)
     required(config, "data", "run_dir", "stages")
     stop = StopRequest(config.trainer.walltime_minutes, config.trainer.walltime_margin_minutes)
     sections = {name: getattr(config, name) for name in config.stages}
     micro = {name: jobs.micro_batch(section, config.trainer) for name, section in sections.items()}
-    dataset = Dataset.open(config.data)
+    dataset = Dataset.open(config.data).with_fold(config.fold)
     jobs.check_splits(dataset, config.data, *jobs.splits_needed(sections))
     world = distributed.init(config.trainer.timeout_s, job_facts(config, dataset.manifest))
     threads.leave_cores(config.loader.workers)
@@ -56,7 +61,7 @@ def main() -> None:
 
     before = open_model(config.init_from, config.init_stage) if config.init_from else None
     encoder = jobs.starting_encoder(config, dataset)
-    start = lineage(config.init_from, config.init_stage)
+    start = jobs.starting_lineage(config, dataset)
     data = jobs.learned_from(dataset, dataset.split_items("train"), start, read=False)
     directory = RunDirectory(config.run_dir)
     if not config.dry_run:
@@ -124,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, distributed.ended)
+    run(main, distributed.ended, again)

@@ -44,7 +44,12 @@ from crysforge.launch.cluster.jobs import Cell, groups, settings_of, waves
 from crysforge.launch.cluster.request import Request
 from crysforge.launch.cluster.submission import Submission, new_attempt
 from crysforge.launch.cluster.worker import Task
-from crysforge.trainer.base.command_line import run
+from crysforge.trainer.base.script import CONTINUES, run
+
+
+def again() -> str:
+    return CONTINUES
+
 
 if TYPE_CHECKING:  # torch takes seconds, and the status of jobs needs none of it
     from crysforge.trainer.jobs.cost import Bill
@@ -181,4 +186,4 @@ def run_all(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again=again)

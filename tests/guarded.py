@@ -7,7 +7,9 @@ is made, whoever asks for it; what is forbidden is stopped there and then.
 
 from __future__ import annotations
 
+import mmap
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,11 @@ RUNS = (
     "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile",
     "os.fork", "os.forkpty", "pty.spawn", "pickle.find_class", "ctypes.dlopen", "code.__new__",
 )  # fmt: skip
+OWN = {
+    "os.fork": ("multiprocessing/popen_fork.py", "_launch"),
+    "pickle.find_class": ("multiprocessing/connection.py", "recv"),
+}
+"""What workers of ours need, and where alone: they are watched as well."""
 SENDS = (
     "socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname", "socket.bind",
     "urllib.Request", "http.client.connect", "ftplib.connect", "smtplib.connect",
@@ -31,11 +38,23 @@ CHANGES = {
 RELATIVE = ("os.remove", "os.rename", "os.rmdir")
 """Those that take open directories behind."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+LONGEST = 30
+"""Seconds that reading may take."""
 SECRET = "s3cret-of-the-user"
 
 
 class Breach(BaseException):
     """Something forbidden was about to happen. No `except Exception` hides it."""
+
+
+def _too_long(number: int, frame: object) -> None:
+    raise Breach(f"takes longer than {LONGEST} s")
+
+
+def _is_called_in(file: str, function: str) -> bool:
+    """Whether what the hook was told of is done by a function of a file."""
+    code = sys._getframe(2).f_code
+    return code.co_filename.endswith(file) and code.co_name == function
 
 
 class Guard:
@@ -50,7 +69,8 @@ class Guard:
         self.box = self.folder / "box"
         self.outside = self.folder / "outside"
         self.secret = self.outside / "secret.txt"
-        self._armed, self._breaches = False, [""][:0]
+        self._armed = False
+        self._breaches = mmap.mmap(-1, 1 << 16)  # of this process and of all that it forks
         self.box.mkdir()
         self.outside.mkdir()
         self.secret.write_text(SECRET)
@@ -70,13 +90,16 @@ class Guard:
     @contextmanager
     def armed(self) -> Iterator[None]:
         """Raises Breach if anything forbidden happens inside, or has happened when it ends."""
-        self._armed, self._breaches = True, []
+        self._armed, self._breaches[:] = True, bytes(len(self._breaches))
+        signal.signal(signal.SIGALRM, _too_long)
+        signal.alarm(LONGEST)
         try:
             yield
         finally:
+            signal.alarm(0)
             self._armed = False
-            if self._breaches:
-                raise Breach("; ".join(self._breaches))
+            if found := self._breaches[:].partition(b"\0")[0]:
+                raise Breach(found.decode(errors="replace"))
             if (now := self._state()) != self._before:
                 self._before = now
                 raise Breach(f"what is outside has changed: {sorted(now)}")
@@ -93,6 +116,8 @@ class Guard:
             return
         what = ""
         if event in RUNS or event in SENDS:
+            if event in OWN and _is_called_in(*OWN[event]):
+                return
             what = f"{event} {args[:2]!r}"[:200]
         elif event == "open":
             path, _, flags = args
@@ -101,7 +126,9 @@ class Guard:
         elif event in CHANGES:
             what = self._changed(event, args)
         if what:
-            self._breaches.append(what)
+            if not self._breaches[0]:
+                text = what.encode(errors="replace")[: len(self._breaches) - 1]
+                self._breaches[: len(text)] = text
             raise Breach(what)
 
     def _changed(self, event: str, args: tuple[Any, ...]) -> str:

@@ -28,9 +28,13 @@ from crysforge import load
 from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.preparing.config import PrepareConfig
-from crysforge.datapipe.preparing.edit_configs import MergeConfig, ReshardConfig, SubsetConfig
-from crysforge.datapipe.preparing.inspect import InspectConfig
-from crysforge.datapipe.preparing.verify import VerifyConfig
+from crysforge.datapipe.preparing.edit_configs import (
+    InspectConfig,
+    MergeConfig,
+    ReshardConfig,
+    SubsetConfig,
+    VerifyConfig,
+)
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.remote import Access
 from crysforge.launch.analyse import AnalyseConfig
@@ -41,7 +45,6 @@ from crysforge.launch.ensemble import EnsembleConfig
 from crysforge.launch.evaluate import find
 from crysforge.launch.export import ExportConfig
 from crysforge.launch.leaderboard import LeaderboardConfig
-from crysforge.launch.predict import PredictConfig
 from crysforge.launch.prepare import BakeEncodersConfig
 from crysforge.trainer.base.command_line import PROSE, parse
 from crysforge.trainer.base.tensors import save_tensors
@@ -52,6 +55,7 @@ from crysforge.trainer.runs.card import share
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.model_directory import Exported, open_model, read_model
 from crysforge.trainer.runs.saved import Checkpoint
+from crysforge.trainer.serving.config import PredictConfig
 from crysforge.trainer.serving.leaderboards import jarvis
 from tests.evaluation_runs import arms_and_seeds, finetuned
 from tests.exploits import PICKLES, Exploit
@@ -139,7 +143,8 @@ def run_names_its_data(scene: Scene) -> None:
 
 def config_names_a_place(scene: Scene) -> None:
     schema = scene.dice.choice(SCHEMAS)
-    fields = [f for f in dataclasses.fields(schema) if f.name not in PROSE]
+    shown = (*PROSE, "metadata")
+    fields = [f for f in dataclasses.fields(schema) if f.name not in shown]
     chosen = scene.dice.choice(
         [f.name for f in fields if "str" in str(f.type) or "dict" in str(f.type)]
     )
@@ -181,7 +186,9 @@ def suite_puts_a_place_together(scene: Scene) -> None:
     }  # fmt: skip
     way = scene.dice.choice(["path", "data_dir", "parts", "factor", "include"])
     if way == "path":
-        suite["data"]["a"]["path"] = location
+        name = scene.dice.choice(["a", "source", "title", "metadata"])
+        suite["data"][name] = {"path": location}
+        suite["settings"]["data"] = name
     elif way == "data_dir":
         suite["data_dir"] = location
     elif way == "parts":

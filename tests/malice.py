@@ -97,7 +97,8 @@ class Malice:
             data = yaml.safe_dump(document, sort_keys=False)
         elif path.suffix == ".jsonl":
             lines = [json.loads(line) for line in content.splitlines()]
-            data = "".join(json.dumps(x) + "\n" for x in self.change(lines))
+            changed = self.change(lines) if lines else [self.value()]
+            data = "".join(json.dumps(x) + "\n" for x in changed)
         else:
             data = json.dumps(self.change(json.loads(content)))
         path.write_text(data, encoding="utf-8", errors="surrogatepass")

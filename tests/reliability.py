@@ -1,11 +1,12 @@
 """Tries faults and attacks on real runs, by the hundred, and writes the tables of
-docs/reliability.md.
+docs/reliability.md; and attacks through every reader, whose table is in docs/security.md.
 
     python tests/reliability.py trials=100
     python tests/reliability.py trials=300 minutes=15      goes on where the last one stopped
     python tests/reliability.py trials=0                   the tables of what was tried so far
     python tests/reliability.py trials=0 attacks=true      each attack as often as it is to be tried
     python tests/reliability.py trials=0 attacks=true fault=twice minutes=15
+    python tests/reliability.py intrusions=100 cases=10000 through readers, so often; the fuzzer
 
 Every trial is a line of the results file; one that failed names what was wrong, and its run stays
 where it was. The last line of the output is a summary in JSON.
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from crysforge.trainer.base.command_line import parse, run  # noqa: E402
+from tests import security  # noqa: E402
 from tests.attacks import ATTACKS  # noqa: E402
 from tests.distributed.conftest import write_data  # noqa: E402
 from tests.distributed.faults import Server  # noqa: E402
@@ -60,6 +62,10 @@ class Config:
     """The same for attacks."""
     page: str | None = str(ROOT / "docs" / "reliability.md")
     """Where the tables are; empty leaves them."""
+    intrusions: int = 0
+    """Instead of trials: how often to mount each attack of tests/intrusions.py."""
+    cases: int = 0
+    """Instead of trials: cases of tests/fuzz.py."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -158,6 +164,10 @@ def try_attacks(config: Config, bench: Bench, done: list[dict[str, Any]], end: f
 
 def main() -> None:
     config = parse(Config, __doc__)
+    if config.intrusions or config.cases:
+        problems = security.go_on(config.intrusions, config.cases, config.minutes)
+        print(json.dumps({"intrusions": security.read(), "failed": len(problems)}))
+        raise SystemExit(1 if problems else 0)
     names = [row.name for row in (*KINDS, *ATTACKS)]
     if not any(config.fault in name for name in names):
         raise ValueError(f"no fault is called {config.fault!r}: {'; '.join(names)}")

@@ -20,11 +20,12 @@ from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.common.journal import Journal
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.packing import build
-from crysforge.datapipe.preparing.dedup import search
 from crysforge.datapipe.preparing.duplicates.records import OUTCOME, Duplicates, Reference
-from crysforge.datapipe.preparing.inspect import InspectConfig, statistics
-from crysforge.datapipe.preparing.splits import read_ids
-from crysforge.datapipe.preparing.verify import VerifyConfig, verify
+from crysforge.datapipe.preparing.duplicates.search import search
+from crysforge.datapipe.preparing.edit_configs import InspectConfig, VerifyConfig
+from crysforge.datapipe.preparing.inspect import statistics
+from crysforge.datapipe.preparing.splitting.splits import read_ids
+from crysforge.datapipe.preparing.verify import verify
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.sources import read_crystals
 from crysforge.datapipe.storage.dataset import Dataset
@@ -42,7 +43,7 @@ from crysforge.trainer.runs.card import share
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.forms import STATE
 from crysforge.trainer.runs.logger import read_metrics
-from crysforge.trainer.runs.model_directory import open_checkpoint, open_model
+from crysforge.trainer.runs.model_directory import open_checkpoint, open_model, take_encoder
 from tests.evaluation_runs import arms_and_seeds
 from tests.intrusions import MODEL, RUN, SET, Scene, submission
 
@@ -55,6 +56,8 @@ def read_set(root: Path, scene: Scene) -> None:
     access = Access(cache_dir=str(scene.place("cache"))) if scene.dice.random() < 0.3 else Access()
     dataset = Dataset.open(root, access)
     crystals = [c for _, c in dataset.read(range(len(dataset)))]
+    if scene.dice.random() < 0.3:
+        list(read_crystals(str(root), workers=1))
     if scene.dice.random() < 0.2:
         list(verify(VerifyConfig(verify=str(root), workers=1, progress=False)))
         statistics(InspectConfig(inspect=str(root), workers=1, progress=False, symprec=[]))
@@ -70,6 +73,8 @@ CRYSTAL = Crystal.create("c", [11, 17], [[0, 0, 0], [0.5, 0.5, 0.5]], 4 * np.eye
 
 def read_a_model(root: Path, scene: Scene) -> None:
     load(root).predict(CRYSTAL)
+    with contextlib.suppress(ValueError):
+        take_encoder(open_model(root), {"name": "pddformer", "width": 8})
     if scene.dice.random() < 0.3:
         share(open_model(root), scene.place("shared"))
 

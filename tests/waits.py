@@ -156,7 +156,7 @@ def worker_orphans(function: Callable, in_thread: bool = False) -> list[psutil.P
         with Workers(function, 3) as workers:
             if function is not len:
                 for worker in range(3):
-                    workers._give(worker, iter(["x"]), 1)
+                    workers._give(worker, ["x"])
             time.sleep(1000)
 
     def begin():

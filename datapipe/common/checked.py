@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import types
@@ -26,6 +27,8 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
+
+from crysforge.datapipe.common.escape import brief
 
 LARGEST = 2**62
 """No number of ours is larger: counts, bytes, steps, seconds."""
@@ -48,16 +51,11 @@ class Either:
 
 
 @dataclass(frozen=True)
-class Mapped:
-    """A mapping, and the forms of its keys and values."""
+class mapped:
+    """A mapping, as `dict[key, value]` where the values are no types but tables."""
 
     key: Any
     value: Any
-
-
-def mapped(key: Any, value: Any) -> Mapped:
-    """A mapping, as `dict[key, value]` where the values are no types but tables."""
-    return Mapped(key, value)
 
 
 def table_of(cls: Any) -> dict[str, Any]:
@@ -87,7 +85,12 @@ def sized(low: int, high: int) -> Rule:
 
 
 def _line(text: str) -> bool:
-    return len(text) <= 500 and text.replace("\xa0", " ").isprintable()
+    return len(text) <= 500 and _printable(text)
+
+
+@functools.lru_cache(4096)
+def _printable(text: str) -> bool:
+    return text.replace("\xa0", " ").isprintable()
 
 
 def _inside(text: str) -> bool:
@@ -114,6 +117,18 @@ Number = Annotated[int, between(1, 118)]
 """An atomic number."""
 
 
+class Misfit(ValueError):
+    """A value that is not of its form.
+
+    Attributes:
+        at: where it is.
+    """
+
+    def __init__(self, text: str, at: str) -> None:
+        super().__init__(text)
+        self.at = at
+
+
 def checked(form: Any, value: Any, where: str, at: str = "") -> Any:
     """The value, held against a form.
 
@@ -124,11 +139,13 @@ def checked(form: Any, value: Any, where: str, at: str = "") -> Any:
         ValueError: it is of another type, out of its range or pattern, or lacks a field; one line
             that names the field and what was found.
     """
+    if form is type(value) and form in (bool, float, str):  # most are: logs are long
+        return value
     if isinstance(form, Mapping):
         return _table(form, value, where, at)
     if isinstance(form, list):
         return _list(form[0], value, where, at)
-    if isinstance(form, Mapped):
+    if isinstance(form, mapped):
         if not isinstance(value, Mapping):
             raise _wrong("a mapping", value, where, at)
         return _mapping((form.key, form.value), value, where, at)
@@ -184,11 +201,15 @@ def _one_of(forms: tuple[Any, ...], value: Any, where: str, at: str) -> Any:
         return None
     if len(rest) == 1:
         return checked(rest[0], value, where, at)
+    found: list[Misfit] = []
     for form in rest:
         try:
             return checked(form, value, where, at)
-        except ValueError:
-            continue
+        except Misfit as error:
+            found.append(error)
+    deepest = max(found, key=lambda error: error.at.count("."))
+    if deepest.at != at:
+        raise deepest
     raise _wrong(" or ".join(map(described, forms)), value, where, at)
 
 
@@ -202,7 +223,7 @@ def _table(form: Mapping[str, Any], value: Any, where: str, at: str) -> dict[str
         if name in value and key != "*":
             out[name] = checked(inner, value[name], where, place)
         elif key == name and key != "*":
-            raise ValueError(f"{where} is damaged: missing key {place!r}")
+            raise Misfit(f"{where} is damaged: missing key {brief(place)}", at)
     if "*" in form:
         rest = {k: v for k, v in value.items() if k not in out}
         out |= _mapping((Name, form["*"]), rest, where, at)
@@ -210,9 +231,9 @@ def _table(form: Mapping[str, Any], value: Any, where: str, at: str) -> dict[str
 
 
 def _mapping(forms: tuple[Any, ...], value: Mapping[Any, Any], where: str, at: str) -> dict:
-    out = {}
+    out, place = {}, f"a key of {at or 'the mapping'}"
     for key, item in value.items():
-        name = checked(forms[0], key, where, f"a key of {at or 'the mapping'}")
+        name = checked(forms[0], key, where, place)
         out[name] = checked(forms[1], item, where, f"{at}.{key}" if at else str(key))
     return out
 
@@ -228,33 +249,32 @@ def _instance(cls: Any, value: Any, where: str, at: str) -> Any:
     for key in (*needed, *value):
         place = f"{at}.{key}" if at else str(key)
         if key not in needed:
-            raise ValueError(f"{where} is damaged: unknown key {_brief(place)}")
+            raise Misfit(f"{where} is damaged: unknown key {brief(place)}", at)
         if key not in value and needed[key]:
-            raise ValueError(f"{where} is damaged: missing key {place!r}")
+            raise Misfit(f"{where} is damaged: missing key {brief(place)}", at)
     given = {
         k: checked(hints[k], v, where, f"{at}.{k}" if at else str(k)) for k, v in value.items()
     }
     try:
         return cls(**given)
     except ValueError as error:
-        raise ValueError(f"{where} is damaged: {f'{at}: ' if at else ''}{error}") from None
+        raise Misfit(f"{where} is damaged: {f'{at}: ' if at else ''}{error}", at) from None
 
 
-def _wrong(what: str, value: Any, where: str, at: str) -> ValueError:
-    return ValueError(
-        f"{where} is damaged: {_shown(at) or 'it'} must be {what}, not {_brief(value)}"
+def _wrong(what: str, value: Any, where: str, at: str) -> Misfit:
+    return Misfit(
+        f"{where} is damaged: {brief(at, bare=True) or 'it'} must be {what}, not {brief(value)}", at
     )
 
 
-_WORDS = {
+_WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "a text",
     list: "a list",
     dict: "a mapping",
-    None: "nothing",
-    types.NoneType: "nothing",
+    **dict.fromkeys((None, types.NoneType), "nothing"),
 }
 
 
@@ -269,7 +289,7 @@ def described(form: Any) -> str:
         return " or ".join(map(repr, args))
     if isinstance(form, Either) or origin in (Union, types.UnionType):
         return " or ".join(map(described, form.forms if isinstance(form, Either) else args))
-    if isinstance(form, Mapped | Mapping):
+    if isinstance(form, mapped | Mapping):
         return _WORDS[dict]
     return _WORDS.get(origin or form, _WORDS[dict])
 
@@ -278,20 +298,3 @@ def _both(form: Any, rule: Rule) -> str:
     """A form with a rule in words."""
     alone = rule.what.split()[0] in ("a", "an", "one", "the")
     return rule.what if alone else f"{described(form)}, {rule.what}"
-
-
-def _shown(text: str) -> str:
-    """A text of a stranger on one short line."""
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= 100 else f"{text[:99]}…"
-
-
-def _brief(value: Any) -> str:
-    """A value of a stranger on one short line."""
-    if isinstance(value, list | Mapping):
-        return f"{_WORDS[list if isinstance(value, list) else dict]} of {len(value)}"
-    if isinstance(value, int) and abs(value) > LARGEST:
-        return "a number beyond all bounds"
-    return _shown(
-        repr(value) if not isinstance(value, str) or value.isprintable() else ascii(value)
-    )

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from crysforge.datapipe.common.escape import brief
 from crysforge.datapipe.common.names import nearest
 
 T = TypeVar("T")
@@ -27,6 +28,8 @@ def configure(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
             section, for the message.
     """
     prefix = f"{where}." if where else ""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where or 'a section'} must be settings by name, not {brief(values)}")
     refuse_references(values, f"{where}: " if where else "")
     _check_sections(cls, values, prefix)
     try:

@@ -16,10 +16,14 @@ _NUMBER = re.compile(r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|inf)")
 def one_line(text: str) -> str:
     """A text on one line, with what cannot be printed (line ends, terminal codes, marks that turn
     the direction of writing) as `\\u202e`."""
-    text = " ".join(text.split())
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """A text of one line or more for a terminal, with what would steer it as `\\u001b`."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c == "\xa0" else _code(c) for c in text)
+    return "".join(c if c.isprintable() or c in "\xa0\n" else _code(c) for c in text)
 
 
 def _code(character: str) -> str:
@@ -77,4 +81,16 @@ def file_part(text: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).lstrip(".-")
     if plain == text and len(text) <= 80:
         return text
-    return f"{plain[:80]}-{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:8]}"
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+    return "-".join(filter(None, (plain[:80], digest)))
+
+
+def brief(value: object, bare: bool = False) -> str:
+    """A value on one short line; `bare`: a text without quotes."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'a mapping'} of {len(value)}"
+    if isinstance(value, int) and abs(value) > 1 << 64:
+        return "a number beyond all bounds"
+    text = value if bare and isinstance(value, str) else repr(value)
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 100 else f"{text[:99]}…"

@@ -127,12 +127,8 @@ def read_mapping(
 
 def read_lines(path: Path, form: Any, start: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines of a file of JSON objects, each as text and as value, from byte `start` on; those
-    that a kill cut off, and others that are not of the form, are left out. Nothing if there is no
-    such file.
-
-    Raises:
-        OSError: it cannot be read. ValueError: it is a link that leads elsewhere.
-    """
+    that a kill cut off, and others that are not of the form, are left out; nothing if there is no
+    file. Raises OSError if it cannot be read, ValueError for a link that leads elsewhere."""
     if not path.is_file():
         return
     with open(own_file(path), "rb") as file:

@@ -196,7 +196,8 @@ def _serve(
     parents.close()  # else this process would keep its own pipe open
     threads.single()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    for name in ("SIGPROF", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     if guard is not None:
         guard.limit_memory()
     with contextlib.suppress(EOFError, OSError):

@@ -98,7 +98,7 @@ class Crystal:
             id=str(id),
             numbers=z.astype(np.uint8),
             frac_coords=wrap(frac),
-            lattice=_standard(cell, abs(volume)),
+            lattice=in_standard_orientation(cell, abs(volume)),
             targets=dict(targets or {}),
         )
 
@@ -166,12 +166,14 @@ def _volume(rows: list[list[float]]) -> float:
     return a * (e * i - f * h) + b * (f * g - d * i) + c * (d * h - e * g)
 
 
-def _standard(cell: np.ndarray, volume: float) -> np.ndarray:
-    """The cell with a along x and b in the xy plane: the lower-triangular Cholesky factor of its
-    metric, or where that would lose digits, since the cell is very skewed or flat, that of QR."""
-    if volume > 0.01 * np.prod(np.linalg.norm(cell, axis=1)):
-        return np.linalg.cholesky(cell @ cell.T)
-    upper = np.linalg.qr(cell.T, mode="r")
+def in_standard_orientation(lattice: np.ndarray, volume: float | None = None) -> np.ndarray:
+    """Rows [3, 3] of a cell, turned so that a is along x and b in the xy plane, and right-handed:
+    the lower-triangular Cholesky factor of its metric, or where that would lose digits, since the
+    cell is very skewed or flat, that of QR. `volume` in Å³, where it is known."""
+    volume = abs(_volume(lattice.tolist())) if volume is None else volume
+    if volume > 0.01 * np.prod(np.linalg.norm(lattice, axis=1)):
+        return np.linalg.cholesky(lattice @ lattice.T)
+    upper = np.linalg.qr(lattice.T, mode="r")
     return (upper * np.sign(np.diagonal(upper))[:, None]).T
 
 

@@ -13,7 +13,6 @@ from functools import cache, lru_cache
 
 import numpy as np
 from ase.data import atomic_masses, atomic_numbers, chemical_symbols
-from pymatgen.optimization.neighbors import find_points_in_spheres
 
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.crystals.pair_bound import PairBound, compact_cell
@@ -153,6 +152,8 @@ def closest_pair(crystal: Crystal, cutoff: float) -> tuple[int, int, float] | No
 
 def _close_pair_of_many(crystal: Crystal, cutoff: float) -> tuple[int, int, float] | None:
     """A pair of atoms closer than the cutoff, found in time that grows with their number."""
+    from pymatgen.optimization.neighbors import find_points_in_spheres
+
     points = crystal.frac_coords @ crystal.lattice
     change, cell = compact_cell(points, crystal.lattice)
     basis = change @ crystal.lattice

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,33 +15,12 @@ from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import density
 from crysforge.datapipe.crystals.symmetry import space_group
 from crysforge.datapipe.graphs.stored import asked
+from crysforge.datapipe.preparing.edit_configs import InspectConfig
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import SPLITS
 
 _READ = 200
 """Crystals that a worker reads at a time."""
-
-
-@dataclass(kw_only=True)
-class InspectConfig:
-    """Settings of `inspect`."""
-
-    inspect: str = ""
-    """Data set: directory or URL."""
-    output: str = ""
-    """PNG file of the histograms; default: histograms.png in the data set's directory."""
-    symprec: list[float] = field(default_factory=list)
-    """Tolerances in Å at which space groups are searched; none: they are not."""
-    workers: int = 0
-    """Processes; 0: one for each core."""
-    progress: bool = True
-    """Whether to show a progress bar."""
-
-    def __post_init__(self) -> None:
-        if not all(0 < tolerance < 1 for tolerance in self.symprec):
-            raise ValueError(
-                f"symprec are tolerances in Å, such as [0.01, 0.1], got {self.symprec}"
-            )
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,8 @@ class ShardCache:
         if not doubted or time.time() - found.st_mtime > TOUCH_S:  # the others read it again, too
             with contextlib.suppress(PermissionError):
                 os.utime(file.fileno())
-        _SEEN[shard.sha256] = _state(os.fstat(file.fileno()))
+        if doubted:
+            _SEEN[shard.sha256] = _state(os.fstat(file.fileno()))
         return True
 
     def _make(self, path: Path, url: str, shard: Shard) -> None:

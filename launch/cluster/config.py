@@ -190,8 +190,8 @@ class SuiteConfig:
     """Directory of all runs."""
     baseline: str = ""
     """`FACTOR=VALUE` that others are compared with."""
-    replicate: str = "seed"
-    """Factor whose values are repetitions of the same."""
+    replicate: Any = None
+    """Factors whose values are repetitions of the same: one, or a list."""
     paper: str = ""
     """Name of the published table to show beside (launch/evaluate.py)."""
     data_dir: str = "data"
@@ -207,6 +207,8 @@ class SuiteConfig:
     factors: dict[str, Any] = field(default_factory=dict)
     """Factor → its values: a list of values of the setting of that name, or names with the settings
     of each. The last varies fastest."""
+    only: dict[str, list[Any]] = field(default_factory=dict)
+    """Factor → those of its values that are cells; default all (`only.model=[PDDFormer]`)."""
     exclude: list[dict[str, Any]] = field(default_factory=list)
     """Combinations, or parts of some, that are no cells."""
     hardware: str = ""

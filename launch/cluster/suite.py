@@ -20,8 +20,8 @@ A suite is a YAML file (configs/suites/, schema `SuiteConfig`):
 
 In a suite `data` and `init_from` name one of its data sets and runs. A run with `per: [encoder]`
 is made once for each value of that factor, with those of the value's settings that the run's job
-has. In a setting, `{fold}` stands for the value of a factor `fold`. `include: [FILE]` starts from
-other suite files, given relative to this one.
+has: what is pretrained on a data set with folds, `fold: [0, 1, 2]`, is made `per: [fold]`. In a
+setting, `{fold}` stands for the value of that factor. `include: [FILE]` starts from other files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from crysforge.launch.cluster import sweep
 from crysforge.launch.cluster.config import DataSource, StartRun, SuiteConfig
 from crysforge.launch.cluster.jobs import JOBS, Cell, check
 from crysforge.trainer.base.command_line import merge_sources, read_yaml, refuse_locations
-from crysforge.trainer.evaluation.suite import SCHEMA, SUITE, read_suite
+from crysforge.trainer.evaluation.suite import SCHEMA, SUITE, read_suite, replicates_of
 
 _NONE = "none"
 
@@ -116,7 +116,7 @@ class Suite:
             "title": self.config.title,
             "baseline": self.config.baseline,
             "factors": list(self._factors),
-            "replicate": self.config.replicate,
+            "replicate": replicates_of(self.config.replicate),
             "paper": self.config.paper or None,
             "cells": {**known, **cells},
         }
@@ -129,6 +129,8 @@ class Suite:
         combinations = list(itertools.product(*self._factors.values()))
         values = [dict(zip(self._factors, c, strict=True)) for c in combinations]
         values = [v for v in values if not any(v.items() >= x.items() for x in self.config.exclude)]
+        for factor, some in self.config.only.items():
+            values = [v for v in values if v[factor] in some]
         for name, chosen in zip(sweep.names(values), values, strict=True):
             settings = {**self.config.settings, **self._settings(chosen)}
             yield self._cell(name, "finetune", base, settings, chosen, chosen)
@@ -173,6 +175,9 @@ class Suite:
             if _filled(given.get("init_from"), chosen) == key
         }
         cell = self._cell(name, run.job, base, {**shared, **run.settings}, chosen, values | per)
+        for other in self._start.values():  # trained once, whatever it is called
+            if other.job == cell.job and _alike(other) == _alike(cell):
+                return other
         self._start[name] = cell  # after what it starts from itself
         return cell
 
@@ -225,6 +230,10 @@ class Suite:
         if self.config.baseline:
             names = [str(v) for v in self._factors[self._known("baseline", factor, self._factors)]]
             self._known("baseline", value, names)
+        for factor, some in self.config.only.items():
+            there = self._factors[self._known("only", factor, self._factors)]
+            if unknown := [str(value) for value in some if value not in there]:
+                self._known(f"only.{factor}", unknown[0], [str(value) for value in there])
         for part in self.config.exclude:
             for key in part:
                 self._known("exclude", key, self._factors)
@@ -243,10 +252,14 @@ def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
     return value
 
 
+def _alike(cell: Cell) -> dict[str, Any]:
+    """What a run is, wherever it writes."""
+    return {k: v for k, v in cell.config.items() if k != "run_dir"}
+
+
 def _checked(cell: Cell) -> str:
     """What the check of a cell's config depends on."""
-    set_here = ("data", "init_from", "run_dir")
-    config = {k: v for k, v in cell.config.items() if k not in set_here}
+    config = {k: v for k, v in cell.config.items() if k not in ("data", "init_from", "run_dir")}
     seed = {"seed": type(config.get("seed")).__name__}
     return json.dumps([cell.job, bool(cell.after), config | seed], sort_keys=True)
 
@@ -263,6 +276,7 @@ def _with_included(file: str, above: tuple[str, ...] = ()) -> list[str]:
 def _values(factor: str, values: Any) -> dict[Any, dict[str, Any]]:
     """A factor's values, each with its settings by dotted key."""
     if isinstance(values, list):
+        values = checked(list[str | int | float | bool | None], values, "the suite", factor)
         found = {value: {factor: value} for value in values}
         if len(found) != len(values):
             raise ValueError(f"factor {factor!r} has a value twice: {values}")

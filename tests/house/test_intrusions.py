@@ -40,6 +40,9 @@ BREACHES = {
     "a file removed": "(guard.outside / 'notes.tmp').unlink()",
     "a folder removed": "import shutil; shutil.rmtree(guard.outside / 'vae-00000001')",
     "a file moved": "(guard.box / 'a').rename(guard.outside / 'a')",
+    "a fork": "import os; os.fork() or os._exit(0)",
+    "a file written by a worker": "with Workers(write, 2) as w: list(w.map(range(2)))",
+    "a pickle loaded by a worker": "with Workers(unpickle, 2) as w: list(w.map(range(2)))",
     "hidden by a handler": "try:\n  open(guard.secret)\nexcept Exception:\n  pass",
 }
 
@@ -49,7 +52,13 @@ def test_the_guard_notices(tmp_path):
     code = f"""
 import os
 from pathlib import Path
+from crysforge.datapipe.common.workers import Workers
 from tests.guarded import Breach, Guard
+def write(number):
+    open(guard.outside / "x", "w")
+def unpickle(number):
+    import pickle
+    pickle.loads(b'cos\\ngetpid\\n(tR.')
 guard = Guard(Path({str(tmp_path)!r}))
 (guard.box / "a").write_text("a")
 (guard.box / "link").symlink_to(guard.outside / "new")
@@ -60,12 +69,16 @@ for name, text in {BREACHES!r}.items():
             exec(text)
     except Breach:
         continue
+    except ChildProcessError:
+        pass
     print("not noticed:", name)
 with guard.armed():
     (guard.box / "a").rename(guard.box / "b")
     (guard.box / "c").mkdir()
     (guard.box / "c").rmdir()
     open("/etc/hosts").close()
+    with Workers(Path, 2) as workers:
+        assert list(workers.map(["a", "b"])) == [Path("a"), Path("b")]
 """
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)

@@ -1,8 +1,9 @@
-"""The page on reliability says what was tried: its table is that of its results, row for row."""
+"""The pages on reliability and security say what was tried: their tables are those of their
+results, row for row."""
 
 from __future__ import annotations
 
-from tests import reliability
+from tests import reliability, security
 from tests.attacks import ATTACKS
 from tests.distributed.trials import KINDS
 
@@ -35,3 +36,11 @@ def test_what_the_table_counts():
     assert reliability.insert(page, "new\n") == page.replace("old", "new")
     tried = [{"attack": ATTACKS[0].name, "held": held} for held in (True, False, True)]
     assert reliability.attack_table(tried).splitlines()[2:] == [f"| {ATTACKS[0].name} | 3 | 2 |"]
+
+
+def test_the_table_of_what_strangers_try_is_made_of_the_results():
+    tried = security.read()
+    page = security.PAGE.read_text(encoding="utf-8")
+    assert security.insert(page, security.table(tried)) == page
+    assert tried.keys() == {*security.names()}
+    assert all(held == times > 0 for times, held in tried.values())

@@ -3,39 +3,41 @@ for something else is refused as ever."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from crysforge.datapipe.storage.dataset import Dataset, Manifest
-from crysforge.launch import predict as predict_script
-from crysforge.launch import prepare as prepare_script
 
-SCRIPTS = {"predict": predict_script, "prepare": prepare_script}
+DEADLY = """
+import os, signal, sys
+from importlib import import_module
+from pathlib import Path
+
+rename, target, script, *args = sys.argv[1:]
+real = getattr(os, rename)
+
+def deadly(source, to, **options):
+    real(source, to, **options)
+    if Path(to) == Path(target):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":  # not in the workers it starts
+    setattr(os, rename, deadly)
+    sys.argv = [script, *args]
+    import_module(f"crysforge.launch.{script}").main()
+"""
 
 
 def killed_after(rename: str, target: Path, script: str, *args: str) -> None:
     """Runs a script in a process that is killed when it has moved its output into place."""
-    pid = os.fork()
-    if pid == 0:
-        real = getattr(os, rename)
-
-        def deadly(source, to, **options):
-            real(source, to, **options)
-            if Path(to) == target:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        setattr(os, rename, deadly)
-        sys.argv = [script, *args]
-        try:
-            SCRIPTS[script].main()
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    command = [sys.executable, "-c", DEADLY, rename, str(target), script, *args]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
 def content(root: Path) -> dict[str, bytes]:

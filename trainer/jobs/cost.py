@@ -8,8 +8,8 @@ from typing import Any
 
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.trainer.jobs.labels import labelled_items
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema
-from crysforge.trainer.jobs.setup import labelled_items
 from crysforge.trainer.stages.base import StageConfig
 
 ATOMS = 9.2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,26 @@ import torch
 from crysforge.datapipe.crystals.cells import PRIMITIVE, cells_of
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.loading.stream import Stream
+from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.models.encoders import Encoder, build_encoder
 from crysforge.models.encoders.base import for_primitive_cells, with_ties
 from crysforge.trainer.base.agreement import same_file
+from crysforge.trainer.base.command_line import read_yaml
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import load_into
 from crysforge.trainer.engines.base import EngineConfig
+from crysforge.trainer.jobs.labels import standardisation
 from crysforge.trainer.jobs.schemas import FinetuneJob, JobConfig
 from crysforge.trainer.runs.checkpoint import RunDirectory
-from crysforge.trainer.runs.model_directory import Scaler, describe_data, open_model, take_encoder
+from crysforge.trainer.runs.model_directory import (
+    Scaler,
+    describe_data,
+    lineage,
+    open_model,
+    take_encoder,
+)
 from crysforge.trainer.stages.base import Stage, StageConfig, count_parameters
 from crysforge.trainer.stages.finetune import FinetuneStage
 
@@ -60,6 +69,20 @@ def suited(section: Mapping[str, Any], manifest: Manifest) -> Mapping[str, Any]:
     return for_primitive_cells(section) if primitive else section
 
 
+def graph_of(encoder: str, manifest: Manifest) -> GraphSpec:
+    """The graph that a training on a data set asks for.
+
+    Args:
+        encoder: a name, or a config file (.yaml) with an `encoder` section.
+    """
+    if not encoder.endswith((".yaml", ".yml")):
+        return build_encoder(suited({"name": encoder}, manifest)).graph
+    section = read_yaml(encoder).get("encoder")
+    if not section:
+        raise ValueError(f"{encoder} has no section 'encoder'")
+    return build_encoder(suited(section, manifest)).graph
+
+
 def check_splits(dataset: Dataset, data: str, *names: str) -> None:
     """Raises ValueError naming a split that the data set lacks."""
     for name in names:
@@ -84,7 +107,7 @@ def learned_from(
         start: see `lineage`.
         read: whether to read them for their elements; else these are those of all splits.
     """
-    data = describe_data(dataset.manifest)
+    data = describe_data(dataset)
     if len(items):
         data["seen"] = _seen(dataset, items, read)
     elif start is not None:
@@ -95,16 +118,42 @@ def learned_from(
 def _seen(dataset: Dataset, items: np.ndarray, read: bool) -> dict[str, Any]:
     """`elements` of crystals, the least and most `atoms` in their cells, and `volume_per_atom` in
     Å³."""
-    elements = set(dataset.manifest.elements)
-    if read:
-        found = (crystal for _, crystal in dataset.read(items) if isinstance(crystal, Crystal))
-        elements = set().union(*(crystal.numbers.tolist() for crystal in found))
+    elements = set() if read else set(dataset.manifest.elements)
+    for _, crystal in dataset.read(items) if read else ():
+        if isinstance(crystal, Crystal):
+            elements.update(crystal.numbers.tolist())
     atoms, volume = dataset.atoms[items], dataset.volume[items] / dataset.atoms[items]
     return {
         "elements": sorted(elements),
         "atoms": [int(atoms.min()), int(atoms.max())],
         "volume_per_atom": [round(float(v), 4) for v in (volume.min(), volume.max())],
     }
+
+
+def starting_lineage(config: JobConfig, dataset: Dataset) -> dict[str, Any] | None:
+    """What a job starts from, see `lineage`.
+
+    Raises:
+        ValueError: it has seen the crystals that the job is to test on: it was trained on another
+            fold of the same data set, itself or what it started from.
+    """
+    found = lineage(config.init_from, config.init_stage)
+    _check_fold(dataset, found)
+    return found
+
+
+def _check_fold(dataset: Dataset, start: Mapping[str, Any] | None) -> None:
+    while start:
+        data = start.get("data") or {}
+        if data.get("fingerprint") == dataset.manifest.fingerprint and dataset.fold is not None:
+            seen = data.get("fold")
+            if seen != dataset.fold:
+                raise ValueError(
+                    f"init_from was trained on fold {seen} of {dataset.root}, with crystals that "
+                    f"fold {dataset.fold} tests on: start from one of fold={dataset.fold} (in a "
+                    "suite: `per: [fold]`)"
+                )
+        start = start.get("start")
 
 
 def make_stream(
@@ -147,6 +196,7 @@ def identity(
     """
     value = {
         "data": dataset.manifest.fingerprint,
+        **({} if config.fold is None else {"fold": config.fold}),
         "seed": config.seed,
         "encoder": encoder.section,
         "init_from": config.init_from,
@@ -164,24 +214,6 @@ def claim(
     record = world.share(record)
     same_file(world.meeting, run.path / "run.json")
     return record
-
-
-def labelled_items(dataset: Dataset, config: FinetuneJob) -> np.ndarray:
-    """The training crystals a finetuning job learns from: those with a label, of which a seeded
-    random share is taken. Smaller shares are subsets of larger ones with the same seed."""
-    items = with_label(dataset, "train", config.targets)
-    count = len(items)
-    if config.label_count is not None:
-        if config.label_count > count:
-            raise ValueError(
-                f"label_count={config.label_count}, but only {count} are labelled: give at most "
-                "that, or prepare the data again with more labels"
-            )
-        count = config.label_count
-    else:
-        count = max(1, round(config.label_fraction * count))
-    order = np.random.default_rng(config.seed).permutation(len(items))
-    return np.sort(items[order[:count]])
 
 
 def finetune_stage(
@@ -218,36 +250,6 @@ def finetune_stage(
     if known is not None:
         load_into(stage.readout, known.weights("readout."), str(known.file))
     return stage, Scaler(config.targets, units, mean, std)
-
-
-def standardisation(labels: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-    """Mean and population standard deviation of each target's present labels, [labels, targets]."""
-    values = torch.tensor(labels, dtype=torch.float64)
-    present = ~values.isnan()
-    count = present.sum(0).clamp(min=1)
-    mean = values.nan_to_num().sum(0) / count
-    square = ((values - mean).nan_to_num() ** 2 * present).sum(0) / count
-    return mean.tolist(), square.sqrt().tolist()
-
-
-def with_label(dataset: Dataset, split: str, targets: list[str]) -> np.ndarray:
-    """Items of a split that have at least one of the labels.
-
-    Raises:
-        ValueError: an unknown target (lists those the data has), or one that no crystal of the
-            split has.
-    """
-    items = dataset.split_items(split)
-    if len(items) == 0:
-        return items
-    present = ~np.isnan(np.stack([dataset.targets_of(name)[items] for name in targets]))
-    if missing := [n for n, some in zip(targets, present.any(axis=1), strict=True) if not some]:
-        raise ValueError(
-            f"no crystal of the {split!r} split has a label for {', '.join(missing)}: prepare the "
-            "data again with labels for it (labels=TABLE reads them from a table), or with "
-            "another split"
-        )
-    return items[present.any(axis=0)]
 
 
 def plan_text(stage: Stage, stream: Stream, config: Any, world: World, accumulation: int) -> str:

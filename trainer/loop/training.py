@@ -267,7 +267,7 @@ class Training:
             f"{stage}: stopped after step {step} of {total} ({reason}); the same command continues"
         )
         self.engine.world.barrier()
-        raise Requeue
+        raise Requeue(reason)
 
     def end(self, step: int) -> None:
         """The stage gets the weights that are handed on."""

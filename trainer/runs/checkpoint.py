@@ -167,11 +167,11 @@ class RunDirectory(Checkpoints):
         return run
 
     def _refuse_links(self) -> None:
-        """Raises ValueError for a directory that is a link out of the run: what is written, and
-        what is removed, must be its own. (A file that is a link is not replaced.)"""
+        """Raises ValueError for a link out of the run: what is read, written and removed must be
+        its own."""
         root = self.path.resolve()
-        for folder, directories, _ in os.walk(root):
-            for name in directories:
+        for folder, directories, files in os.walk(root):
+            for name in (*directories, *files):
                 path = Path(folder, name)
                 if path.is_symlink() and not path.resolve().is_relative_to(root):
                     raise ValueError(

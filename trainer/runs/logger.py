@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from crysforge.datapipe.common.escape import tag
+from crysforge.datapipe.common.escape import printable, tag
 from crysforge.datapipe.common.files import make_directory, open_append, write_json, write_text
 from crysforge.datapipe.common.safe_read import read_lines
 from crysforge.trainer.base.distributed import World
@@ -115,7 +115,7 @@ class Logger:
         """A line for people, above the progress bar; from rank 0 unless asked of every rank."""
         if self.enabled or every_rank:
             with suppress(OSError):
-                tqdm.write(text)
+                tqdm.write(printable(text))
 
     def warning(self, text: str, **values: Any) -> None:
         """A warning that all ranks have: a line for people and an event."""

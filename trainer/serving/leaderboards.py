@@ -26,7 +26,7 @@ from crysforge.datapipe.common.escape import cell
 from crysforge.datapipe.common.files import new_directory, write_bytes, write_json, write_text
 from crysforge.datapipe.common.safe_read import read_mapping, read_text
 from crysforge.datapipe.common.tables import number, read_rows
-from crysforge.datapipe.preparing.splits import FOLDS, by_fold
+from crysforge.datapipe.preparing.splitting.splits import FOLDS, by_fold
 from crysforge.trainer.runs.forms import METRICS
 
 MATBENCH = {
@@ -117,8 +117,8 @@ def matbench(
     MAE over the folds of each task.
 
     Args:
-        runs: finetunings on the official folds (`prepare … split=matbench fold=K`), five for each
-            task, in any order; which they are is told from their test crystals.
+        runs: finetunings on the official folds (`prepare … split=matbench`, `finetune … fold=K`),
+            five for each task, in any order; which they are is told from their test crystals.
         metadata: `authors`, `algorithm`, `algorithm_long`, `bibtex_refs`, and whatever else
             info.json is to say.
 
@@ -215,7 +215,7 @@ def _fold(run: Path, ids: Sequence[str]) -> tuple[str, int, list[str]]:
             return task, fold, [f"{prefix}-{int(n):0{digits}d}" for n in numbers]
     raise ValueError(
         f"{run}: its {len(ids)} test crystals are none of the official folds of {task}: prepare "
-        f"with split=matbench fold=0 to {FOLDS - 1}, without filters"
+        f"with split=matbench and without filters, and finetune with fold=0 to {FOLDS - 1}"
     )
 
 

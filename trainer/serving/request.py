@@ -3,12 +3,28 @@ kill at the very end, finds that its work is done."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from crysforge.datapipe.common.files import sha256, write_json
+from crysforge.datapipe.common.safe_read import read_mapping
+from crysforge.datapipe.preparing.request import HOW, request_of
+from crysforge.datapipe.preparing.work import origin
+from crysforge.trainer.runs.model_directory import open_model
+from crysforge.trainer.serving.config import PredictConfig
+from crysforge.trainer.serving.ensemble import ENSEMBLE
+
+FORM = {"request": str, "sha256": str, "written": int, "dropped": int}
+
+
+def request_for(config: PredictConfig) -> str:
+    """Identifies the predictions that are asked for, by settings, model and input."""
+    root = Path(config.checkpoint)
+    ensemble = (root / ENSEMBLE).is_file()
+    members = sorted(p for p in root.iterdir() if p.is_dir()) if ensemble else [root]
+    weights = [sha256(open_model(member).file) for member in members]
+    facts = [weights, origin(config.input, config.format)]
+    return request_of(config, facts, (*HOW, "checkpoint", "device", "max_atoms"))
 
 
 def request_path(output: Path) -> Path:
@@ -28,9 +44,9 @@ def keep_request(output: Path, request: str, digest: str, counts: Mapping[str, i
 def predicted_before(output: Path, request: str) -> tuple[int, int] | None:
     """(written, dropped) crystals, if `output` is there and is what is asked for."""
     try:
-        known: Any = json.loads(request_path(output).read_text(encoding="utf-8"))
+        known = read_mapping(request_path(output), FORM)
         if known["request"] == request and known["sha256"] == sha256(output):
-            return int(known["written"]), int(known["dropped"])
-    except (OSError, ValueError, KeyError, TypeError):
+            return known["written"], known["dropped"]
+    except (OSError, ValueError):
         pass  # there is no such file, or it is of another kind
     return None

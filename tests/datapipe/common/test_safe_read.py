@@ -165,6 +165,7 @@ KNOWN = {
     "datapipe/common/tables.py": "what reads CSV files of ours",
     "datapipe/storage/record.py": "headers of records, all fields checked; loaders wait for it",
     "datapipe/crystals/structure_types.py": "a file of the installed pymatgen",
+    "datapipe/sources/ase_files.py": "crystals: labels of a row",
     "datapipe/sources/delimited.py": "crystals: rows of a CSV",
     "datapipe/sources/gnome.py": "crystals: rows of a CSV",
     "datapipe/sources/json_stream.py": "crystals: JSON in a stream",

@@ -167,7 +167,7 @@ def test_published_protocols_keep_their_cells():
 def test_settings_of_reading_are_those_of_predict():
     from crysforge.datapipe.preparing.config import PrepareConfig
     from crysforge.datapipe.sources.options import ReadingConfig
-    from crysforge.launch.predict import PredictConfig
+    from crysforge.trainer.serving.config import PredictConfig
 
     reading = {f.name for f in dataclasses.fields(ReadingConfig)}
     for schema in (PrepareConfig, PredictConfig):

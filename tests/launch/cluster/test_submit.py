@@ -20,7 +20,10 @@ from crysforge.launch.cluster.code import ROOT
 from crysforge.launch.cluster.config import SubmitConfig, minutes
 from crysforge.launch.cluster.executors import script, slurm_executor
 from crysforge.launch.cluster.request import JOBS, Request
+from crysforge.launch.cluster.submission import Submission
 from crysforge.launch.cluster.sweep import grid, merge, names, read_sweep
+from crysforge.trainer.base.command_line import parse
+from crysforge.trainer.jobs.schemas import FinetuneJob
 
 FINETUNE = ("job=finetune", "data=D", "target=gap", "encoder={name: pddformer, tiny: true}")
 
@@ -310,3 +313,78 @@ def test_request_help_lists_everything(capsys):
             ask(*argv)
     assert "array_parallelism" in capsys.readouterr().out
     assert request.JOBS.keys() == {"pretrain", "finetune", "prepare", "predict"}
+
+
+# --- what is typed, and what comes in files -------------------------------------------------------
+
+
+def recorded(request: Request) -> list[str]:
+    """Arguments of the jobs' scripts."""
+    submission = request.submission()
+    tasks = request.tasks(submission, request.cells(), Path("code"))
+    return [task.argv[1:] for task in tasks]
+
+
+def test_a_job_opens_what_was_typed_when_it_was_submitted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKEN", "s3cret")
+    data = "data='http://h/${oc.env:TOKEN}'"
+    asked = ask("job=finetune", data, *FINETUNE[2:], "run_dir=runs/a")
+    ((option, path, record),) = recorded(asked)
+    assert option == "--config" and "s3cret" not in record  # everybody sees arguments
+    assert parse(FinetuneJob, None, [option, path, record]).data == "http://h/s3cret"
+    with pytest.raises(ValueError, match="only if it is typed"):
+        parse(FinetuneJob, None, [option, path])
+    Path(path).write_text(Path(path).read_text().replace("s3cret", "other"))
+    with pytest.raises(ValueError, match="only if it is typed"):
+        parse(FinetuneJob, None, [option, path, record])
+
+
+def test_places_in_sweeps_are_typed_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rest = (*FINETUNE[2:], "run_dir=runs/a")
+    asked = ask("job=finetune", *rest, "sweep=[data=[s3://b/x,s3://b/y]]")
+    found = [parse(FinetuneJob, None, argv).data for argv in recorded(asked)]
+    assert found == ["s3://b/x", "s3://b/y"]
+    Path("sweep.yaml").write_text("data: [s3://b/x]\n")
+    Path("list.yaml").write_text("- {data: 'pipe:touch x'}\n")
+    Path("env.yaml").write_text("data: ['${oc.env:HOME}']\n")
+    for name, words in (("sweep", "typed"), ("list", "typed"), ("env", "values elsewhere")):
+        with pytest.raises(ValueError, match=words):
+            ask("job=finetune", *rest, f"sweep={name}.yaml").cells()
+
+
+@pytest.mark.parametrize("key", ["sweep: '[data=[pipe:x]]'", "suite: a.yaml", "site: b.yaml"])
+def test_a_site_file_says_nothing_of_jobs(key, tmp_path):
+    (tmp_path / "site.yaml").write_text(key)
+    with pytest.raises(ValueError, match="unknown setting"):
+        ask("job=pretrain", f"site={tmp_path / 'site.yaml'}")
+
+
+def test_cells_lie_beside_their_submission(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = ask(*FINETUNE, "run_dir=runs/a", f"sweep=[run_dir=[runs/a/x,{tmp_path.parent}/y]]")
+    with pytest.raises(ValueError, match="lies elsewhere than"):
+        recorded(asked)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schema": 2}, "has schema 2"),
+        ({"job": "rm"}, "job must be"),
+        ({"cells": {"../a": {"output": "../runs", "values": {}}}}, "a file's name"),
+        ({"cells": {"a": {"output": "../../runs", "values": {}}}}, "the output of a is not beside"),
+        ({"cells": {"a": {"output": "/etc", "values": {}}}}, "a path beside the folder"),
+        ({"attempts": [{"cluster": "slurm"}]}, "missing key 'attempts"),
+        ({"attempts": {}}, "attempts must be a list"),
+    ],
+)
+def test_a_strangers_submission(change, words, tmp_path):
+    folder = tmp_path / "runs.submit"
+    folder.mkdir()
+    record = {"schema": 1, "job": "finetune", "cells": {}, "attempts": []}
+    (folder / "submission.json").write_text(json.dumps(record | change))
+    with pytest.raises(ValueError, match=words) as error:
+        Submission.read(folder)
+    assert "submission.json" in str(error.value) and "\n" not in str(error.value)

@@ -17,6 +17,9 @@ from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.jobs import groups, settings_of, waves
 from crysforge.launch.cluster.status import statuses
 from crysforge.launch.cluster.suite import Suite
+from crysforge.launch.evaluate import find
+from crysforge.trainer.evaluation.compare import arms_of, compare
+from crysforge.trainer.evaluation.results import gather
 
 SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))
 
@@ -235,6 +238,36 @@ def test_a_missing_data_set_is_named_with_where_it_comes_from(file, tmp_path):
     assert {c.config["data"] for c in suite.cells} == {str(moved)}
 
 
+def test_some_values_of_a_factor_can_be_chosen(file):
+    suite = Suite([file()], ["only.encoder=[other]", "only.seed=[1]"])
+    assert {(c.values["encoder"], c.values.get("seed", 1)) for c in suite.cells} == {("other", 1)}
+    for chosen, word in (("only.encoder=[othr]", "'othr'"), ("only.seed=[2]", "'2'")):
+        with pytest.raises(ValueError, match=f"only.*{word}"):
+            Suite([file()], [chosen])
+
+
+def test_what_is_the_same_run_is_trained_once(file):
+    """Whatever it is called, and also below runs that start from it."""
+    runs = {
+        **TINY["runs"],
+        "again": {**TINY["runs"]["made"]},
+        "more": {
+            "data": "b",
+            "per": ["encoder"],
+            "settings": {"stages": ["joint"], "init_from": "again", "joint.max_steps": 1},
+        },
+    }
+    pretraining = {name: {"init_from": name} for name in ("made", "again", "more")}
+    factors = {**TINY["factors"], "encoder": ONE_ENCODER, "pretraining": pretraining}
+    suite = Suite([file(runs=runs, factors=factors, baseline="")], [])
+    made = {c.name for c in suite.cells if c.job == "pretrain"}
+    assert made == {"made,encoder=other", "more,encoder=other"}
+    more = next(c for c in suite.cells if c.name == "more,encoder=other")
+    assert more.after == ("made,encoder=other",) and more.config["init_from"].endswith(more.after)
+    after = {(c.values["pretraining"], c.after) for c in suite.cells if c.job == "finetune"}
+    assert {a for p, a in after if p != "more"} == {("made,encoder=other",)}
+
+
 def test_excluded_combinations_are_no_cells(file):
     suite = Suite([file(exclude=[{"pretraining": "ours", "encoder": "other"}])], [])
     assert {c.name for c in suite.cells if c.job == "pretrain"} == {"made,encoder=big"}
@@ -282,6 +315,40 @@ def test_what_waits_for_a_failed_run_is_left_out_and_the_rest_is_run(
     assert sorted(states.values()) == ["finished", "not started", "not started"]
 
 
+def test_a_suite_runs_over_folds_and_seeds_which_are_replicates(file, tmp_path, monkeypatch):
+    """What is pretrained is made anew for each fold, and nothing sees the crystals it is tested
+    on."""
+    with DatasetWriter(tmp_path / "data" / "f", ["e"], folds=2) as writer:
+        for i in range(24):
+            writer.add("train", salt(f"f{i}", i), fold=(i % 2, 2 - i % 2 if i % 8 < 2 else 0))
+        writer.finish({})
+    runs = {"made": {**TINY["runs"]["made"], "data": "f", "per": ["fold"]}}
+    runs["made"]["settings"] |= {"encoder": {"name": "cgcnn", "tiny": True}}
+    factors = {
+        "task": {"energy": {"data": "f", "target": "e"}},
+        "pretraining": TINY["factors"]["pretraining"],
+        "fold": [0, 1],
+        "seed": [3],
+    }
+    settings = {**TINY["settings"], "encoder": {"name": "cgcnn", "tiny": True}}
+    data = {"f": {"source": "made here"}}
+    path = file(data=data, runs=runs, factors=factors, settings=settings)
+    monkeypatch.setattr("sys.argv", ["submit.py", f"suite={path}", "cluster=debug"])
+    submit.main()
+    assert {s.cell for s in statuses(tmp_path / "out") if s.cell.startswith("made")} == {
+        "made,fold=0", "made,fold=1",
+    }  # fmt: skip
+    suite = find(tmp_path / "out")
+    assert suite.folds and suite.factors == ["task", "pretraining", "seed"]
+    results, missing = gather(suite)
+    arms = arms_of(suite, results, missing)
+    assert [len(arm.results) for arm in arms] == [2, 2] and not missing
+    assert set(arms[0].results) == {"fold 0, seed 3", "fold 1, seed 3"}
+    (found,) = compare(suite, arms, resamples=100)
+    assert found.bootstrap.n == 24 and found.test.n == 2  # every crystal is judged once
+    assert np.isnan(found.test.p_wilcoxon)
+
+
 @pytest.mark.parametrize("path", SUITES, ids=lambda p: p.stem)
 def test_the_suites_here_are_sound_but_for_their_data(path, tmp_path):
     settings = [f"output={tmp_path}", f"data_dir={tmp_path}"]
@@ -301,3 +368,31 @@ def test_the_suites_here_are_sound_but_for_their_data(path, tmp_path):
         if "seed" in c.values or "fold" in c.values
     }
     assert len(replicates) >= 3
+
+
+def test_data_sets_below_an_address_that_is_typed(file, tmp_path):
+    remote = Suite([file()], ["output=runs", "data_dir=s3://bucket"])
+    assert {c.config["data"] for c in remote.cells} == {"s3://bucket/a", "s3://bucket/b"}
+    one = Suite([file()], ["output=runs", "data.b.path=s3://bucket/b"])
+    assert {c.config["data"] for c in one.cells} == {"data/a", "s3://bucket/b"}
+    for change, words in (
+        ({"data_dir": "s3://bucket"}, "data_dir is 's3://bucket' in a config file"),
+        ({"data": {"a": {"path": "pipe:x"}, "b": {}}}, "data.a.path is 'pipe:x' in a config file"),
+        ({"data": {"source": {"path": "pipe:x"}}}, "data.source.path is 'pipe:x' in a config file"),
+        ({"data": {"metadata": {"path": "pipe:x"}}}, "data.metadata.path is 'pipe:x'"),
+        ({"data": {"title": "pipe:x"}}, "must be settings by name, not 'pipe:x'"),
+        ({"data": {"a": ["x"], "b": {}}}, "must be settings by name, not a list of 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Suite([file(**change)], ["output=runs"])
+    odd = {**TINY["data"], "../a": {}}
+    task = {**TINY["factors"], "task": {"energy": {"data": "../a", "target": "e"}}}
+    with pytest.raises(ValueError, match="no plain name below s3://bucket"):
+        Suite([file(data=odd, factors=task)], ["output=runs", "data_dir=s3://bucket"])
+
+
+def test_a_suite_that_includes_itself(tmp_path):
+    (tmp_path / "a.yaml").write_text("include: [b.yaml]\n")
+    (tmp_path / "b.yaml").write_text("include: [a.yaml]\n")
+    with pytest.raises(ValueError, match="includes itself"):
+        Suite([str(tmp_path / "a.yaml")], ["output=runs"])

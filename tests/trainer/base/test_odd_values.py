@@ -15,17 +15,16 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crysforge.datapipe.common.config import configure
-from crysforge.datapipe.preparing.bake import BakeConfig
 from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.edit import MergeConfig, ReshardConfig, SubsetConfig
-from crysforge.datapipe.preparing.inspect import InspectConfig
+from crysforge.datapipe.preparing.edit_configs import BakeConfig, InspectConfig
 from crysforge.datapipe.storage.dataset import Manifest
 from crysforge.launch.cluster.config import SubmitConfig
-from crysforge.launch.predict import PredictConfig
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.reports.config import EvaluateConfig
 from crysforge.trainer.runs.board import Board
+from crysforge.trainer.serving.config import PredictConfig
 from crysforge.trainer.stages.base import STAGES
 from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
 from tests.launching import FINETUNE, PRETRAIN
@@ -140,7 +139,12 @@ def test_labels_that_hardly_differ_are_named():
 # -- Files -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("graphs", [[], ["a"], "a", 3, {"a": 3}, {"a": None}, None])
+KEY = "0123456789ab"
+
+
+@pytest.mark.parametrize(
+    "graphs", [[], ["a"], "a", 3, {"a": 3}, {"a": None}, None, {KEY: {"radius": [1]}}]
+)
 def test_graphs_of_another_type(call, data, tmp_path, graphs):
     shutil.copytree(data, tmp_path / "set")
     path = tmp_path / "set" / "manifest.json"
@@ -150,10 +154,7 @@ def test_graphs_of_another_type(call, data, tmp_path, graphs):
     assert "manifest.json is damaged: graphs" in err or "a key of graphs" in err
 
 
-KEY = "0123456789ab"
-
-
-@pytest.mark.parametrize("spec", [{"neighbors": "x"}, {"radius": [1]}, {"what": 1}, {}])
+@pytest.mark.parametrize("spec", [{"neighbors": "x"}, {"radius": "1"}, {"what": 1}, {}])
 def test_graphs_of_odd_specs(call, data, tmp_path, spec):
     shutil.copytree(data, tmp_path / "set")
     path = tmp_path / "set" / "manifest.json"
@@ -168,7 +169,7 @@ def test_odd_results_are_one_line_on_export(call, runs, tmp_path):
     metrics = tmp_path / "run" / "metrics.json"
     metrics.write_text(json.dumps({**json.loads(metrics.read_text()), "test": {"mae": "low"}}))
     code, _, err = call("export", f"checkpoint={tmp_path}/run", f"output={tmp_path}/model")
-    assert code == 2 and err.count("\n") == 1 and "the results of its run are damaged" in err
+    assert code == 2 and err.count("\n") == 1 and "metrics.json is damaged: test.mae" in err
     assert not (tmp_path / "model").exists()
 
 
