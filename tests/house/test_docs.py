@@ -20,8 +20,8 @@ from crysforge.datapipe.preparing.edit_configs import (
     VerifyConfig,
 )
 from crysforge.launch import analyse, demo, ensemble, export, leaderboard, prepare
+from crysforge.launch.cluster.config import SuiteConfig
 from crysforge.launch.cluster.request import Request
-from crysforge.launch.cluster.suite import SuiteConfig
 from crysforge.trainer.base.command_line import from_sources, merge_sources, split_arguments
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema
 from crysforge.trainer.reports.config import EvaluateConfig
