@@ -227,6 +227,7 @@ def _provenance(work: Work, scan: _Scan, writer: DatasetWriter, counts: _Counts)
         "split": work.split_settings(),
         "cell": {**work.cells().describe(), "reduced": counts.reduced},
         **({"extensive": list(extensive)} if (extensive := work.extensive()) else {}),
+        "checks": config.checks,
         "filters": dict(describe(config.filters)),
         "records": len(scan.ids),
         "kept": len(writer),
