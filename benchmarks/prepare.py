@@ -10,8 +10,8 @@ pymatgen's without symmetry (as in CDVAE's files), pymatgen's with symmetry (`sy
 same with the symbol in place of the operations, and ASE's. `parse` is from a record of the file to
 a checked crystal, `all` from the file to finished shards: two passes over the records, parsing,
 checks, writing. `pymatgen` is `Structure.from_str` on the same CIF text, `gemmi` its SmallStructure
-with all atoms of the cell. They run in alternation; times are CPU time of all processes, the best of the repeats.
-The last line is the table as JSON.
+with all atoms of the cell. They run in alternation; times are CPU time of all processes, the best
+of the repeats. The last line is the table as JSON.
 """
 
 from __future__ import annotations
