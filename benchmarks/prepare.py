@@ -10,8 +10,8 @@ pymatgen's without symmetry (as in CDVAE's files), pymatgen's with symmetry (`sy
 same with the symbol in place of the operations, and ASE's. `parse` is from a record of the file to
 a checked crystal, `all` from the file to finished shards: two passes over the records, parsing,
 checks, writing. `pymatgen` is `Structure.from_str` on the same CIF text, `gemmi` its SmallStructure
-with all atoms of the cell. They run in alternation; times are CPU time of all processes, the best of the repeats.
-The last line is the table as JSON.
+with all atoms of the cell. They run in alternation; times are CPU time of all processes, the best
+of the repeats. The last line is the table as JSON.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import csv
 import gc
 import io
 import json
-import os
+import resource
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -154,7 +155,8 @@ def write_json(path: str, crystals: list[Crystal]) -> str:
 
 def cpu_seconds() -> float:
     """CPU time of this process and of those that it has started and waited for."""
-    return sum(os.times()[:4])
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def measure(name: str, path: str, cifs: list[str], repeats: int) -> dict[str, Any]:
