@@ -11,19 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from crysforge.datapipe.crystals.cells import PRIMITIVE, cells_of
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.loading.stream import Stream
-from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.dataset import Dataset
-from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.models.encoders import Encoder, build_encoder
-from crysforge.models.encoders.base import for_primitive_cells
 from crysforge.trainer.base.agreement import same_file
-from crysforge.trainer.base.command_line import read_yaml
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import load_into
 from crysforge.trainer.engines.base import EngineConfig
+from crysforge.trainer.jobs.encoder import suited
 from crysforge.trainer.jobs.schemas import FinetuneJob, JobConfig
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.model_directory import (
@@ -50,26 +46,6 @@ def starting_encoder(config: JobConfig, dataset: Dataset) -> Encoder:
         return take_encoder(open_model(config.init_from, config.init_stage), config.encoder)
     seed_everything(config.seed, "encoder")
     return build_encoder(suited(config.encoder, dataset.manifest))
-
-
-def suited(section: Mapping[str, Any], manifest: Manifest) -> Mapping[str, Any]:
-    """An encoder's section, with what suits the cells of a data set where it does not say."""
-    primitive = cells_of(manifest.provenance).rule == PRIMITIVE
-    return for_primitive_cells(section) if primitive else section
-
-
-def graph_of(encoder: str, manifest: Manifest) -> GraphSpec:
-    """The graph that a training on a data set asks for.
-
-    Args:
-        encoder: a name, or a config file (.yaml) with an `encoder` section.
-    """
-    if not encoder.endswith((".yaml", ".yml")):
-        return build_encoder(suited({"name": encoder}, manifest)).graph
-    section = read_yaml(encoder).get("encoder")
-    if not section:
-        raise ValueError(f"{encoder} has no section 'encoder'")
-    return build_encoder(suited(section, manifest)).graph
 
 
 def check_splits(dataset: Dataset, data: str, *names: str) -> None:
