@@ -108,7 +108,6 @@ LATE = {
 """What functions import."""
 TWICE: dict[str, set[str]] = {
     "Cell": {"launch/cluster/jobs.py", "trainer/evaluation/suite.py"},
-    "Failure": {"datapipe/loading/worker.py", "datapipe/sources/read.py"},
     "Look": {"datapipe/sources/base.py", "trainer/reports/figures.py"},
     "Predictions": {"trainer/evaluation/results.py", "trainer/serving/ensemble.py"},
     "Result": {"trainer/evaluation/results.py", "trainer/loop/session.py"},
