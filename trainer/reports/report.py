@@ -109,7 +109,7 @@ def _draw(
     suite: Suite, arms: Sequence[Arm], facts: dict[str, Facts], config: EvaluateConfig, folder: Path
 ) -> list[Figure]:
     """All figures of a report."""
-    look = figures.Look(suite, arms)
+    look = figures.ArmStyle(suite, arms)
     drawn: list[Figure] = []
 
     def path(kind: str, title: str, of: str = "") -> Path:

@@ -21,7 +21,7 @@ from tests.evaluation_runs import arms_and_seeds, finetuned, suite
 def arms_at(root):
     found = Suite.read(root)
     arms = arms_of(found, *gather(found))
-    return arms, figures.Look(found, arms)
+    return arms, figures.ArmStyle(found, arms)
 
 
 @pytest.fixture
