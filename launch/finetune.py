@@ -36,7 +36,7 @@ from crysforge.trainer.jobs import finetuning as reports
 from crysforge.trainer.jobs import setup as jobs
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.loop.fit import fit
-from crysforge.trainer.loop.session import Result, Session
+from crysforge.trainer.loop.session import FitResult, Session
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.facts import job_facts
 from crysforge.trainer.runs.model_directory import describe_stage, export_stage
@@ -103,7 +103,7 @@ def main() -> None:
     data["labels"] = len(items["train"])
     describe_stage(directory.path / "finetune", stage, data, scaler, start)
     began = time.monotonic()
-    stage, result = stage.to(world.device), Result()
+    stage, result = stage.to(world.device), FitResult()
     if learns:
         train, validation = streams
         monitor = f"mae/{config.targets[0]}" if len(config.targets) == 1 else "mse"
