@@ -40,7 +40,7 @@ from crysforge.datapipe.storage.remote import Access
 from crysforge.launch.analyse import AnalyseConfig
 from crysforge.launch.cluster.status import cancel, collect, statuses, table
 from crysforge.launch.cluster.submission import Submission
-from crysforge.launch.cluster.suite import Suite
+from crysforge.launch.cluster.suite import SuitePlan
 from crysforge.launch.ensemble import EnsembleConfig
 from crysforge.launch.evaluate import find
 from crysforge.launch.export import ExportConfig
@@ -201,7 +201,7 @@ def suite_puts_a_place_together(scene: Scene) -> None:
         suite["include"] = [path.name]
     path.write_text(yaml.safe_dump(suite))
     try:
-        cells = Suite([str(path)], []).cells
+        cells = SuitePlan([str(path)], []).cells
     except ValueError as error:
         assert "\n" not in str(error).split("data sets are missing")[0]
     else:

@@ -17,7 +17,7 @@ from crysforge.launch.cluster import status, sweep
 from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.jobs import JOBS, Cell, Job, check, check_names
 from crysforge.launch.cluster.submission import Submission
-from crysforge.launch.cluster.suite import Suite
+from crysforge.launch.cluster.suite import SuitePlan
 from crysforge.launch.cluster.worker import Task
 from crysforge.trainer.base.command_line import (
     RECORDED,
@@ -89,13 +89,13 @@ class Request:
         return self.suite.output if self.suite else Path(str(self._base[self.job.output]))
 
     @cached_property
-    def suite(self) -> Suite | None:
+    def suite(self) -> SuitePlan | None:
         """The suite that was asked for, if one was."""
         if not self.config.suite:
             return None
         if self.config.sweep:
             raise ValueError("a suite has factors=… in place of sweep=…")
-        return Suite([self.config.suite, *self.files], self.overrides)
+        return SuitePlan([self.config.suite, *self.files], self.overrides)
 
     def cells(self) -> list[Cell]:
         """The runs asked for, each checked against the job's own schema.

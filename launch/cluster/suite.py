@@ -107,7 +107,7 @@ class SuiteConfig:
     """Leave out the cells whose data set is not there, instead of stopping."""
 
 
-class Suite:
+class SuitePlan:
     """A suite as its cells.
 
     Attributes:

@@ -108,11 +108,6 @@ LATE = {
 """What functions import."""
 TWICE: dict[str, set[str]] = {
     "Cell": {"launch/cluster/jobs.py", "trainer/evaluation/suite.py"},
-    "Look": {"datapipe/sources/base.py", "trainer/reports/figures.py"},
-    "Predictions": {"trainer/evaluation/results.py", "trainer/serving/ensemble.py"},
-    "Result": {"trainer/evaluation/results.py", "trainer/loop/session.py"},
-    "Suite": {"launch/cluster/suite.py", "trainer/evaluation/suite.py"},
-    "Task": {"datapipe/preparing/duplicates/records.py", "launch/cluster/worker.py"},
 }
 """Names that several classes have."""
 

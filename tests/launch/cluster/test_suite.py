@@ -16,7 +16,7 @@ from crysforge.launch.cluster.code import ROOT
 from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.jobs import groups, settings_of, waves
 from crysforge.launch.cluster.status import statuses
-from crysforge.launch.cluster.suite import Suite
+from crysforge.launch.cluster.suite import SuitePlan
 from crysforge.launch.evaluate import find
 from crysforge.trainer.evaluation.compare import arms_of, compare
 from crysforge.trainer.evaluation.results import gather
@@ -78,7 +78,7 @@ def salt(id: str, i: int) -> Crystal:
 
 
 def test_every_combination_is_a_cell_after_the_run_it_starts_from(file):
-    suite = Suite([file()], [])
+    suite = SuitePlan([file()], [])
     finetunings = [c for c in suite.cells if c.job == "finetune"]
     assert len(finetunings) == 2 * 2 * 2
     assert len({c.output for c in suite.cells}) == len(suite.cells) == 8 + 2
@@ -106,7 +106,7 @@ def test_a_setting_changes_no_more_than_it_names(file, tmp_path):
     settings = {"stages": ["vae"], "vae": {"max_steps": 2}}
     runs = {"made": {**TINY["runs"]["made"], "config": ["pre.yaml"], "settings": settings}}
     path = file(config=["fine.yaml"], runs=runs)
-    suite = Suite([path], ["settings.finetune.max_steps=3", "runs.made.settings.vae.epochs=1"])
+    suite = SuitePlan([path], ["settings.finetune.max_steps=3", "runs.made.settings.vae.epochs=1"])
     found = {c.job: c.config for c in suite.cells}
     changed = {"lr": 0.005, "epochs": 7, "max_steps": 3, "batch_size": 4}
     assert found["finetune"]["finetune"] == changed
@@ -124,7 +124,7 @@ def test_a_run_that_starts_from_a_run_comes_after_it(file):
         },
     }
     factors = {**TINY["factors"], "pretraining": {"none": {}, "taught": {"init_from": "taught"}}}
-    suite = Suite([file(runs=runs, factors=factors)], [])
+    suite = SuitePlan([file(runs=runs, factors=factors)], [])
     names = [c.name for c in suite.cells]
     for encoder in ("big", "other"):
         assert names.index(f"made,encoder={encoder}") < names.index(f"taught,encoder={encoder}")
@@ -133,7 +133,7 @@ def test_a_run_that_starts_from_a_run_comes_after_it(file):
 
 
 def test_cells_that_wait_for_the_same_run_are_one_array(file):
-    suite = Suite([file()], [])
+    suite = SuitePlan([file()], [])
     assert sorted((len(g), g[0].after) for g in groups(suite.cells)) == [
         (2, ()),
         (2, ("made,encoder=big",)),
@@ -168,7 +168,7 @@ def test_cells_that_wait_for_the_same_run_are_one_array(file):
 )
 def test_a_mistake_is_named(file, changes, words):
     with pytest.raises(ValueError) as error:
-        Suite([file(**changes)], [])
+        SuitePlan([file(**changes)], [])
     for word in words:
         assert word in str(error.value)
 
@@ -177,17 +177,17 @@ def test_a_missing_data_set_is_named_with_where_it_comes_from(file, tmp_path):
     path = file()
     (tmp_path / "data" / "b" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=re.escape("b is not at data/b — somewhere far")):
-        Suite([path], [])
-    suite = Suite([path], ["skip_missing=true"])
+        SuitePlan([path], [])
+    suite = SuitePlan([path], ["skip_missing=true"])
     assert {c.values["pretraining"] for c in suite.cells} == {"none"}
     assert list(suite.missing) == ["b"]
     moved = (tmp_path / "data" / "a").rename(tmp_path / "elsewhere")
-    suite = Suite([path], [f"data.a.path={moved}", f"data.b.path={moved}"])
+    suite = SuitePlan([path], [f"data.a.path={moved}", f"data.b.path={moved}"])
     assert {c.config["data"] for c in suite.cells} == {str(moved)}
 
 
 def test_excluded_combinations_are_no_cells(file):
-    suite = Suite([file(exclude=[{"pretraining": "ours", "encoder": "other"}])], [])
+    suite = SuitePlan([file(exclude=[{"pretraining": "ours", "encoder": "other"}])], [])
     assert {c.name for c in suite.cells if c.job == "pretrain"} == {"made,encoder=big"}
     assert sum(c.job == "finetune" for c in suite.cells) == 6
 
@@ -271,12 +271,12 @@ def test_a_suite_runs_over_folds_and_seeds_which_are_replicates(file, tmp_path, 
 def test_the_suites_here_are_sound_but_for_their_data(path, tmp_path):
     settings = [f"output={tmp_path}", f"data_dir={tmp_path}"]
     with pytest.raises(ValueError, match="data sets are missing") as error:
-        Suite([str(path)], settings)
+        SuitePlan([str(path)], settings)
     missing = re.findall(r"^  (\S+) is not at \S+ — .+", str(error.value), re.MULTILINE)
     for name in missing:
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text("{}")
-    suite = Suite([str(path)], settings)
+    suite = SuitePlan([str(path)], settings)
     assert suite.config.title and suite.config.baseline
     assert set(suite.config.data) == set(missing), "a data set that no cell needs"
     replicates = {c.values.get("seed", c.values.get("fold")) for c in suite.cells if c.after}
@@ -284,9 +284,9 @@ def test_the_suites_here_are_sound_but_for_their_data(path, tmp_path):
 
 
 def test_data_sets_below_an_address_that_is_typed(file, tmp_path):
-    remote = Suite([file()], ["output=runs", "data_dir=s3://bucket"])
+    remote = SuitePlan([file()], ["output=runs", "data_dir=s3://bucket"])
     assert {c.config["data"] for c in remote.cells} == {"s3://bucket/a", "s3://bucket/b"}
-    one = Suite([file()], ["output=runs", "data.b.path=s3://bucket/b"])
+    one = SuitePlan([file()], ["output=runs", "data.b.path=s3://bucket/b"])
     assert {c.config["data"] for c in one.cells} == {"data/a", "s3://bucket/b"}
     for change, words in (
         ({"data_dir": "s3://bucket"}, "data_dir is 's3://bucket' in a config file"),
@@ -297,15 +297,15 @@ def test_data_sets_below_an_address_that_is_typed(file, tmp_path):
         ({"data": {"a": ["x"], "b": {}}}, "must be settings by name, not a list of 1"),
     ):
         with pytest.raises(ValueError, match=words):
-            Suite([file(**change)], ["output=runs"])
+            SuitePlan([file(**change)], ["output=runs"])
     odd = {**TINY["data"], "../a": {}}
     task = {**TINY["factors"], "task": {"energy": {"data": "../a", "target": "e"}}}
     with pytest.raises(ValueError, match="no plain name below s3://bucket"):
-        Suite([file(data=odd, factors=task)], ["output=runs", "data_dir=s3://bucket"])
+        SuitePlan([file(data=odd, factors=task)], ["output=runs", "data_dir=s3://bucket"])
 
 
 def test_a_suite_that_includes_itself(tmp_path):
     (tmp_path / "a.yaml").write_text("include: [b.yaml]\n")
     (tmp_path / "b.yaml").write_text("include: [a.yaml]\n")
     with pytest.raises(ValueError, match="includes itself"):
-        Suite([str(tmp_path / "a.yaml")], ["output=runs"])
+        SuitePlan([str(tmp_path / "a.yaml")], ["output=runs"])
