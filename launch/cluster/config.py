@@ -42,7 +42,7 @@ class SubmitConfig:
     name: str = ""
     """Name of the job on the cluster; default that of its output."""
     nodes: int = 1
-    """Machines per cell."""
+    """Machines per run."""
     tasks_per_node: int | None = None
     """Processes per machine; default one for each GPU, or one."""
     gpus: int = 0
@@ -65,21 +65,21 @@ class SubmitConfig:
     slurm: dict[str, str] = field(default_factory=dict)
     """Any other sbatch option: `slurm.reservation=NAME`, `slurm.exclusive=true`."""
     sweep: str = ""
-    """Grid `[target=[a,b],seed=[0,1]]`, or YAML file with a grid or a list of cells."""
+    """Grid `[target=[a,b],seed=[0,1]]`, or YAML file with a grid or a list of runs."""
     array_parallelism: int | None = None
-    """Cells that run at a time; default all on Slurm, one on this machine."""
+    """Most runs at a time; default all on Slurm, one on this machine."""
     max_requeues: int = 1000
-    """Turns a cell may be given after its first."""
+    """Turns a run may be given after its first."""
     max_crashes: int = 3
-    """Crashes in a row without progress after which a cell is given another turn."""
+    """Crashes in a row without progress after which a run is given another turn."""
     dry_run: bool = False
     """Show what would be submitted (the sbatch script), and stop."""
     status: str = ""
     """Instead of a job: show the state of the submission of this output, or of runs."""
     collect: str = ""
-    """Instead of a job: gather the metrics.json of all its cells into one CSV."""
+    """Instead of a job: gather the metrics.json of all its runs into one CSV."""
     cancel: str = ""
-    """Instead of a job: end all its cells that run or wait."""
+    """Instead of a job: end all its jobs that run or wait."""
 
     def __post_init__(self) -> None:
         if self.cluster not in CLUSTERS:
@@ -116,7 +116,7 @@ class SubmitConfig:
 
     @property
     def processes(self) -> int:
-        """Processes of one cell."""
+        """Processes of one run."""
         assert self.tasks_per_node is not None
         return self.nodes * self.tasks_per_node
 

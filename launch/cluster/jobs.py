@@ -59,7 +59,7 @@ JOBS = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class PlannedRun:
     """One run of a submission."""
 
     name: str
@@ -70,7 +70,7 @@ class Cell:
     """Settings of its job."""
     job: str
     after: tuple[str, ...] = ()
-    """Cells that must have finished before."""
+    """Runs that must have finished before."""
 
 
 def check_names(schema: type, values: Mapping[str, Any], others: Collection[str] = ()) -> None:
@@ -102,23 +102,23 @@ def check(job: Job, values: Mapping[str, Any]) -> None:
             STAGES[stage]
 
 
-def waves(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The cells, those before that others wait for; the cells of a wave have the same job."""
-    left, found = list(cells), []
+def waves(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
+    """The runs, those before that others wait for; the runs of a wave have the same job."""
+    left, found = list(runs), []
     while left:
         names = {c.name for c in left}
         ready = [c for c in left if not names & set(c.after)]
-        assert ready, "cells wait for each other"
+        assert ready, "runs wait for each other"
         found += [[c for c in ready if c.job == job] for job in dict.fromkeys(c.job for c in ready)]
         left = [c for c in left if c not in ready]
     return found
 
 
-def groups(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The waves, each taken apart into cells that wait for the same."""
+def groups(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
+    """The waves, each taken apart into runs that wait for the same."""
     return [
         [c for c in wave if c.after == after]
-        for wave in waves(cells)
+        for wave in waves(runs)
         for after in dict.fromkeys(c.after for c in wave)
     ]
 

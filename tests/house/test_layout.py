@@ -106,11 +106,6 @@ LATE = {
     "trainer/serving/ensemble.py __init__": {"trainer.serving.predictor"},
 }
 """What functions import."""
-TWICE: dict[str, set[str]] = {
-    "Cell": {"launch/cluster/jobs.py", "trainer/evaluation/suite.py"},
-}
-"""Names that several classes have."""
-
 FILES = [p for name in MAY_USE for p in sorted((ROOT / name).rglob("*.py"))]
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -278,7 +273,7 @@ def test_no_class_name_is_there_twice():
         for node in tree(path).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, set()).add(key(path))
-    assert {name: where for name, where in places.items() if len(where) > 1} == TWICE
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
 def calls(path: Path) -> set[str]:

@@ -79,24 +79,24 @@ def salt(id: str, i: int) -> Crystal:
 
 def test_every_combination_is_a_cell_after_the_run_it_starts_from(file):
     suite = SuitePlan([file()], [])
-    finetunings = [c for c in suite.cells if c.job == "finetune"]
+    finetunings = [c for c in suite.runs if c.job == "finetune"]
     assert len(finetunings) == 2 * 2 * 2
-    assert len({c.output for c in suite.cells}) == len(suite.cells) == 8 + 2
+    assert len({c.output for c in suite.runs}) == len(suite.runs) == 8 + 2
     done: set[str] = set()
-    for cell in suite.cells:
-        assert set(cell.after) <= done
-        done.add(cell.name)
-    for cell in finetunings:
-        assert cell.config["seed"] == cell.values["seed"]
-        encoder = {"big": "pddformer", "other": "cgcnn"}[cell.values["encoder"]]
-        assert cell.config["encoder"]["name"] == encoder
-        if cell.values["pretraining"] == "none":
-            assert cell.after == ()
+    for run in suite.runs:
+        assert set(run.after) <= done
+        done.add(run.name)
+    for run in finetunings:
+        assert run.config["seed"] == run.values["seed"]
+        encoder = {"big": "pddformer", "other": "cgcnn"}[run.values["encoder"]]
+        assert run.config["encoder"]["name"] == encoder
+        if run.values["pretraining"] == "none":
+            assert run.after == ()
             continue
-        (start,) = (c for c in suite.cells if (c.name,) == cell.after)
-        assert start.output == cell.config["init_from"]
-        assert start.config["encoder"] == cell.config["encoder"]
-        assert start.values == {"pretraining": "ours", "encoder": cell.values["encoder"]}
+        (start,) = (c for c in suite.runs if (c.name,) == run.after)
+        assert start.output == run.config["init_from"]
+        assert start.config["encoder"] == run.config["encoder"]
+        assert start.values == {"pretraining": "ours", "encoder": run.values["encoder"]}
 
 
 def test_a_setting_changes_no_more_than_it_names(file, tmp_path):
@@ -107,7 +107,7 @@ def test_a_setting_changes_no_more_than_it_names(file, tmp_path):
     runs = {"made": {**TINY["runs"]["made"], "config": ["pre.yaml"], "settings": settings}}
     path = file(config=["fine.yaml"], runs=runs)
     suite = SuitePlan([path], ["settings.finetune.max_steps=3", "runs.made.settings.vae.epochs=1"])
-    found = {c.job: c.config for c in suite.cells}
+    found = {c.job: c.config for c in suite.runs}
     changed = {"lr": 0.005, "epochs": 7, "max_steps": 3, "batch_size": 4}
     assert found["finetune"]["finetune"] == changed
     assert found["pretrain"]["vae"] == {"lr": 0.006, "max_steps": 2, "epochs": 1}
@@ -125,16 +125,16 @@ def test_a_run_that_starts_from_a_run_comes_after_it(file):
     }
     factors = {**TINY["factors"], "pretraining": {"none": {}, "taught": {"init_from": "taught"}}}
     suite = SuitePlan([file(runs=runs, factors=factors)], [])
-    names = [c.name for c in suite.cells]
+    names = [c.name for c in suite.runs]
     for encoder in ("big", "other"):
         assert names.index(f"made,encoder={encoder}") < names.index(f"taught,encoder={encoder}")
-    assert [len(w) for w in waves(suite.cells)] == [2, 4, 2, 4]
-    assert {c.job for c in waves(suite.cells)[0]} == {"pretrain"}
+    assert [len(w) for w in waves(suite.runs)] == [2, 4, 2, 4]
+    assert {c.job for c in waves(suite.runs)[0]} == {"pretrain"}
 
 
 def test_cells_that_wait_for_the_same_run_are_one_array(file):
     suite = SuitePlan([file()], [])
-    assert sorted((len(g), g[0].after) for g in groups(suite.cells)) == [
+    assert sorted((len(g), g[0].after) for g in groups(suite.runs)) == [
         (2, ()),
         (2, ("made,encoder=big",)),
         (2, ("made,encoder=other",)),
@@ -162,7 +162,7 @@ def test_cells_that_wait_for_the_same_run_are_one_array(file):
         ({"runs": {}}, ["init_from: unknown name 'made'"]),
         ({"settings": {"finetune.epoch": 1}}, ["'finetune.epoch'", "'epochs'"]),
         ({"exclude": [{"seeds": 1}]}, ["'seeds'", "'seed'"]),
-        ({"exclude": [{"task": "energy"}]}, ["no cell left"]),
+        ({"exclude": [{"task": "energy"}]}, ["no run left"]),
         ({"output": ""}, ["'output' is required"]),
     ],
 )
@@ -179,17 +179,17 @@ def test_a_missing_data_set_is_named_with_where_it_comes_from(file, tmp_path):
     with pytest.raises(ValueError, match=re.escape("b is not at data/b — somewhere far")):
         SuitePlan([path], [])
     suite = SuitePlan([path], ["skip_missing=true"])
-    assert {c.values["pretraining"] for c in suite.cells} == {"none"}
+    assert {c.values["pretraining"] for c in suite.runs} == {"none"}
     assert list(suite.missing) == ["b"]
     moved = (tmp_path / "data" / "a").rename(tmp_path / "elsewhere")
     suite = SuitePlan([path], [f"data.a.path={moved}", f"data.b.path={moved}"])
-    assert {c.config["data"] for c in suite.cells} == {str(moved)}
+    assert {c.config["data"] for c in suite.runs} == {str(moved)}
 
 
 def test_excluded_combinations_are_no_cells(file):
     suite = SuitePlan([file(exclude=[{"pretraining": "ours", "encoder": "other"}])], [])
-    assert {c.name for c in suite.cells if c.job == "pretrain"} == {"made,encoder=big"}
-    assert sum(c.job == "finetune" for c in suite.cells) == 6
+    assert {c.name for c in suite.runs if c.job == "pretrain"} == {"made,encoder=big"}
+    assert sum(c.job == "finetune" for c in suite.runs) == 6
 
 
 def test_a_suite_runs_to_its_end_grows_and_leaves_the_unaffected_alone(
@@ -205,14 +205,14 @@ def test_a_suite_runs_to_its_end_grows_and_leaves_the_unaffected_alone(
     run("factors.seed=[0]")
     record = json.loads((tmp_path / "out" / "suite.json").read_text())
     assert record["factors"] == ["task", "encoder", "pretraining", "seed"]
-    assert len(record["cells"]) == 3
-    for cell in record["cells"].values():
-        run_json = json.loads((tmp_path / "out" / cell["run"] / "run.json").read_text())
-        assert run_json["finished"] == (["vae"] if cell["job"] == "pretrain" else ["finetune"])
+    assert len(record["runs"]) == 3
+    for run in record["runs"].values():
+        run_json = json.loads((tmp_path / "out" / run["path"] / "run.json").read_text())
+        assert run_json["finished"] == (["vae"] if run["job"] == "pretrain" else ["finetune"])
     assert {s.state for s in statuses(tmp_path / "out")} == {"finished"}
     said = run()
     assert said.count("finished already") == 3
-    assert len(json.loads((tmp_path / "out" / "suite.json").read_text())["cells"]) == 5
+    assert len(json.loads((tmp_path / "out" / "suite.json").read_text())["runs"]) == 5
 
 
 def test_what_waits_for_a_failed_run_is_left_out_and_the_rest_is_run(
@@ -225,10 +225,10 @@ def test_what_waits_for_a_failed_run_is_left_out_and_the_rest_is_run(
     (tmp_path / "out" / "gone" / "mine.txt").write_text("not a run")
     argv = ["submit.py", f"suite={path}", "cluster=debug", "factors.seed=[0]"]
     monkeypatch.setattr("sys.argv", argv)
-    with pytest.raises(ValueError, match="3 of 4 cells did not finish"):
+    with pytest.raises(ValueError, match="3 of 4 runs did not finish"):
         submit.main()
     assert "left out, since made,encoder=other did not finish" in capsys.readouterr().out
-    states = {s.cell: s.state for s in statuses(tmp_path / "out")}
+    states = {s.name: s.state for s in statuses(tmp_path / "out")}
     assert states.pop("gone") == "failed"
     assert sorted(states.values()) == ["finished", "not started", "not started"]
 
@@ -253,7 +253,7 @@ def test_a_suite_runs_over_folds_and_seeds_which_are_replicates(file, tmp_path, 
     path = file(data=data, runs=runs, factors=factors, settings=settings)
     monkeypatch.setattr("sys.argv", ["submit.py", f"suite={path}", "cluster=debug"])
     submit.main()
-    assert {s.cell for s in statuses(tmp_path / "out") if s.cell.startswith("made")} == {
+    assert {s.name for s in statuses(tmp_path / "out") if s.name.startswith("made")} == {
         "made,fold=0", "made,fold=1",
     }  # fmt: skip
     suite = find(tmp_path / "out")
@@ -278,16 +278,16 @@ def test_the_suites_here_are_sound_but_for_their_data(path, tmp_path):
         (tmp_path / name / "manifest.json").write_text("{}")
     suite = SuitePlan([str(path)], settings)
     assert suite.config.title and suite.config.baseline
-    assert set(suite.config.data) == set(missing), "a data set that no cell needs"
-    replicates = {c.values.get("seed", c.values.get("fold")) for c in suite.cells if c.after}
+    assert set(suite.config.data) == set(missing), "a data set that no run needs"
+    replicates = {c.values.get("seed", c.values.get("fold")) for c in suite.runs if c.after}
     assert len(replicates) >= 3
 
 
 def test_data_sets_below_an_address_that_is_typed(file, tmp_path):
     remote = SuitePlan([file()], ["output=runs", "data_dir=s3://bucket"])
-    assert {c.config["data"] for c in remote.cells} == {"s3://bucket/a", "s3://bucket/b"}
+    assert {c.config["data"] for c in remote.runs} == {"s3://bucket/a", "s3://bucket/b"}
     one = SuitePlan([file()], ["output=runs", "data.b.path=s3://bucket/b"])
-    assert {c.config["data"] for c in one.cells} == {"data/a", "s3://bucket/b"}
+    assert {c.config["data"] for c in one.runs} == {"data/a", "s3://bucket/b"}
     for change, words in (
         ({"data_dir": "s3://bucket"}, "data_dir is 's3://bucket' in a config file"),
         ({"data": {"a": {"path": "pipe:x"}, "b": {}}}, "data.a.path is 'pipe:x' in a config file"),
