@@ -34,6 +34,7 @@ from crysforge.trainer.base.signals import StopRequest
 from crysforge.trainer.base.tensors import copied_state
 from crysforge.trainer.jobs import finetuning as reports
 from crysforge.trainer.jobs import setup as jobs
+from crysforge.trainer.jobs import starting
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.loop.fit import fit
 from crysforge.trainer.loop.session import FitResult, Session
@@ -59,7 +60,7 @@ def main() -> None:
     world = distributed.init(config.trainer.timeout_s, job_facts(config, dataset.manifest))
     threads.leave_cores(config.loader.workers)
     print(f"{world.describe()}; {threads.describe()}")
-    start = jobs.starting_lineage(config, dataset)
+    start = starting.starting_lineage(config, dataset)
     stage, scaler = jobs.finetune_stage(config, dataset, items["train"])
     streams = [
         jobs.make_stream(
