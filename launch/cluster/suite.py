@@ -225,11 +225,10 @@ class SuitePlan:
             for value, given in names.items()
             if _filled(given.get("init_from"), chosen) == key
         }
-        planned = self._planned(
-            name, run.job, base, {**shared, **run.settings}, chosen, values | per
-        )
-        self._start[name] = planned  # after what it starts from itself
-        return planned
+        settings = {**shared, **run.settings}
+        start = self._planned(name, run.job, base, settings, chosen, values | per)
+        self._start[name] = start  # after what it starts from itself
+        return start
 
     def _settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         return {
