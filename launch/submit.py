@@ -39,8 +39,8 @@ from crysforge.launch.cluster.executors import (
     slurm_executor,
     submit_slurm,
 )
-from crysforge.launch.cluster.jobs import PlannedRun, groups, settings_of, waves
-from crysforge.launch.cluster.request import Request
+from crysforge.launch.cluster.planning.jobs import PlannedRun, groups, settings_of, waves
+from crysforge.launch.cluster.planning.request import Request
 from crysforge.launch.cluster.submission import Submission, new_attempt
 from crysforge.launch.cluster.worker import Task
 from crysforge.trainer.base.script import CONTINUES, run

@@ -38,9 +38,9 @@ from crysforge.datapipe.preparing.edit_configs import (
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.remote import Access
 from crysforge.launch.analyse import AnalyseConfig
+from crysforge.launch.cluster.planning.suite import SuitePlan
 from crysforge.launch.cluster.status import cancel, collect, statuses, table
 from crysforge.launch.cluster.submission import Submission
-from crysforge.launch.cluster.suite import SuitePlan
 from crysforge.launch.ensemble import EnsembleConfig
 from crysforge.launch.evaluate import find
 from crysforge.launch.export import ExportConfig

@@ -36,7 +36,7 @@ class SubmitConfig:
     job: str = ""
     """What to run: pretrain, finetune, prepare or predict."""
     suite: str = ""
-    """Instead of a job: a suite's YAML file (launch/cluster/suite.py); other settings go to it."""
+    """Instead of a job: a suite's YAML file (docs/evaluation.md); other settings go to it."""
     cluster: str = "slurm"
     """`slurm`; `local`: processes on this machine, waits for them; `debug`: in this process."""
     name: str = ""

@@ -44,6 +44,7 @@ ROOMS = [
     "trainer.evaluation",
     "trainer.reports",
     "launch.cluster",
+    "launch.cluster.planning",
     "launch",
 ]
 """Folders from the ground up: each imports those before it alone."""
@@ -69,7 +70,6 @@ LARGE = {"datapipe.sources", "models.encoders", "launch"}
 LONGER = {
     "datapipe/graphs/neighbours.py": 338,
     "trainer/base/rendezvous.py": 301,
-    "launch/cluster/suite.py": 324,
     "trainer/base/command_line.py": 335,
     "trainer/runs/model_directory.py": 400,
 }
@@ -87,7 +87,6 @@ FULLER = {
     "datapipe.common": 20,
     "datapipe.crystals": 13,
     "datapipe.preparing": 12,
-    "launch.cluster": 12,
     "trainer.loop": 13,
 }
 """Folders of more than `MOST_FILES` different things, and how many they may have."""
@@ -97,11 +96,6 @@ UPWARD = {
 """What files import from above."""
 LATE = {
     "datapipe/sources/parse.py _prototype": {"datapipe.crystals.prototypes"},
-    "launch/cluster/jobs.py _finetune": {"trainer.jobs.schemas"},  # the status of jobs
-    "launch/cluster/jobs.py _predict": {"trainer.serving.config"},  # needs none of it
-    "launch/cluster/jobs.py _prepare": {"datapipe.preparing.config"},
-    "launch/cluster/jobs.py _pretrain": {"trainer.jobs.schemas"},
-    "launch/cluster/jobs.py check": {"models.encoders", "trainer.stages.base"},
     "trainer/base/script.py _in_words": {"trainer.base.distributed"},
     "trainer/serving/ensemble.py __init__": {"trainer.serving.predictor"},
 }

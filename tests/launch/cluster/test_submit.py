@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crysforge.launch import submit
-from crysforge.launch.cluster import request
 from crysforge.launch.cluster.code import ROOT
 from crysforge.launch.cluster.config import SubmitConfig, minutes
 from crysforge.launch.cluster.executors import script, slurm_executor
-from crysforge.launch.cluster.request import JOBS, Request
+from crysforge.launch.cluster.planning import request
+from crysforge.launch.cluster.planning.request import JOBS, Request
+from crysforge.launch.cluster.planning.sweep import grid, merge, names, read_sweep
 from crysforge.launch.cluster.submission import Submission
-from crysforge.launch.cluster.sweep import grid, merge, names, read_sweep
 from crysforge.trainer.base.command_line import parse
 from crysforge.trainer.jobs.schemas import FinetuneJob
 

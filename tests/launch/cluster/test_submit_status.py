@@ -188,8 +188,8 @@ def test_the_table_leaves_out_what_says_nothing(tmp_path, monkeypatch):
     rows = [status.RunStatus("a", "pending"), status.RunStatus("b", "pending")]
     assert status.table(rows).split("\n") == [
         "run  state",
-        "a     pending",
-        "b     pending",
+        "a    pending",
+        "b    pending",
         "2 pending",
     ]
     log_a_run(tmp_path, monkeypatch)

@@ -19,7 +19,7 @@ from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.events import EventLog, ends_of_turn, outcome_of, verdict
 from crysforge.launch.cluster.executors import script, slurm_executor
 from crysforge.launch.cluster.worker import Task, progress, rank_environ, run_to_end
-from crysforge.trainer.base import command_line as config
+from crysforge.trainer.base import script as config
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from crysforge.datapipe.storage.dataset import DatasetWriter
 from crysforge.launch import submit
 from crysforge.launch.cluster.code import ROOT
 from crysforge.launch.cluster.config import SubmitConfig
-from crysforge.launch.cluster.jobs import groups, settings_of, waves
+from crysforge.launch.cluster.planning.jobs import groups, settings_of, waves
+from crysforge.launch.cluster.planning.suite import SuitePlan
 from crysforge.launch.cluster.status import statuses
-from crysforge.launch.cluster.suite import SuitePlan
 from crysforge.launch.evaluate import find
 from crysforge.trainer.evaluation.compare import arms_of, compare
 from crysforge.trainer.evaluation.results import gather
@@ -206,9 +206,9 @@ def test_a_suite_runs_to_its_end_grows_and_leaves_the_unaffected_alone(
     record = json.loads((tmp_path / "out" / "suite.json").read_text())
     assert record["factors"] == ["task", "encoder", "pretraining", "seed"]
     assert len(record["runs"]) == 3
-    for run in record["runs"].values():
-        run_json = json.loads((tmp_path / "out" / run["path"] / "run.json").read_text())
-        assert run_json["finished"] == (["vae"] if run["job"] == "pretrain" else ["finetune"])
+    for one in record["runs"].values():
+        run_json = json.loads((tmp_path / "out" / one["path"] / "run.json").read_text())
+        assert run_json["finished"] == (["vae"] if one["job"] == "pretrain" else ["finetune"])
     assert {s.state for s in statuses(tmp_path / "out")} == {"finished"}
     said = run()
     assert said.count("finished already") == 3

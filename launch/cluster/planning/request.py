@@ -13,11 +13,12 @@ from crysforge.datapipe.common.claims import is_unused
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.files import sha256
 from crysforge.datapipe.common.names import nearest
-from crysforge.launch.cluster import status, sweep
+from crysforge.launch.cluster import status
 from crysforge.launch.cluster.config import SubmitConfig
-from crysforge.launch.cluster.jobs import JOBS, Job, PlannedRun, check, check_names
+from crysforge.launch.cluster.planning import sweep
+from crysforge.launch.cluster.planning.jobs import JOBS, Job, PlannedRun, check, check_names
+from crysforge.launch.cluster.planning.suite import SuitePlan
 from crysforge.launch.cluster.submission import Submission
-from crysforge.launch.cluster.suite import SuitePlan
 from crysforge.launch.cluster.worker import Task
 from crysforge.trainer.base.command_line import (
     RECORDED,
