@@ -23,7 +23,6 @@ from crysforge.datapipe.common import threads
 
 threads.choose()
 
-import numpy as np
 
 from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.storage.dataset import Dataset
@@ -35,6 +34,7 @@ from crysforge.trainer.base.tensors import copied_state
 from crysforge.trainer.jobs import finetuning as reports
 from crysforge.trainer.jobs import setup as jobs
 from crysforge.trainer.jobs import starting
+from crysforge.trainer.jobs.labels import chosen_items
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.loop.fit import fit
 from crysforge.trainer.loop.session import FitResult, Session
@@ -55,8 +55,7 @@ def main() -> None:
     dataset = Dataset.open(config.data).with_fold(config.fold)
     learns = config.finetune.epochs > 0
     jobs.check_splits(dataset, config.data, *(("train", "val") if learns else ("test",)))
-    items = {"train": jobs.labelled_items(dataset, config) if learns else np.empty(0, np.int64)}
-    items |= {s: jobs.with_label(dataset, s, config.targets) for s in ("val", "test")}
+    items = chosen_items(dataset, config)
     world = distributed.init(config.trainer.timeout_s, job_facts(config, dataset.manifest))
     threads.leave_cores(config.loader.workers)
     print(f"{world.describe()}; {threads.describe()}")
@@ -94,6 +93,7 @@ def main() -> None:
             "labels": len(items["train"]),
             "finetune": jobs.settings_of(config.finetune),
             **({"init_head": True} if config.init_head else {}),
+            **({"atoms": config.atoms} if config.atoms else {}),
         },
     )
     record = jobs.claim(directory, world, to_yaml(config), identity, config.resume)

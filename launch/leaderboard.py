@@ -48,7 +48,7 @@ class LeaderboardConfig:
     where: dict[str, Any] = field(default_factory=dict)
     """Values of factors that the suite's runs must have."""
     output: str = ""
-    """Directory to write; it must not exist."""
+    """Directory to write; it must not exist, unless this command has made it."""
     dataset: str = "dft_3d"
     """JARVIS's name of the data set."""
     version: str = "8-18-2021"

@@ -55,7 +55,7 @@ def main() -> None:
     sections = {name: getattr(config, name) for name in config.stages}
     micro = {name: jobs.micro_batch(section, config.trainer) for name, section in sections.items()}
     dataset = Dataset.open(config.data).with_fold(config.fold)
-    jobs.check_splits(dataset, config.data, "train")
+    jobs.check_splits(dataset, config.data, *jobs.splits_needed(sections))
     world = distributed.init(config.trainer.timeout_s, job_facts(config, dataset.manifest))
     threads.leave_cores(config.loader.workers)
     print(f"{world.describe()}; {threads.describe()}", flush=True)
@@ -110,6 +110,7 @@ def main() -> None:
                 validation=validation,
                 run=directory,
                 world=world,
+                monitor=stage.monitor,
                 stop=stop,
             )
         )
@@ -118,9 +119,7 @@ def main() -> None:
             directory.check_owner()
             export_stage(directory.path / name, stage, weights, data, start=start)
             directory.finish(name)
-            shown = ", ".join(f"{k} {v:.4g}" for k, v in result.validation.items())
-            shown = f"validation {shown}" if shown else "no crystals to validate on"
-            print(f"{name}: finished after {result.steps} steps; {shown}", flush=True)
+            print(f"{name}: {result.in_words()}", flush=True)
         for file in ("run.json", f"{name}/{WEIGHTS}"):
             same_file(world.meeting, directory.path / file)
         before = open_model(directory.path, name)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file of a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -50,6 +51,10 @@ def again() -> str:
     return CONTINUES
 
 
+if TYPE_CHECKING:  # torch takes seconds, and the status of jobs needs none of it
+    from crysforge.trainer.jobs.cost import Bill
+
+
 def main() -> None:
     request = Request.parse(sys.argv[1:], __doc__)
     config = request.config
@@ -65,15 +70,23 @@ def main() -> None:
         return
 
     runs = request.runs()
-    submission = request.submission()
+    submission, bill = request.submission(), None
+    if request.suite:
+        from crysforge.trainer.jobs.cost import Bill
+
+        own = request.suite.config
+        configs = {planned.name: (planned.job, planned.config) for planned in runs}
+        bill = Bill(configs, own.hardware, own.rates)
     if config.dry_run:
-        show(request, submission, request.left(submission, runs))
+        show(request, submission, request.left(submission, runs), bill)
         return
     with submission.alone():
-        submit(request, request.submission(), runs)  # as it is now
+        submit(request, request.submission(), runs, bill)  # as it is now
 
 
-def submit(request: Request, submission: Submission, runs: list[PlannedRun]) -> None:
+def submit(
+    request: Request, submission: Submission, runs: list[PlannedRun], bill: Bill | None = None
+) -> None:
     """Submits what has not finished, or runs it here.
 
     Raises:
@@ -84,6 +97,8 @@ def submit(request: Request, submission: Submission, runs: list[PlannedRun]) -> 
     if not left:
         print("nothing to submit")
         return
+    if bill:
+        print("\n".join(bill.total([c.name for c in left])))
     code = ROOT if config.cluster == "debug" else submission.snapshot()
     tasks = dict(zip((c.name for c in left), request.tasks(submission, left, code), strict=True))
     submission.attempts.append(new_attempt(config.cluster, code, {}))
@@ -98,8 +113,10 @@ def submit(request: Request, submission: Submission, runs: list[PlannedRun]) -> 
         raise ValueError(f"{len(unfinished)} of {len(tasks)} runs did not finish: {names}")
 
 
-def show(request: Request, submission: Submission, left: list[PlannedRun]) -> None:
-    """Prints the scripts that would be submitted, and the runs."""
+def show(
+    request: Request, submission: Submission, left: list[PlannedRun], bill: Bill | None = None
+) -> None:
+    """Prints the scripts that would be submitted, the runs and what those of a suite cost."""
     code = submission.folder / f"code-{len(submission.attempts) + 1}"
     for group in groups(left):
         if request.config.cluster == "slurm":
@@ -107,7 +124,10 @@ def show(request: Request, submission: Submission, left: list[PlannedRun]) -> No
             executor = slurm_executor(own, request.output.name, submission.folder, code)
             print(script(executor, len(group)))
         for planned in group:
-            print(f"# {planned.name}: {planned.job} → {planned.output}")
+            price = f" ({bill.line(planned.name)})" if bill else ""
+            print(f"# {planned.name}: {planned.job} → {planned.output}{price}")
+    if bill:
+        print("\n".join(f"# {line}" for line in bill.total([c.name for c in left])))
 
 
 def queue(

@@ -62,7 +62,7 @@ class Submission:
     job: str = ""
     """Name of the launch script, or `suite`."""
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Cell → `output` (relative to the folder), the swept `values` and its `job`."""
+    """Run → `output` (relative to the folder), the swept `values` and its `job`."""
     attempts: list[dict[str, Any]] = field(default_factory=list)
     """Submissions: `cluster`, `time`, `code`, `commit`, and `ids`: run → job id."""
 

@@ -116,11 +116,11 @@ VALIDATION = [
     )
 ]
 SAVE = [
-    Moment("tensors are written", f"{RUNS}.checkpoint:save_tensors", 8, main=True),
-    Moment("JSON is written", f"{RUNS}.checkpoint:write_json", 9, main=True),
-    Moment("files are hashed", f"{RUNS}.checkpoint:sha256", 14, main=True),
+    Moment("tensors are written", f"{RUNS}.saved:save_tensors", 8, main=True),
+    Moment("JSON is written", f"{RUNS}.saved:write_json", 6, main=True),
+    Moment("files are hashed", f"{RUNS}.saved:sha256", 14, main=True),
     Moment("it is in place", "crysforge.datapipe.common.files:sync_directory", 40, main=True),
-    Moment("old ones are removed", f"{RUNS}.checkpoint:remove_tree", 4, main=True),
+    Moment("old ones are removed", f"{RUNS}.saved:remove_tree", 4, main=True),
     Moment("a file is put in place", "crysforge.datapipe.common.files:os.replace", 36, main=True),
 ]
 BETWEEN = [
@@ -146,6 +146,9 @@ BEGIN = [
     Moment("the newest checkpoint is looked for", "crysforge.trainer.loop.fit:newest", 2),
     Moment("the engine is made", "crysforge.trainer.loop.fit:build_engine", 2),
 ]
+
+
+MOMENTS = [*STEP, *SHARDS, *VALIDATION, *SAVE, *BETWEEN, FORWARD, *START, *BEGIN]
 
 
 @dataclass(frozen=True)

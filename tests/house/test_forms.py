@@ -18,6 +18,7 @@ from crysforge.launch.cluster.events import EVENT, PROCESS
 from crysforge.launch.cluster.submission import FORM as SUBMISSION
 from crysforge.trainer.runs import forms
 from crysforge.trainer.runs.model_directory import Scaler
+from crysforge.trainer.serving.request import REQUEST
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SET, RUN, MODEL = DATA / "schema-1" / "set", DATA / "schema-1" / "run", DATA / "schema-2" / "model"
@@ -86,6 +87,10 @@ DOCUMENTS: dict[str, tuple[Any, Any]] = {
     ),
     "events/a.jsonl": (EVENT, EVENTS),
     "events/a/rank-0000.jsonl": (PROCESS, EVENTS),
+    "predictions.request.json": (
+        REQUEST,
+        {"request": "0" * 32, "sha256": "0" * 64, "written": 3, "dropped": 0},
+    ),
     "decided.jsonl": (
         OUTCOME,
         {

@@ -68,14 +68,13 @@ LARGE = {"datapipe.sources", "models.encoders", "launch"}
 
 # What does not keep a rule yet: each may only get better, and goes from here once it keeps it.
 LONGER = {
-    "datapipe/graphs/neighbours.py": 338,
+    "datapipe/graphs/neighbours.py": 322,
     "trainer/base/rendezvous.py": 301,
     "trainer/base/command_line.py": 335,
     "trainer/runs/model_directory.py": 400,
 }
 """Files of more than `MOST_LINES`, and how many they may have."""
 LONGER_FUNCTIONS = {
-    "datapipe/graphs/neighbours.py neighbours": 61,
     "datapipe/graphs/packing.py pack": 112,
     "datapipe/loading/stream.py __init__": 101,
     "launch/finetune.py main": 84,

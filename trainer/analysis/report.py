@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from crysforge.datapipe.common.files import new_directory, write_json, write_text
+from crysforge.datapipe.common.checked import Name
+from crysforge.datapipe.common.files import new_directory, sha256, write_json, write_text
 from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.common.safe_read import own_file, read_mapping
+from crysforge.datapipe.preparing.request import HOW, request_of
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder
 from crysforge.trainer.analysis.config import AnalysisConfig
@@ -21,6 +24,7 @@ from crysforge.trainer.analysis.maps import latent_map, projector
 from crysforge.trainer.analysis.page import page
 from crysforge.trainer.analysis.probes import reconstruction
 from crysforge.trainer.figures.style import STYLE, TRAIN, VAL, new_figure, save_png
+from crysforge.trainer.runs.model_directory import Exported
 
 
 def analyse(
@@ -29,12 +33,14 @@ def analyse(
     config: AnalysisConfig,
     output: str | Path,
     run: str = "",
+    request: str = "",
 ) -> dict[str, Any]:
     """Makes the analyses and writes analysis.json, analysis.md, PNG figures and projector/ into a
     directory that appears when it is complete.
 
     Args:
         run: the encoder's run, whose log says how the latents' variance went.
+        request: what is asked for, kept in analysis.json; see `analysed_before`.
 
     Raises:
         ValueError: `output` exists, an unknown target, or an empty split.
@@ -47,6 +53,7 @@ def analyse(
         crystals = sample(dataset, config.split, config.count, config.seed)
         found = latents(encoder, crystals)
         out: dict[str, Any] = {"crystals": len(crystals), "atoms": len(found.atoms)}
+        out |= {"request": request} if request else {}
         if "probes" in config.analyses:
             out["probes"] = _probes(encoder, dataset, config, found)
         if "information" in config.analyses:
@@ -68,6 +75,22 @@ def analyse(
         write_json(work / "analysis.json", out)
         write_text(work / "analysis.md", page(out, config))
     return out
+
+
+def asked(config: AnalysisConfig, model: Exported, dataset: Dataset, run: str) -> str:
+    """Identifies what is asked for, by settings, weights, data and the log of the run."""
+    log = Path(run) / "metrics.jsonl"
+    logged = sha256(own_file(log)) if log.is_file() else ""
+    facts = [sha256(model.file), dataset.manifest.fingerprint, logged]
+    return request_of(config, facts, (*HOW, "checkpoint", "data", "device"))
+
+
+def analysed_before(output: str | Path, request: str) -> bool:
+    """Whether a directory holds the analyses that are asked for."""
+    try:
+        return read_mapping(Path(output, "analysis.json"), {"request": Name})["request"] == request
+    except ValueError:
+        return False
 
 
 def _probes(

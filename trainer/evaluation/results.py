@@ -134,7 +134,7 @@ def _results(run: SuiteRun, split: str) -> list[Result]:
             if abs(predictions.error.mean() - scores["mae"]) > 1e-3 * abs(scores["mae"]) + 1e-9:
                 raise ValueError(
                     f"predictions_{split}.csv gives an MAE of {predictions.error.mean():.4g}, "
-                    f"metrics.json {scores['mae']:.4g}: they do not belong together"
+                    f"metrics.json {scores['mae']:.4g}: they are of different runs"
                 )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"metrics.json is not a finetuning's: {error!r}") from None

@@ -13,7 +13,7 @@ from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.models.encoders import Encoder, build_encoder
-from crysforge.models.encoders.base import for_primitive_cells
+from crysforge.models.encoders.base import for_primitive_cells, with_ties
 from crysforge.trainer.base.command_line import read_yaml
 from crysforge.trainer.jobs.schemas import JobConfig
 from crysforge.trainer.runs.model_directory import (
@@ -33,9 +33,14 @@ def starting_encoder(config: JobConfig, dataset: Dataset) -> Encoder:
     """The encoder a job starts from: another run's (`init_from`) or a fresh one, which suits the
     cells of the data set."""
     if config.init_from:
-        return take_encoder(open_model(config.init_from, config.init_stage), config.encoder)
+        exported = open_model(config.init_from, config.init_stage)
+        section: Mapping[str, Any] = config.encoder
+        if config.graph.ties:
+            section = with_ties(section or exported.encoder, config.graph.ties)
+        return take_encoder(exported, section)
     seed_everything(config.seed, "encoder")
-    return build_encoder(suited(config.encoder, dataset.manifest))
+    fresh = suited(config.encoder, dataset.manifest)
+    return build_encoder(with_ties(fresh, config.graph.ties))
 
 
 def suited(section: Mapping[str, Any], manifest: Manifest) -> Mapping[str, Any]:

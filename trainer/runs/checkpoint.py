@@ -35,7 +35,7 @@ from crysforge.datapipe.common.files import (
     write_json,
     write_text,
 )
-from crysforge.datapipe.common.safe_read import read_mapping
+from crysforge.datapipe.common.safe_read import read_mapping, read_text
 from crysforge.trainer.runs.forms import OWNER, RUN
 from crysforge.trainer.runs.saved import MAX_RECORD, SCHEMA, Checkpoints, set_aside
 
@@ -162,7 +162,11 @@ class RunDirectory(Checkpoints):
             run["rewound"] = target
             write_json(self.path / "run.json", run)
         config = self.path / "config.yaml"
-        if not config.is_file() or config.read_text(encoding="utf-8") != config_yaml:
+        if (
+            config.is_symlink()
+            or not config.is_file()
+            or read_text(config, MAX_RECORD) != config_yaml
+        ):
             write_text(config, config_yaml)
         return run
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ from crysforge.datapipe.common.safe_read import read_mapping, to_yaml
 from crysforge.datapipe.crystals.cells import cells_of, extensive_of
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder, build_encoder
+from crysforge.models.encoders.base import GRAPH_ONLY
 from crysforge.trainer.base.safe_read import PICKLES, at_most, check_tensor_file
 from crysforge.trainer.base.tensors import code_version, load_into, load_tensors, save_tensors
 from crysforge.trainer.runs.checkpoint import MAX_RECORD, RunDirectory
@@ -349,18 +350,20 @@ def _versions() -> dict[str, str]:
 
 
 def take_encoder(exported: Exported, section: Mapping[str, Any]) -> Encoder:
-    """The trained encoder, after checking that it is the one the config asks for.
+    """The trained encoder, after checking that it is the one the config asks for. What changes its
+    graph alone (`GRAPH_ONLY`) is as the config says, where it does.
 
     Raises:
         ValueError: the config's encoder section names another encoder or another setting.
     """
-    if section:
-        asked = build_encoder(section).section
+    asked = build_encoder(section).section if section else {}
+    chosen = {key: asked[key] for key in GRAPH_ONLY if key in asked}
+    if asked:
         for key, value in asked.items():
-            if exported.encoder.get(key) != value:
+            if key not in chosen and exported.encoder.get(key) != value:
                 raise ValueError(
                     f"{exported.path} holds encoder {exported.encoder.get('name')!r} with {key}="
                     f"{exported.encoder.get(key)!r}, but the config asks for {asked['name']!r} "
                     f"with {key}={value!r}: make the 'encoder' section agree, or leave it out"
                 )
-    return exported.build_encoder()
+    return replace(exported, encoder={**exported.encoder, **chosen}).build_encoder()

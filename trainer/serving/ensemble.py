@@ -131,7 +131,7 @@ def create(runs: Sequence[str], output: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: fewer than two runs, runs that predict different things or were judged on
-            different crystals, or an output that exists.
+            different crystals, or an output that exists and is another.
     """
     if len(set(runs)) < 2 or len(set(runs)) < len(runs):
         raise ValueError(f"an ensemble needs two or more different runs, got {list(runs)}")
@@ -149,7 +149,7 @@ def create(runs: Sequence[str], output: str | Path) -> dict[str, Any]:
         _check_cells(one, known[0], run)
     found = {s: read_predictions([Path(r) for r in runs], s, first.targets) for s in _splits(runs)}
     scale = fit_scale(found["val"])
-    with new_directory(output) as work:
+    with new_directory(output, again=True) as work:
         for number, member in enumerate(members):
             share(member, work / str(number))
         metrics = _report(work, found, scale, first.targets, first.units)

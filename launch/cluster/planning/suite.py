@@ -10,7 +10,7 @@ A suite is a YAML file (configs/suites/, schema `SuiteConfig`):
     runs:                               # runs that others start from
       crysldnet: {job: pretrain, data: corpus, config: [configs/pretrain/small.yaml]}
     config: [configs/finetune/small.yaml]
-    factors:                            # every combination is one finetuning
+    factors:                            # every combination is one finetuning, or run
       task:                             # name of each value → its settings
         formation energy: {data: mp20, target: formation_energy_per_atom}
       pretraining:
@@ -37,6 +37,7 @@ from crysforge.datapipe.common.checked import Name, checked
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.storage.manifest import MANIFEST
 from crysforge.datapipe.storage.remote import is_below, is_remote, local_path
 from crysforge.launch.cluster.planning import sweep
 from crysforge.launch.cluster.planning.jobs import JOBS, PlannedRun, check
@@ -47,12 +48,18 @@ from crysforge.trainer.evaluation.suite import SCHEMA, SUITE, read_suite, replic
 _NONE = "none"
 
 
+def prepared(file: str, data_dir: str) -> dict[str, bool]:
+    """The data sets of a suite's file, and whether each lies in a folder."""
+    found = configure(SuiteConfig, merge_sources(_with_included(file))).data
+    return {name: (Path(data_dir) / name / MANIFEST).is_file() for name in found}
+
+
 class SuitePlan:
     """A suite as its runs.
 
     Attributes:
         config: its settings.
-        runs: those to start from, then the finetunings; each after those it needs.
+        runs: the runs to start from, then the finetunings; each after those it needs.
         missing: data sets that are not there, with what their absence costs.
 
     Raises:
@@ -62,7 +69,7 @@ class SuitePlan:
 
     def __init__(self, files: Sequence[str], overrides: Sequence[str]) -> None:
         included = [f for file in files for f in _with_included(file)]
-        self.config: SuiteConfig = configure(SuiteConfig, merge_sources(included, overrides))
+        self.config: SuiteConfig = configure(SuiteConfig, sweep.with_overrides(included, overrides))
         if not self.config.output:
             raise ValueError("setting 'output' is required: give output=DIR for the suite's runs")
         self.output = Path(self.config.output)
@@ -118,10 +125,12 @@ class SuitePlan:
 
     def _finetunings(self) -> Iterator[PlannedRun]:
         """The finetunings; the runs they start from are noted on the way."""
-        base = merge_sources(self.config.config)
+        base = merge_sources(self._with_preset(self.config.config))
         combinations = list(itertools.product(*self._factors.values()))
         values = [dict(zip(self._factors, c, strict=True)) for c in combinations]
         values = [v for v in values if not any(v.items() >= x.items() for x in self.config.exclude)]
+        for factor, some in self.config.only.items():
+            values = [v for v in values if v[factor] in some]
         for name, chosen in zip(sweep.names(values), values, strict=True):
             settings = {**self.config.settings, **self._settings(chosen)}
             yield self._planned(name, "finetune", base, settings, chosen, chosen)
@@ -158,7 +167,7 @@ class SuitePlan:
         valid = {f.name for f in fields(JOBS[run.job].schema())} - {"init_from"}
         theirs = self._settings(per).items()
         shared = {k: v for k, v in theirs if k.split(".")[0] in valid and k != "data"}
-        base = {**merge_sources(run.config), "data": run.data}
+        base = {**merge_sources(self._with_preset(run.config)), "data": run.data}
         values = {
             factor: value
             for factor, names in self._factors.items()
@@ -167,8 +176,15 @@ class SuitePlan:
         }
         settings = {**shared, **run.settings}
         start = self._planned(name, run.job, base, settings, chosen, values | per)
+        for other in self._start.values():  # trained once, whatever it is called
+            if other.job == start.job and _alike(other) == _alike(start):
+                return other
         self._start[name] = start  # after what it starts from itself
         return start
+
+    def _with_preset(self, files: Sequence[str]) -> list[str]:
+        """Config files of a run, and that of the hardware."""
+        return [*files, *([f"hardware/{self.config.hardware}"] if self.config.hardware else [])]
 
     def _settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -193,7 +209,7 @@ class SuitePlan:
         for name, data in self._data.items():
             path = self.path(name)
             here = local_path(path)
-            if path in used and here and not (Path(here) / "manifest.json").is_file():
+            if path in used and here and not (Path(here) / MANIFEST).is_file():
                 missing[name] = f"{name} is not at {path} — {data.source or 'no source is given'}"
         if missing and not self.config.skip_missing:
             listed = "\n  ".join(" ".join(text.split()) for text in missing.values())
@@ -215,6 +231,10 @@ class SuitePlan:
         if self.config.baseline:
             names = [str(v) for v in self._factors[self._known("baseline", factor, self._factors)]]
             self._known("baseline", value, names)
+        for factor, some in self.config.only.items():
+            there = self._factors[self._known("only", factor, self._factors)]
+            if unknown := [str(value) for value in some if value not in there]:
+                self._known(f"only.{factor}", unknown[0], [str(value) for value in there])
         for part in self.config.exclude:
             for key in part:
                 self._known("exclude", key, self._factors)
@@ -231,6 +251,11 @@ def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
         for factor, name in chosen.items():
             value = value.replace(f"{{{factor}}}", str(name))
     return value
+
+
+def _alike(run: PlannedRun) -> dict[str, Any]:
+    """What a run is, wherever it writes."""
+    return {k: v for k, v in run.config.items() if k != "run_dir"}
 
 
 def _checked(run: PlannedRun) -> str:

@@ -18,7 +18,7 @@ class DataSource:
 
 @dataclass(kw_only=True)
 class StartRun:
-    """A run that others start from."""
+    """A run that runs, or other runs, start from."""
 
     job: str = "pretrain"
     """`pretrain` or `finetune`."""
@@ -61,7 +61,14 @@ class SuiteConfig:
     factors: dict[str, Any] = field(default_factory=dict)
     """Factor → its values: a list of values of the setting of that name, or names with the settings
     of each. The last varies fastest."""
+    only: dict[str, list[Any]] = field(default_factory=dict)
+    """Factor → those of its values that are runs; default all (`only.model=[PDDFormer]`)."""
     exclude: list[dict[str, Any]] = field(default_factory=list)
-    """Combinations, or parts of some, that are not run."""
+    """Combinations, or parts of some, that are no runs."""
+    hardware: str = ""
+    """Preset of configs/hardware that every run takes, by name: `h200`."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Crystals/s of one device by stage (`rates.vae=…`), for the costs that are shown; default what
+    was measured on the preset."""
     skip_missing: bool = False
     """Leave out the runs whose data set is not there, instead of stopping."""

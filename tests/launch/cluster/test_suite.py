@@ -113,6 +113,58 @@ def test_a_setting_changes_no_more_than_it_names(file, tmp_path):
     assert found["pretrain"]["vae"] == {"lr": 0.006, "max_steps": 2, "epochs": 1}
 
 
+def test_an_override_that_is_a_mapping_takes_the_place_of_what_it_names(file):
+    """So no run is started that nobody asked for; single settings still change no more than
+    themselves."""
+    two = {"energy": {"data": "a", "target": "e"}, "other": {"data": "b", "target": "e"}}
+    path = file(factors={**TINY["factors"], "task": two})
+
+    def tasks(*overrides):
+        suite = SuitePlan([path], list(overrides))
+        return {c.values["task"] for c in suite.runs if c.job == "finetune"}, suite
+
+    assert tasks()[0] == {"energy", "other"}
+    assert tasks("factors.task={mine: {data: b, target: e}}")[0] == {"mine"}
+    both = ["factors.task={mine: {data: b, target: e}}", "factors.task.more={data: a, target: e}"]
+    assert tasks(*both)[0] == {"mine", "more"}
+    assert tasks("factors.task.more.data=a", "factors.task.more.target=e")[0] == {
+        "energy", "other", "more",
+    }  # fmt: skip
+    _, suite = tasks("settings={}", "settings.finetune.max_steps=9")
+    assert {tuple(c.config["finetune"].items()) for c in suite.runs if c.job == "finetune"} == {
+        (("max_steps", 9),)
+    }
+    _, suite = tasks("factors.seed=[4]", "factors.task={mine: {data: b, target: e}}")
+    assert [c.values["seed"] for c in suite.runs if c.job == "finetune"] == [4] * 4
+
+
+def test_the_plan_names_every_run_and_what_it_costs(file, monkeypatch, capsys):
+    def plan(*argv):
+        monkeypatch.setattr("sys.argv", ["submit.py", f"suite={path}", "cluster=local", *argv])
+        submit.main()
+        return capsys.readouterr().out
+
+    encoder = {"paper": {"encoder.name": "cgcnn"}}
+    settings = {"finetune.epochs": 600, "label_count": 3}
+    runs = {"made": {**TINY["runs"]["made"], "settings": {"stages": ["vae"], "vae.epochs": 10}}}
+    path = file(runs=runs, settings=settings, factors={**TINY["factors"], "encoder": encoder})
+    said = plan("--dry-run", "hardware=cpu")
+    names = {run.name for run in SuitePlan([path], []).runs}
+    assert len(names) == 5 and all(f"# {name}: " in said for name in names)
+    assert said.count("(vae: 60 crystals") == 1  # 10 epochs of 6
+    assert said.count("(finetune: 1,800 crystals") == 4
+    hours = 4 * 1800 / (3766 * 9.2 / 2) / 3600  # cells of two atoms
+    assert f"finetune: 7,200 crystals in all, {60 * hours:.1f} device-minutes of cpu" in said
+    said = plan("--dry-run", "hardware=h200", "rates.finetune=2")
+    assert "finetune: 7,200 crystals in all, 1.0 device-hours of h200" in said
+    assert "not measured: crystals/s of vae on h200, or give rates.vae=N" in said
+    assert "\n# pretrain: 60 crystals in all\n" in said
+    said = plan("--dry-run", "settings.finetune.max_steps=5", "settings.finetune.batch_size=2")
+    assert said.count("(finetune: 10 crystals)") == 4
+    (suite,) = [SuitePlan([path], ["hardware=h200"])]
+    assert {c.config["trainer"]["precision"] for c in suite.runs} == {"bf16"}
+
+
 def test_a_run_that_starts_from_a_run_comes_after_it(file):
     runs = {
         **TINY["runs"],
@@ -184,6 +236,36 @@ def test_a_missing_data_set_is_named_with_where_it_comes_from(file, tmp_path):
     moved = (tmp_path / "data" / "a").rename(tmp_path / "elsewhere")
     suite = SuitePlan([path], [f"data.a.path={moved}", f"data.b.path={moved}"])
     assert {c.config["data"] for c in suite.runs} == {str(moved)}
+
+
+def test_some_values_of_a_factor_can_be_chosen(file):
+    suite = SuitePlan([file()], ["only.encoder=[other]", "only.seed=[1]"])
+    assert {(c.values["encoder"], c.values.get("seed", 1)) for c in suite.runs} == {("other", 1)}
+    for chosen, word in (("only.encoder=[othr]", "'othr'"), ("only.seed=[2]", "'2'")):
+        with pytest.raises(ValueError, match=f"only.*{word}"):
+            SuitePlan([file()], [chosen])
+
+
+def test_what_is_the_same_run_is_trained_once(file):
+    """Whatever it is called, and also below runs that start from it."""
+    runs = {
+        **TINY["runs"],
+        "again": {**TINY["runs"]["made"]},
+        "more": {
+            "data": "b",
+            "per": ["encoder"],
+            "settings": {"stages": ["joint"], "init_from": "again", "joint.max_steps": 1},
+        },
+    }
+    pretraining = {name: {"init_from": name} for name in ("made", "again", "more")}
+    factors = {**TINY["factors"], "encoder": ONE_ENCODER, "pretraining": pretraining}
+    suite = SuitePlan([file(runs=runs, factors=factors, baseline="")], [])
+    made = {c.name for c in suite.runs if c.job == "pretrain"}
+    assert made == {"made,encoder=other", "more,encoder=other"}
+    more = next(c for c in suite.runs if c.name == "more,encoder=other")
+    assert more.after == ("made,encoder=other",) and more.config["init_from"].endswith(more.after)
+    after = {(c.values["pretraining"], c.after) for c in suite.runs if c.job == "finetune"}
+    assert {a for p, a in after if p != "more"} == {("made,encoder=other",)}
 
 
 def test_excluded_combinations_are_no_cells(file):
@@ -279,7 +361,12 @@ def test_the_suites_here_are_sound_but_for_their_data(path, tmp_path):
     suite = SuitePlan([str(path)], settings)
     assert suite.config.title and suite.config.baseline
     assert set(suite.config.data) == set(missing), "a data set that no run needs"
-    replicates = {c.values.get("seed", c.values.get("fold")) for c in suite.runs if c.after}
+    tuned = [c for c in suite.runs if c.job == "finetune"]
+    replicates = {
+        c.values.get("seed", c.values.get("fold"))
+        for c in tuned
+        if "seed" in c.values or "fold" in c.values
+    }
     assert len(replicates) >= 3
 
 

@@ -74,7 +74,7 @@ def test_a_seed_without_a_partner_is_left_out_and_named(tmp_path):
     assert "(2 of 3)" in (report.path / "tables" / "results.md").read_text()
 
 
-def test_missing_cells_are_told_apart(tmp_path):
+def test_missing_runs_are_told_apart(tmp_path):
     root = arms_and_seeds(tmp_path, {"none": 0.2, "a": 0.1}, seeds=(0, 1, 2, 3, 4))
     write_json(root / "a-0" / "run.json", {"finished": []})
     beat = {"status": "running", "step": 30, "total": 100}

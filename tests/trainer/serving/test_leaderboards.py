@@ -162,6 +162,17 @@ def test_jarvis_gets_a_zipped_table_for_each_property(tmp_path):
     assert script.count("launch/finetune.py") == 2
 
 
+@pytest.mark.parametrize("odd", ["=1+1", "", "x", "@a"])
+def test_what_is_no_number_is_no_prediction_for_jarvis(odd, tmp_path):
+    run = finetuned(tmp_path / "run", ["JVASP-1", "JVASP-2"], "slme")
+    path = run / "predictions_test.csv"
+    *lines, last = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, f"{last.rpartition(',')[0]},{odd}"]) + "\n")
+    with pytest.raises(ValueError, match=r"is no (finite )?number") as error:
+        jarvis([run], tmp_path / "out", TEAM)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
 def test_runs_can_come_from_a_suite(folds, tmp_path, monkeypatch, capsys):
     listed = {
         f"fold={run.name}": {
