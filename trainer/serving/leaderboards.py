@@ -85,11 +85,7 @@ def jarvis(
         name = f"AI-SinglePropertyPrediction-{target}-{dataset}-test-mae.csv"
         if name in tables:
             raise ValueError(f"{run}: there is a run of {target} already")
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(
-            [("id", "prediction"), *((row["id"], row["prediction"]) for row in rows)]
-        )
-        tables[name] = text.getvalue().encode()
+        tables[name] = _predictions(rows)
         seconds += float(metrics.get("seconds", 0))
     about = {
         "date_submitted": _date(Path(output, "metadata.json"), "date_submitted", "%m-%d-%Y"),
@@ -111,6 +107,14 @@ def jarvis(
         write_json(work / "metadata.json", about)
         write_text(work / "run.sh", _commands(runs))
     return [f"{name}.zip" for name in tables]
+
+
+def _predictions(rows: Sequence[Mapping[str, str]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(
+        [("id", "prediction"), *((row["id"], row["prediction"]) for row in rows)]
+    )
+    return text.getvalue().encode()
 
 
 def matbench(
