@@ -1,7 +1,7 @@
-"""What happened to a cell, as JSON lines: one file for its job, and one for each of its processes.
+"""What happened to a run, as JSON lines: one file for its job, and one for each of its processes.
 
-EVENTS/<cell>.jsonl             turns: start, how it ended, requeue
-EVENTS/<cell>/rank-0000.jsonl   start and end of a process: node, exit code
+EVENTS/<run>.jsonl             turns: start, how it ended, requeue
+EVENTS/<run>/rank-0000.jsonl   start and end of a process: node, exit code
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EVENT = {
     "in_vain?": bool,
     "reason?": Line,
 }
-"""A line of the file of a cell's job."""
+"""A line of the file of a run's job."""
 PROCESS = {**EVENT, "job": JobId, "turn": Count, "rank": Count, "node": Line}
 """A line of the file of one of its processes."""
 REQUEUE = 75
@@ -55,13 +55,13 @@ def outcome_of(code: int) -> str:
 
 
 class EventLog:
-    """Events of a cell's job, or of one of its processes, one JSON object a line."""
+    """Events of a run's job, or of one of its processes, one JSON object a line."""
 
-    def __init__(self, folder: str | Path, cell: str, rank: int | None = None) -> None:
+    def __init__(self, folder: str | Path, run: str, rank: int | None = None) -> None:
         events = Path(folder) / "events"
-        self.path = events / f"{cell}.jsonl"
+        self.path = events / f"{run}.jsonl"
         if rank is not None:
-            self.path = events / cell / f"rank-{rank:04d}.jsonl"
+            self.path = events / run / f"rank-{rank:04d}.jsonl"
 
     def note(self, event: str, **values: Any) -> None:
         """Appends an event with the time (seconds since 1970)."""
@@ -85,7 +85,7 @@ class EventLog:
         return sum(1 for _ in itertools.takewhile(lambda e: e.get("in_vain"), ends))
 
     def crashes(self, progress: str) -> int:
-        """Turns in a row, up to the last, that began where the cell still is and ended without
+        """Turns in a row, up to the last, that began where the run still is and ended without
         having been asked to."""
         count = 0
         for event in reversed(self.read()):
@@ -98,10 +98,10 @@ class EventLog:
         return count
 
 
-def ends_of_turn(folder: str | Path, cell: str, job: str, turn: int) -> list[dict[str, Any]]:
+def ends_of_turn(folder: str | Path, run: str, job: str, turn: int) -> list[dict[str, Any]]:
     """How the processes of a job ended in a turn, those that have said so, in order of time."""
     ends = []
-    for path in (Path(folder) / "events" / cell).glob("rank-*.jsonl"):
+    for path in (Path(folder) / "events" / run).glob("rank-*.jsonl"):
         events = [event for _, event in read_lines(path, PROCESS)]
         ends += [e for e in events if (e["job"], e["turn"]) == (job, turn) and "code" in e]
     return sorted(ends, key=lambda e: e["time"])

@@ -39,16 +39,16 @@ _TAG = re.compile(r"([a-z][a-z0-9_]*)-\d{8}")
 """Name of a checkpoint (trainer/runs/saved.py)."""
 END = "SLURM_JOB_END_TIME"
 SUPERVISOR = "CRYSFORGE_SUBMIT"
-"""Environment variable that says which process runs the cells on this machine."""
+"""Environment variable that says which process carries runs out on this machine."""
 LATE_S = 600.0
 """Seconds before its time limit from which on a turn that stops is taken to end for that."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One cell of a submission, as every process of its job runs it."""
+    """One run of a submission, as every process of its job runs it."""
 
-    cell: str
+    name: str
     argv: tuple[str, ...]
     """Launch script and its arguments, after the interpreter."""
     folder: str
@@ -66,7 +66,7 @@ class Task:
         if cancelled(self.folder):
             raise SystemExit(outcome_code("stopped"))
         environ = {**os.environ, **rank_environ(env)}
-        own = EventLog(self.folder, self.cell, env.global_rank)
+        own = EventLog(self.folder, self.name, env.global_rank)
         turn = restarts() if env.name() == "slurm" else len(own.starts(env.job_id))
         here: dict[str, Any] = {"job": env.job_id, "turn": turn}
         if env.global_rank == 0:
@@ -92,12 +92,12 @@ class Task:
             code: exit code of the step, for where no process has a word of its own.
             ended: whether `submit` has told it to end.
         """
-        log = EventLog(self.folder, self.cell)
+        log = EventLog(self.folder, self.name)
         here = {"job": env.job_id, "turn": turn}
         start = next((e for e in log.starts(env.job_id) if e.get("turn") == turn), None)
         if start is None:  # rank 0 never began
             self._note_start(env, here)
-        end = verdict(ends_of_turn(self.folder, self.cell, env.job_id, turn), code)
+        end = verdict(ends_of_turn(self.folder, self.name, env.job_id, turn), code)
         open_end = end["event"] in ("stopped", "crashed")
         wanted = open_end and not ended and not cancelled(self.folder) and _still_wanted(env)
         if open_end and not wanted:  # what ended it made it crash, perhaps
@@ -116,7 +116,7 @@ class Task:
         self, env: JobEnvironment, here: Mapping[str, Any], ends: int | None = None
     ) -> None:
         nodes = os.environ.get("SLURM_JOB_NODELIST") or env.hostname
-        log = EventLog(self.folder, self.cell)
+        log = EventLog(self.folder, self.name)
         log.note("start", **here, node=nodes, ends=ends, progress=progress(self.output))
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> DelayedSubmission:
@@ -149,7 +149,7 @@ class Task:
         and rank 0 only that it lost them."""
         deadline = time.monotonic() + 10
         while outcome == "crashed" and time.monotonic() < deadline:
-            ends = ends_of_turn(self.folder, self.cell, env.job_id, turn)
+            ends = ends_of_turn(self.folder, self.name, env.job_id, turn)
             if len(ends) == env.num_tasks:
                 return
             time.sleep(0.1)

@@ -72,14 +72,14 @@ DOCUMENTS: dict[str, tuple[Any, Any]] = {
         forms.SUITE,
         {
             "schema": 1, "title": "t", "baseline": "a=b", "factors": ["a"], "replicate": "seed",
-            "paper": None, "cells": {"c": {"run": "c", "job": "finetune", "values": {"a": "b"}}},
+            "paper": None, "runs": {"c": {"path": "c", "job": "finetune", "values": {"a": "b"}}},
         },
     ),
     "submission.json": (
         SUBMISSION,
         {
             "schema": 1, "job": "finetune",
-            "cells": {"a": {"output": "../a", "values": {"x": 1}, "job": "finetune"}},
+            "runs": {"a": {"output": "../a", "values": {"x": 1}, "job": "finetune"}},
             "attempts": [
                 {"cluster": "slurm", "time": 1.0, "code": "code-1", "commit": "", "ids": {"a": "1"}}
             ],
@@ -110,8 +110,8 @@ FREE = {
     "run.json": ["identity"],
     "config.yaml": ["encoder", "settings", "data.provenance", "training", "results"],
     "metrics.json": [],
-    "submission.json": ["cells.a.values"],
-    "suite.json": ["cells.c.values"],
+    "submission.json": ["runs.a.values"],
+    "suite.json": ["runs.c.values"],
 }
 """What may hold anything: it is shown, compared or held against a class of its own."""
 

@@ -19,7 +19,7 @@ from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.events import EventLog, ends_of_turn, outcome_of, verdict
 from crysforge.launch.cluster.executors import script, slurm_executor
 from crysforge.launch.cluster.worker import Task, progress, rank_environ, run_to_end
-from crysforge.trainer.base import command_line as config
+from crysforge.trainer.base import script as config
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_progress_is_of_the_stage_under_way(tmp_path):
 
 
 def test_crashes_count_where_nothing_was_gained(tmp_path):
-    log = EventLog(tmp_path, "cell")
+    log = EventLog(tmp_path, "a")
     log.note("start", job="1", progress="a")
     assert log.crashes("a") == 1
     assert log.crashes("b") == 0  # it came further before it crashed
@@ -179,7 +179,7 @@ def test_crashes_count_where_nothing_was_gained(tmp_path):
 
 
 def test_events_survive_a_cut_line(tmp_path):
-    log = EventLog(tmp_path, "cell")
+    log = EventLog(tmp_path, "a")
     log.note("start", job="1")
     with open(log.path, "a") as file:
         file.write('{"event": "fini')
