@@ -35,7 +35,8 @@ from crysforge.datapipe.common.files import (
     write_json,
     write_text,
 )
-from crysforge.datapipe.common.safe_read import read_mapping, read_text, refuse_links_out
+from crysforge.datapipe.common.places import refuse_links_out
+from crysforge.datapipe.common.safe_read import read_mapping, read_text
 from crysforge.trainer.runs.forms import OWNER, RUN
 from crysforge.trainer.runs.saved import MAX_RECORD, SCHEMA, Checkpoints, set_aside
 
