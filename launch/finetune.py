@@ -107,7 +107,6 @@ def main() -> None:
     stage, result = stage.to(world.device), FitResult()
     if learns:
         train, validation = streams
-        monitor = f"mae/{config.targets[0]}" if len(config.targets) == 1 else "mse"
         _, result = fit(
             Session(
                 stage=stage,
@@ -117,7 +116,7 @@ def main() -> None:
                 validation=validation,
                 run=directory,
                 world=world,
-                monitor=monitor,
+                monitor=stage.monitor,
                 lr_scales=stage.lr_scales,
                 patience=config.finetune.patience,
                 stop=stop,

@@ -319,15 +319,17 @@ def checkpoint_without_hashes(scene: Scene) -> None:
 
 def links_in_a_run(scene: Scene) -> None:
     root = scene.copy(RUN)
-    victim = scene.dice.choice(["checkpoints", "events", "vae", "run.json", "checkpoints/x"])
-    target = scene.guard.outside if victim != "run.json" else scene.guard.secret
+    folders = ["checkpoints", "events", "vae", "checkpoints/x"]
+    victim = scene.dice.choice([*folders, "run.json", "config.yaml", "owner.json"])
+    target = scene.guard.outside if victim in folders else scene.guard.secret
     shutil.rmtree(root / "checkpoints", ignore_errors=victim == "checkpoints")
     (root / victim).parent.mkdir(exist_ok=True)
     (root / victim).unlink(missing_ok=True)
     (root / victim).symlink_to(target)
     run = RunDirectory(root)
     identity = json.loads((RUN / "run.json").read_text())["identity"]
-    refused("link out of", run.start, "a: 1\n", identity, "auto")
+    words = "is a symbolic link" if victim != "run.json" else "link out of"
+    refused(words, run.start, "a: 1\n", identity, "auto")
 
 
 def shared_cache(scene: Scene) -> None:

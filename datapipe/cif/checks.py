@@ -232,6 +232,7 @@ def judge_multiplicity(given: list[str], found: list[int], group: SymmetryGroup)
     return f"the multiplicity of site {place + 1} is {given[place]}, it has {found[place]} images"
 
 
+@lru_cache(maxsize=512)
 def lattice_points(group: SymmetryGroup) -> float:
     """How many times the conventional cell of a group's type is as large as the cell it is in."""
     settings = settings_of_number(group.number)

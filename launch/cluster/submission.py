@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 from crysforge.datapipe.common.checked import Line, Name, Part, Seconds, checked, mapped, matching
 from crysforge.datapipe.common.claims import claim_directory
 from crysforge.datapipe.common.files import remove_tree, write_json, write_text
-from crysforge.datapipe.common.safe_read import read_mapping, to_yaml
+from crysforge.datapipe.common.safe_read import read_mapping, refuse_links_out, to_yaml
 from crysforge.launch.cluster.code import code_files, commit
 from crysforge.launch.cluster.events import JobId
 from crysforge.trainer.runs.forms import RUN
@@ -145,12 +145,13 @@ class Submission:
         new one, none stays.
 
         Raises:
-            ValueError: another process does so.
+            ValueError: another process does so; a part of the folder is a link out of it.
         """
         folder = self.folder.resolve()
         busy = f"another submit is at work in {self.folder}: let it finish, or end it (cancel=…)"
         try:
             with claim_directory(folder, busy):
+                refuse_links_out(folder, but="code-")
                 yield
         finally:
             with contextlib.suppress(OSError):

@@ -17,6 +17,7 @@ import numpy as np
 from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.datapipe.common.tables import number, read_rows
 from crysforge.trainer.evaluation.suite import TARGET, Suite, SuiteRun
+from crysforge.trainer.jobs.tables import classification_scores
 from crysforge.trainer.runs.forms import HEARTBEAT, METRICS, RUN
 
 
@@ -162,21 +163,3 @@ def _read_predictions(path: Path, suffix: str) -> Predictions:
     if len(known) == 0 or not (np.isfinite(label).all() and np.isfinite(prediction).all()):
         raise ValueError(f"{path.name} has no labelled crystal or a prediction that is no number")
     return Predictions([row[0] for row in known], label, prediction)
-
-
-def classification_scores(label: np.ndarray, score: np.ndarray) -> dict[str, float]:
-    """Accuracy, F1 (both at a threshold of 0.5) and area under the ROC curve of predictions of a
-    yes-or-no label; empty if the labels [n] are anything but zeros and ones, both present."""
-    if set(np.unique(label).tolist()) != {0.0, 1.0}:
-        return {}
-    positive, yes = label == 1, score >= 0.5
-    hits = int((positive & yes).sum())
-    order, ranks = np.unique(score, return_inverse=True)
-    counts = np.bincount(ranks, minlength=len(order))
-    rank = (np.cumsum(counts) - (counts - 1) / 2)[ranks]  # ties share their mean rank
-    n, p = len(label), int(positive.sum())
-    return {
-        "accuracy": float((positive == yes).mean()),
-        "f1": 2 * hits / (p + int(yes.sum())),
-        "roc_auc": (float(rank[positive].sum()) - p * (p + 1) / 2) / (p * (n - p)),
-    }

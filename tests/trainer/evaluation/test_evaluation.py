@@ -16,8 +16,9 @@ from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.launch.evaluate import find
 from crysforge.trainer.evaluation.compare import arms_of, compare, mean_improvements
-from crysforge.trainer.evaluation.results import classification_scores, gather
+from crysforge.trainer.evaluation.results import gather
 from crysforge.trainer.evaluation.suite import Suite
+from crysforge.trainer.jobs.tables import classification_scores
 from crysforge.trainer.reports.config import EvaluateConfig
 from crysforge.trainer.reports.report import evaluate
 from tests.evaluation_runs import arms_and_seeds, dataset, finetuned, suite

@@ -25,7 +25,7 @@ def test_a_continued_run_does_not_reach_out_by_links(tmp_path):
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").symlink_to(mine)
     identity = json.loads((RUN / "run.json").read_text())["identity"]
-    with pytest.raises(ValueError, match=r"run/checkpoints is a symbolic link out of the run"):
+    with pytest.raises(ValueError, match=r"run/checkpoints is a symbolic link out of"):
         RunDirectory(run).start("a: 1\n", identity, "auto")
     assert sorted(p.name for p in mine.iterdir()) == ["notes.tmp", "vae-00000007"]
     (run / "checkpoints").unlink()
