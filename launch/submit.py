@@ -42,7 +42,7 @@ from crysforge.launch.cluster.executors import (
 )
 from crysforge.launch.cluster.planning.jobs import PlannedRun, groups, settings_of, waves
 from crysforge.launch.cluster.planning.request import Request
-from crysforge.launch.cluster.submission import Submission, new_attempt
+from crysforge.launch.cluster.submission import Submission, new_entry
 from crysforge.launch.cluster.worker import Task
 from crysforge.trainer.base.script import CONTINUES, run
 
@@ -101,7 +101,7 @@ def submit(
         print("\n".join(bill.total([c.name for c in left])))
     code = ROOT if config.cluster == "debug" else submission.snapshot()
     tasks = dict(zip((c.name for c in left), request.tasks(submission, left, code), strict=True))
-    submission.attempts.append(new_attempt(config.cluster, code, {}))
+    submission.history.append(new_entry(config.cluster, code, {}))
     submission.write()
     if config.cluster == "slurm":
         queue(request, submission, left, tasks, code)
@@ -117,7 +117,7 @@ def show(
     request: Request, submission: Submission, left: list[PlannedRun], bill: Bill | None = None
 ) -> None:
     """Prints the scripts that would be submitted, the runs and what those of a suite cost."""
-    code = submission.folder / f"code-{len(submission.attempts) + 1}"
+    code = submission.folder / f"code-{len(submission.history) + 1}"
     for group in groups(left):
         if request.config.cluster == "slurm":
             own = settings_of(request.config, group[0].job, group[0].after)
@@ -145,7 +145,7 @@ def queue(
         own = settings_of(request.config, group[0].job, waits_for)
         executor = slurm_executor(own, request.output.name, submission.folder, code)
         ids = submit_slurm(executor, [tasks[planned.name] for planned in group])
-        submission.attempts[-1]["ids"].update(ids)
+        submission.history[-1]["ids"].update(ids)
         submission.write()
         job = next(iter(ids.values())).split("_")[0]
         after = f", after {', '.join(group[0].after)}" if waits_for else ""
@@ -164,7 +164,7 @@ def run_all(
     """Carries runs out on this machine; returns those that did not finish or start."""
 
     def started(name: str, id: str) -> None:
-        submission.attempts[-1]["ids"][name] = id
+        submission.history[-1]["ids"][name] = id
         submission.write()
 
     unfinished: list[str] = []

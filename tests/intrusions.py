@@ -289,7 +289,7 @@ def submission(scene: Scene, name: str, output: str, id: str) -> Path:
     folder = scene.place("runs.submit")
     folder.mkdir()
     ids = {"cluster": "slurm", "time": 1, "code": "code-1", "commit": "", "ids": {name: id}}
-    record = {"schema": 1, "job": "finetune", "attempts": [ids]}
+    record = {"schema": 1, "job": "finetune", "history": [ids]}
     output = output if output.startswith("/") else f"../{output}"
     record["runs"] = {name: {"output": output, "values": {}, "job": "finetune"}}
     write_json(folder / "submission.json", record)

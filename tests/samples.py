@@ -129,7 +129,7 @@ def a_submission(root: Path, scene: Scene) -> None:
     folder = submission(scene, "a", "runs/a", "1")
     folder.rename(root)
     (root / "events" / "a").mkdir(parents=True)
-    event = {"event": "start", "time": 1.0, "job": "1", "turn": 0, "node": "n", "progress": ""}
+    event = {"event": "start", "time": 1.0, "job": "1", "attempt": 0, "node": "n", "progress": ""}
     ended = {**event, "event": "failed", "rank": 0, "code": 1}
     (root / "events" / "a.jsonl").write_text(f"{json.dumps(event)}\n{json.dumps(ended)}\n")
     (root / "events" / "a" / "rank-0000.jsonl").write_text(json.dumps(ended) + "\n")

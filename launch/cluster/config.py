@@ -52,7 +52,7 @@ class SubmitConfig:
     mem: str | None = None
     """Memory per machine, as sbatch takes it: 64G."""
     time: str | None = None
-    """Time limit of one turn, as sbatch takes it: 90 (minutes), 12:00:00, 2-00. At its end the
+    """Time limit of one attempt, as sbatch takes it: 90 (minutes), 12:00:00, 2-00. At its end the
     job saves, is queued again and continues."""
     partition: str | None = None
     """Slurm partition."""
@@ -69,9 +69,9 @@ class SubmitConfig:
     array_parallelism: int | None = None
     """Most runs at a time; default all on Slurm, one on this machine."""
     max_requeues: int = 1000
-    """Turns a run may be given after its first."""
+    """Attempts a run may be given after its first."""
     max_crashes: int = 3
-    """Crashes in a row without progress after which a run is given another turn."""
+    """Crashes in a row without progress after which a run is given another attempt."""
     dry_run: bool = False
     """Show what would be submitted (the sbatch script), and stop."""
     status: str = ""

@@ -149,7 +149,7 @@ def run_local(
                     started(task.name, job.job_id)
                     print(f"{task.name}: started, log {_log(job)}", flush=True)
             for slot, (task, job) in list(running.items()):
-                if job.done() and _wants_turn(folder, task.name, job):  # submitit gives but six
+                if job.done() and _wants_attempt(folder, task.name, job):  # submitit gives but six
                     used = len(EventLog(folder, task.name).starts(job.job_id))
                     task = replace(task, max_requeues=task.max_requeues - used)
                     job = _start_local(config, task, folder, slot)
@@ -216,7 +216,7 @@ def _start_local(config: SubmitConfig, task: Task, folder: Path, slot: int) -> L
     return job
 
 
-def _wants_turn(folder: Path, run: str, job: LocalJob) -> bool:
+def _wants_attempt(folder: Path, run: str, job: LocalJob) -> bool:
     """Whether the last word on a job that ended is that it is to be continued."""
     events = EventLog(folder, run).read()
     return bool(events) and events[-1]["event"] == "requeue" and events[-1]["job"] == job.job_id
@@ -263,7 +263,7 @@ def run_here(tasks: Sequence[Task], folder: Path) -> list[str]:
 
 
 def last_outcome(folder: Path, run: str) -> str:
-    """How the last turn of a run ended."""
+    """How the last attempt of a run ended."""
     events: list[dict[str, Any]] = EventLog(folder, run).read()
     ends = [e["event"] for e in events if e["event"] != "requeue"]
     return "ended without a word" if not ends or ends[-1] == "start" else ends[-1]

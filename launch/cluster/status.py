@@ -14,7 +14,7 @@ from crysforge.datapipe.common.files import replacing, write_text
 from crysforge.datapipe.common.places import own_file
 from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.datapipe.common.tables import row_writer
-from crysforge.launch.cluster.events import EventLog, ends_of_turn, verdict
+from crysforge.launch.cluster.events import EventLog, ends_of_attempt, verdict
 from crysforge.launch.cluster.executors import end_local
 from crysforge.launch.cluster.runs import SILENT_S, RunState, read_run, run_directories
 from crysforge.launch.cluster.submission import Submission, run_finished, slurm_states
@@ -45,7 +45,7 @@ class RunStatus:
     """What its run directory says."""
     node: str = ""
     retries: str = ""
-    """Turns after the first."""
+    """Attempts after the first."""
     reason: str = ""
     """Why a run failed, or what is odd about it."""
 
@@ -119,7 +119,7 @@ def _state(submission: Submission, run: str, slurm_state: str, reachable: bool) 
     if cluster == "local" and last in ("start", "requeue"):
         return "running" if alive(int(id), submission.folder) else "lost"
     if last == "start":  # nobody was left to sum up
-        ends = ends_of_turn(submission.folder, run, id, events[-1].get("turn", 0))
+        ends = ends_of_attempt(submission.folder, run, id, events[-1].get("attempt", 0))
         last = verdict(ends, 0)["event"] if ends else last
     if last == "stopped" and slurm_state in ("", "COMPLETED"):
         return "cancelled" if cancelled(submission.folder) else "stopped"
@@ -219,14 +219,14 @@ def cancel(path: str | Path) -> int:
         raise ValueError(f"{path} was not submitted: there is no {Submission.folder_of(path)}")
     write_text(submission.folder / "cancelled", "")
     ids: dict[str, set[str]] = {"slurm": set(), "local": set(), "debug": set()}
-    for attempt in submission.attempts:
-        ids[attempt["cluster"]] |= set(attempt["ids"].values())
+    for entry in submission.history:
+        ids[entry["cluster"]] |= set(entry["ids"].values())
     ended = sum(end_local(int(id), submission.folder) for id in ids["local"])
     known = slurm_states(ids["slurm"])
     if known is None:
         raise ValueError(
             "squeue does not answer: no Slurm job was cancelled, but none of them will ask for "
-            "another turn; try again"
+            "another attempt; try again"
         )
     left = sorted(id for id in ids["slurm"] if known.get(id, ("COMPLETED",))[0] not in _OVER)
     if left:

@@ -5,9 +5,9 @@ and the logs.
     OUTPUT.submit/configs/<run>.yaml    config of a run, as its job reads it
     OUTPUT.submit/code-<n>/             the repository at the nth submission
     OUTPUT.submit/logs/                 output of the jobs, and submitit's own files
-    OUTPUT.submit/events/<run>.jsonl    turns of a run: started, stopped, requeued, …
+    OUTPUT.submit/events/<run>.jsonl    attempts of a run: started, stopped, requeued, …
     OUTPUT.submit/events/<run>/         the same of each of its processes
-    OUTPUT.submit/cancelled             there if it was cancelled: no job asks for another turn
+    OUTPUT.submit/cancelled             there if it was cancelled: no job asks for another attempt
     OUTPUT.submit/lock                  there while somebody submits
 """
 
@@ -42,7 +42,7 @@ FORM = {
     "schema": int,
     "job": JOB,
     "runs": mapped(Part, {"output": _Output, "values": dict[Name, Any], "job?": JOB}),
-    "attempts": [
+    "history": [
         {
             "cluster": Literal["slurm", "local", "debug"],
             "time": Seconds,
@@ -64,7 +64,7 @@ class Submission:
     """Name of the launch script, or `suite`."""
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Run → `output` (relative to the folder), the swept `values` and its `job`."""
-    attempts: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
     """Submissions: `cluster`, `time`, `code`, `commit`, and `ids`: run → job id."""
 
     @staticmethod
@@ -86,7 +86,7 @@ class Submission:
         """Raises ValueError if the folder's record cannot be understood."""
         path = folder / "submission.json"
         record = read_mapping(path, FORM, MAX_RECORD, SCHEMA)
-        found = cls(folder, record["job"], record["runs"], record["attempts"])
+        found = cls(folder, record["job"], record["runs"], record["history"])
         for run in found.runs:
             if not found.output(run).is_relative_to(folder.parent):
                 raise ValueError(f"{path} is damaged: the output of {run} is not beside it")
@@ -98,7 +98,7 @@ class Submission:
             "schema": SCHEMA,
             "job": self.job,
             "runs": self.runs,
-            "attempts": self.attempts,
+            "history": self.history,
         }
         write_json(self.folder / "submission.json", record)
 
@@ -128,9 +128,9 @@ class Submission:
 
     def job_id(self, run: str) -> tuple[str, str]:
         """(cluster, id) of a run's last submission; empty where it has none."""
-        for attempt in reversed(self.attempts):
-            if run in attempt["ids"]:
-                return attempt["cluster"], attempt["ids"][run]
+        for entry in reversed(self.history):
+            if run in entry["ids"]:
+                return entry["cluster"], entry["ids"][run]
         return "", ""
 
     def finished(self, run: str) -> bool:
@@ -160,7 +160,7 @@ class Submission:
 
     def snapshot(self) -> Path:
         """Copies the code for the next submission; what is edited afterwards does not reach it."""
-        path = self.folder / f"code-{len(self.attempts) + 1}"
+        path = self.folder / f"code-{len(self.history) + 1}"
         remove_tree(path)
         for name, file in code_files().items():
             target = path / name
@@ -179,8 +179,8 @@ def run_finished(path: Path) -> bool:
         return False
 
 
-def new_attempt(cluster: str, code: Path, ids: Mapping[str, str]) -> dict[str, Any]:
-    """A record for `Submission.attempts`."""
+def new_entry(cluster: str, code: Path, ids: Mapping[str, str]) -> dict[str, Any]:
+    """An entry of `Submission.history`."""
     return {
         "cluster": cluster,
         "time": round(time.time(), 3),

@@ -31,8 +31,8 @@ def load(path: Path) -> Any:
 
 
 EVENTS = {
-    "event": "failed", "time": 1.0, "job": "1_2", "turn": 0, "rank": 1, "node": "n", "pid": 1,
-    "code": 2, "progress": "vae", "ends": 9.0, "in_vain": False, "reason": "r",
+    "event": "failed", "time": 1.0, "job": "1_2", "attempt": 0, "rank": 1, "node": "n", "pid": 1,
+    "code": 2, "progress": "vae", "ends": 9.0, "no_progress": False, "reason": "r",
 }  # fmt: skip
 SCORES = {"n": 3, "mae": 0.1, "rmse": 0.1, "r2": 0.9}
 DOCUMENTS: dict[str, tuple[Any, Any]] = {
@@ -80,7 +80,7 @@ DOCUMENTS: dict[str, tuple[Any, Any]] = {
         {
             "schema": 1, "job": "finetune",
             "runs": {"a": {"output": "../a", "values": {"x": 1}, "job": "finetune"}},
-            "attempts": [
+            "history": [
                 {"cluster": "slurm", "time": 1.0, "code": "code-1", "commit": "", "ids": {"a": "1"}}
             ],
         },

@@ -169,7 +169,7 @@ class Request:
         tasks = []
         for run in runs:
             settings = run.config
-            if settings.get("resume") == "never":  # a later turn finds the run of the first
+            if settings.get("resume") == "never":  # a later attempt finds the run of the first
                 if Path(run.output).exists():
                     raise ValueError(f"resume=never, but {run.output} is there already")
                 settings = {**settings, "resume": "auto"}

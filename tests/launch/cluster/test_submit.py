@@ -376,14 +376,14 @@ def test_cells_lie_beside_their_submission(tmp_path, monkeypatch):
         ({"runs": {"../a": {"output": "../runs", "values": {}}}}, "a file's name"),
         ({"runs": {"a": {"output": "../../runs", "values": {}}}}, "the output of a is not beside"),
         ({"runs": {"a": {"output": "/etc", "values": {}}}}, "a path beside the folder"),
-        ({"attempts": [{"cluster": "slurm"}]}, "missing key 'attempts"),
-        ({"attempts": {}}, "attempts must be a list"),
+        ({"history": [{"cluster": "slurm"}]}, "missing key 'history"),
+        ({"history": {}}, "history must be a list"),
     ],
 )
 def test_a_strangers_submission(change, words, tmp_path):
     folder = tmp_path / "runs.submit"
     folder.mkdir()
-    record = {"schema": 1, "job": "finetune", "runs": {}, "attempts": []}
+    record = {"schema": 1, "job": "finetune", "runs": {}, "history": []}
     (folder / "submission.json").write_text(json.dumps(record | change))
     with pytest.raises(ValueError, match=words) as error:
         Submission.read(folder)

@@ -16,9 +16,9 @@ from crysforge.datapipe.common.config import configure
 from crysforge.launch.cluster import status
 from crysforge.launch.cluster.code import ROOT
 from crysforge.launch.cluster.config import SubmitConfig
-from crysforge.launch.cluster.events import EventLog, ends_of_turn
+from crysforge.launch.cluster.events import EventLog, ends_of_attempt
 from crysforge.launch.cluster.executors import run_here, run_local
-from crysforge.launch.cluster.submission import Submission, new_attempt
+from crysforge.launch.cluster.submission import Submission, new_entry
 from crysforge.launch.cluster.worker import Task
 from crysforge.trainer.base.signals import REQUEUE
 from tests.families import left_of, orphans, until
@@ -26,9 +26,9 @@ from tests.families import left_of, orphans, until
 SCRIPT = """
 import json, pathlib, sys, os, signal, time
 run = pathlib.Path(sys.argv[1]); run.mkdir(parents=True, exist_ok=True)
-turns = run / "turns"
-n = len(turns.read_text()) if turns.exists() else 0
-turns.write_text("x" * (n + 1))
+attempts = run / "attempts"
+n = len(attempts.read_text()) if attempts.exists() else 0
+attempts.write_text("x" * (n + 1))
 (run / "processes").write_text(os.environ["CRYSFORGE_PROCESSES"])
 behaviour = json.loads(sys.argv[2])
 what = behaviour[min(n, len(behaviour) - 1)]
@@ -55,7 +55,7 @@ sys.exit(what)
 
 
 def local(tmp_path: Path, behaviours: dict[str, list], **settings) -> tuple[Submission, list[str]]:
-    """Carries out runs whose turns end as given, on this machine; returns those that failed."""
+    """Carries out runs whose attempts end as given, on this machine; returns those that failed."""
     config = configure(SubmitConfig, {"job": "pretrain", "cluster": "local", **settings})
     (tmp_path / "script.py").write_text(SCRIPT)
     submission = Submission(Submission.folder_of(tmp_path / "runs"), "pretrain")
@@ -66,8 +66,8 @@ def local(tmp_path: Path, behaviours: dict[str, list], **settings) -> tuple[Subm
         argv = (str(tmp_path / "script.py"), str(output), json.dumps(behaviour))
         limits = config.max_requeues, config.max_crashes
         tasks.append(Task(name, argv, str(submission.folder), str(output), *limits))
-    submission.attempts.append(new_attempt("local", ROOT, {}))
-    ids = submission.attempts[-1]["ids"]
+    submission.history.append(new_entry("local", ROOT, {}))
+    ids = submission.history[-1]["ids"]
     failed = run_local(config, tasks, submission.folder, ROOT, ids.__setitem__)
     submission.write()
     return submission, failed
@@ -87,10 +87,10 @@ def test_local_cells_stop_crash_fail_and_finish(tmp_path):
         max_crashes=2,
         array_parallelism=2,
     )
-    # A cancelled submission starts no more runs and no more turns; it was the last one.
+    # A cancelled submission starts no more runs and no more attempts; it was the last one.
     assert set(failed) == {"hopeless", "wrong", "cancelled"}
-    turns = {c: len((tmp_path / "runs" / c / "turns").read_text()) for c in submission.runs}
-    assert turns == {
+    attempts = {c: len((tmp_path / "runs" / c / "attempts").read_text()) for c in submission.runs}
+    assert attempts == {
         "good": 1,
         "stopped": 3,
         "crashing": 3,
@@ -123,15 +123,15 @@ def test_crashes_with_progress_in_between_are_no_loop(tmp_path):
 def test_turns_are_limited(tmp_path):
     submission, failed = local(tmp_path, {"a": [75]}, max_requeues=2)
     assert failed == ["a"]
-    assert len((tmp_path / "runs/a/turns").read_text()) == 3
+    assert len((tmp_path / "runs/a/attempts").read_text()) == 3
     assert EventLog(submission.folder, "a").read()[-1]["event"] == "gave up"
     assert status.statuses(tmp_path / "runs")[0].state == "failed"
 
 
-def test_turns_in_vain_are_not_repeated(tmp_path):
+def test_attempts_without_progress_are_not_repeated(tmp_path):
     _, failed = local(tmp_path, {"a": [75]}, time="1")
     assert failed == ["a"]
-    assert len((tmp_path / "runs/a/turns").read_text()) == 2
+    assert len((tmp_path / "runs/a/attempts").read_text()) == 2
     row = status.statuses(tmp_path / "runs")[0]
     assert row.state == "failed" and "twice its time was up before it got" in row.reason
 
@@ -139,7 +139,7 @@ def test_turns_in_vain_are_not_repeated(tmp_path):
 def test_local_cells_may_stop_more_often_than_submitit_restarts_them(tmp_path):
     _, failed = local(tmp_path, {"a": [75] * 6 + [0]})
     assert not failed
-    assert len((tmp_path / "runs/a/turns").read_text()) == 7
+    assert len((tmp_path / "runs/a/attempts").read_text()) == 7
     assert status.statuses(tmp_path / "runs")[0].retries == "6"
 
 
@@ -170,7 +170,7 @@ def test_the_process_that_knows_what_is_wrong_is_heard(tmp_path):
     assert two_processes(tmp_path, code) == ["a"]
     start, end = EventLog(tmp_path / "f", "a").read()
     assert (start["event"], end["event"], end["rank"], end["code"]) == ("start", "failed", 1, 2)
-    ends = ends_of_turn(tmp_path / "f", "a", start["job"], 0)
+    ends = ends_of_attempt(tmp_path / "f", "a", start["job"], 0)
     assert [(e["rank"], e["event"]) for e in ends] == [(0, "crashed"), (1, "failed")]
 
 
@@ -190,7 +190,7 @@ def test_cancel_ends_local_cells(tmp_path):
         events = EventLog(submission.folder, "a").read()
         for name in ("a", "b"):
             submission.add(name, str(tmp_path / "runs" / name), {}, {})
-        submission.attempts.append(new_attempt("local", ROOT, {"a": events[0]["job"]}))
+        submission.history.append(new_entry("local", ROOT, {"a": events[0]["job"]}))
         submission.write()
         assert status.statuses(tmp_path / "runs")[0].state == "running"
         assert status.cancel(tmp_path / "runs") == 1
@@ -255,4 +255,4 @@ def test_submit_that_is_asked_to_end_lets_its_cells_save(tmp_path):
         assert left_of(family) == []
     folder = Submission.folder_of(tmp_path / "runs")
     assert [e["event"] for e in EventLog(folder, "a").read()] == ["start", "stopped"]
-    assert len((tmp_path / "runs/a/turns").read_text()) == 1
+    assert len((tmp_path / "runs/a/attempts").read_text()) == 1

@@ -15,7 +15,7 @@ from crysforge.launch.cluster import code as running
 from crysforge.launch.cluster import status
 from crysforge.launch.cluster.events import EventLog
 from crysforge.launch.cluster.runs import SILENT_S, read_run
-from crysforge.launch.cluster.submission import Submission, new_attempt
+from crysforge.launch.cluster.submission import Submission, new_entry
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.runs import logger
 from tests.launch.cluster.test_submit import FINETUNE, ask
@@ -25,7 +25,7 @@ def submitted(tmp_path: Path, names: dict[str, str], cluster: str = "slurm") -> 
     submission = Submission(Submission.folder_of(tmp_path / "runs"), "finetune")
     for name in names:
         submission.add(name, str(tmp_path / "runs" / name), {"seed": name}, {"seed": 0})
-    submission.attempts.append(new_attempt(cluster, running.ROOT, names))
+    submission.history.append(new_entry(cluster, running.ROOT, names))
     submission.write()
     return submission
 
@@ -213,8 +213,8 @@ def test_a_crash_names_the_rank_that_knows(tmp_path, monkeypatch):
     monkeypatch.setattr(status, "slurm_states", lambda ids: {"1": ("FAILED", "")})
     submission = submitted(tmp_path, {"a": "1"})
     log = EventLog(submission.folder, "a")
-    log.note("start", job="1", turn=0, node="node[1-2]", progress="")
-    log.note("crashed", job="1", turn=0, rank=3, node="node2", code=-9, progress="")
+    log.note("start", job="1", attempt=0, node="node[1-2]", progress="")
+    log.note("crashed", job="1", attempt=0, rank=3, node="node2", code=-9, progress="")
     (submission.folder / "logs").mkdir()
     for rank in (0, 3):
         (submission.folder / f"logs/1_{rank}_log.out").write_text(f"error: of rank {rank}\nbye\n")
@@ -225,8 +225,8 @@ def test_a_crash_names_the_rank_that_knows(tmp_path, monkeypatch):
 def test_a_job_that_is_not_started_again_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(status, "slurm_states", lambda ids: {"1": ("FAILED", "")})
     log = EventLog(submitted(tmp_path, {"a": "1"}).folder, "a")
-    log.note("start", job="1", turn=0, node="n", progress="")
-    log.note("stopped", job="1", turn=0, rank=0, node="n", code=75, progress="")
+    log.note("start", job="1", attempt=0, node="n", progress="")
+    log.note("stopped", job="1", attempt=0, rank=0, node="n", code=75, progress="")
     log.note("gave up", job="1", reason="its time was up")
     row = status.statuses(tmp_path / "runs")[0]
     assert (row.state, row.reason) == ("failed", "not started again: its time was up")
@@ -234,9 +234,9 @@ def test_a_job_that_is_not_started_again_says_why(tmp_path, monkeypatch):
 
 def test_cancel_asks_slurm_of_its_own_jobs_and_says_if_it_does_not_answer(tmp_path, monkeypatch):
     submission = submitted(tmp_path, {"a": "debug"}, cluster="debug")
-    submission.attempts += [new_attempt("local", running.ROOT, {"a": "0"})]
-    submission.attempts += [new_attempt("slurm", running.ROOT, {"a": "4"})]
-    submission.attempts += [new_attempt("slurm", running.ROOT, {"a": "5"})]
+    submission.history += [new_entry("local", running.ROOT, {"a": "0"})]
+    submission.history += [new_entry("slurm", running.ROOT, {"a": "4"})]
+    submission.history += [new_entry("slurm", running.ROOT, {"a": "5"})]
     submission.write()
     known, done = {"4": ("COMPLETED", ""), "5": ("RUNNING", "n")}, []
     monkeypatch.setattr(status, "slurm_states", lambda ids: {i: known[i] for i in ids})
@@ -254,9 +254,11 @@ def test_a_turn_that_nobody_summed_up_ended_as_its_processes_say(tmp_path, monke
     """The batch script was killed before it could."""
     monkeypatch.setattr(status, "slurm_states", lambda ids: {})
     submission = submitted(tmp_path, {"a": "1"})
-    EventLog(submission.folder, "a").note("start", job="1", turn=0, node="n", progress="")
+    EventLog(submission.folder, "a").note("start", job="1", attempt=0, node="n", progress="")
     assert status.statuses(tmp_path / "runs")[0].state == "lost"
-    EventLog(submission.folder, "a", 0).note("stopped", job="1", turn=0, rank=0, node="n", code=75)
+    EventLog(submission.folder, "a", 0).note(
+        "stopped", job="1", attempt=0, rank=0, node="n", code=75
+    )
     assert status.statuses(tmp_path / "runs")[0].state == "stopped"
 
 

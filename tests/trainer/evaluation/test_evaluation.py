@@ -255,7 +255,7 @@ def test_a_submitted_sweep_is_evaluated_by_its_values(tmp_path):
             values = {"init_from": init, "seed": seed}
             runs[name] = {"output": f"../out/{name}", "values": values}
     (tmp_path / "out.submit").mkdir()
-    record = {"schema": 1, "job": "finetune", "runs": runs, "attempts": []}
+    record = {"schema": 1, "job": "finetune", "runs": runs, "history": []}
     (tmp_path / "out.submit" / "submission.json").write_text(json.dumps(record))
     for path in (tmp_path / "out", tmp_path / "out.submit"):
         found = find(path)
