@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tables import show
 from crysforge.datapipe.common import threads
-from crysforge.trainer.base.command_line import parse, run
+from crysforge.trainer.base.command_line import parse
+from crysforge.trainer.base.script import run
 from crysforge.trainer.runs.logger import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

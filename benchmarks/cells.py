@@ -3,10 +3,10 @@
     python benchmarks/cells.py input=elastic2015.json.gz target=K_VRH output=runs/elastic
     … n_train=800 n_val=150 n_test=231 seeds=[0,1,2] epochs=40 arms=[as_is,primitive]
 
-Finetunes PDDFormer from scratch in four ways, see `ARMS`. Each model then meets the test part in
-the cells that are given, in conventional ones, and in cells twice as long. Prints a table of
-errors, one of predictions for ten cells of a material, and one of what reduction takes (CPU time,
-one core). The data sets and runs stay in `output`, and a killed run goes on.
+Finetunes an encoder from scratch in up to four ways, see `ARMS`. Each model then meets the test
+part in the cells that are given, in conventional ones, and in cells twice as long. Prints a table
+of errors, one of predictions for ten cells of a material, and one of what reduction takes (CPU
+time, one core). The data sets and runs stay in `output`, and a killed run goes on.
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders.base import ENCODERS
 from crysforge.models.encoders.pddformer import PDDFormer
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 from tests.cell_changes import cells_of
 
 ARMS = {
-    "as_is": ("as_is", {"name": "pddformer"}),
-    "normalised": ("as_is", {"name": "pddformer_normalised"}),
-    "twice": ("primitive", {"name": "pddformer", "own_images_once": "false"}),
-    "primitive": ("primitive", {"name": "pddformer"}),
+    "as_is": ("as_is", []),
+    "normalised": ("as_is", ["encoder.name=pddformer_normalised"]),
+    "twice": ("primitive", ["encoder.own_images_once=false"]),
+    "primitive": ("primitive", []),
 }
-"""Cell and encoder of each. as_is: cells and graph as published; normalised: the same, with shares
-of the atomic number over the primitive cell; twice: primitive cells, with the published graph, in
-which edges to an atom's own images count twice; primitive: the default, where they count once."""
+"""Cell of each, and its settings. as_is: cells and graph as published; normalised: the same, with
+PDDFormer's shares of the atomic number over the primitive cell; twice: primitive cells, with the
+published graph, in which edges to an atom's own images count twice; primitive: the default, where
+they count once."""
 COPIES: dict[str, int] = {}
 """Primitive cells that the cell of each crystal holds, by id."""
 
@@ -83,7 +85,9 @@ class CellsConfig:
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     """Which of as_is, normalised, twice and primitive."""
     config: str = "configs/finetune/small.yaml"
-    """Size of the encoder, and training."""
+    """Encoder and training."""
+    settings: list[str] = field(default_factory=list)
+    """More settings of `finetune`, `key=value`."""
     materials: list[str] = field(default_factory=lambda: ["rocksalt", "quartz"])
     """Materials whose ten cells are shown, see tests/cell_changes.py."""
     output: str = "runs/cells"
@@ -122,12 +126,12 @@ def make_set(config: CellsConfig, cell: str) -> Dataset:
 def train(config: CellsConfig, arm: str, seed: int) -> Path:
     """The run of an arm and a seed; made here if it is not there."""
     path = Path(config.output) / f"{arm}-{seed}"
-    cell, encoder = ARMS[arm]
+    cell, settings = ARMS[arm]
     argv = sys.argv
     sys.argv = [
         "finetune", f"--config={config.config}", f"data={config.output}/data/{cell}",
         f"run_dir={path}", f"target={config.target}", f"seed={seed}",
-        f"finetune.epochs={config.epochs}", *(f"encoder.{k}={v}" for k, v in encoder.items()),
+        f"finetune.epochs={config.epochs}", *config.settings, *settings,
     ]  # fmt: skip
     try:
         importlib.import_module("crysforge.launch.finetune").main()

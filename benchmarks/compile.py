@@ -34,7 +34,8 @@ from benchmarks.tables import show
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models import kernels
 from crysforge.models.denoisers.dit import SIZES, DiT
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 from crysforge.trainer.engines.base import PRECISIONS, set_recompute
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, list[int]]

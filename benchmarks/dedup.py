@@ -43,7 +43,8 @@ from crysforge.datapipe.preparing.duplicates.matcher import Match, Matcher, Redu
 from crysforge.datapipe.preparing.duplicates.records import Duplicates, Reference, Task
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import SPLITS
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 
 
 @dataclass(kw_only=True)

@@ -33,7 +33,8 @@ from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import ENCODERS, Encoder, build_encoder
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 from tests import reference_angles, reference_backbones
 from tests.reference_encoders import reference
 

@@ -31,7 +31,8 @@ from crysforge.datapipe.graphs.packing import neighbours, pack
 from crysforge.datapipe.graphs.transforms import MaskAtoms, Sample
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.dataset import Dataset
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 
 T = TypeVar("T")
 

@@ -34,7 +34,8 @@ from crysforge.models import kernels
 from crysforge.models.encoders import build_encoder
 from crysforge.models.kernels import self_test as trial
 from crysforge.models.ops.edges import Edges
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 from crysforge.trainer.engines.base import PRECISIONS
 
 

@@ -45,9 +45,9 @@ from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import Filters
 from crysforge.datapipe.loading.config import LoaderConfig
 from crysforge.datapipe.loading.stream import Stream
-from crysforge.datapipe.preparing.bake import BakeConfig, bake
+from crysforge.datapipe.preparing.bake import bake
 from crysforge.datapipe.preparing.edit import subset
-from crysforge.datapipe.preparing.edit_configs import SubsetConfig
+from crysforge.datapipe.preparing.edit_configs import BakeConfig, SubsetConfig
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import (
@@ -58,7 +58,8 @@ from crysforge.datapipe.storage.manifest import (
     Target,
 )
 from crysforge.datapipe.storage.record import INDEX, encode
-from crysforge.trainer.base.command_line import parse, run
+from crysforge.trainer.base.command_line import parse
+from crysforge.trainer.base.script import run
 
 SPECS = {
     "pddformer": GraphSpec(neighbors=25, pdd=92, depth=4),

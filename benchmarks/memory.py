@@ -35,8 +35,9 @@ from crysforge.datapipe.graphs.transforms import Sample
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import build_encoder
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
 from crysforge.trainer.base.distributed import World
+from crysforge.trainer.base.script import run
 from crysforge.trainer.engines.base import EngineConfig
 from crysforge.trainer.engines.build import build_engine
 from crysforge.trainer.loop.averages import total_over_ranks, weighted_loss

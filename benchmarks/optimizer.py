@@ -26,7 +26,8 @@ import torch
 
 from benchmarks.tables import show
 from crysforge.models.encoders import build_encoder
-from crysforge.trainer.base.command_line import from_sources, parse, run
+from crysforge.trainer.base.command_line import from_sources, parse
+from crysforge.trainer.base.script import run
 from crysforge.trainer.engines.adamw import GuardedAdamW
 from crysforge.trainer.jobs.schemas import pretrain_schema
 from crysforge.trainer.loop.optim import param_groups

@@ -36,7 +36,8 @@ from crysforge.models.denoisers.dit import SIZES, DiT, index_embedding
 from crysforge.models.encoders import build_encoder
 from crysforge.models.layers.time_embedding import time_embedding
 from crysforge.models.ops.modulation import EPS
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 
 
 @dataclass(kw_only=True)

@@ -25,7 +25,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tables import show
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 from crysforge.trainer.reports.costs import built
 from crysforge.trainer.runs.logger import read_metrics
 from crysforge.trainer.runs.model_directory import open_model

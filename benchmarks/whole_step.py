@@ -23,8 +23,9 @@ from benchmarks.memory import BenchmarkConfig as BatchConfig
 from benchmarks.memory import make
 from benchmarks.tables import show
 from crysforge.models import kernels
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
 from crysforge.trainer.base.distributed import World
+from crysforge.trainer.base.script import run
 from crysforge.trainer.engines.base import EngineConfig
 from crysforge.trainer.engines.build import build_engine
 from crysforge.trainer.loop.averages import (

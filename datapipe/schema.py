@@ -45,11 +45,11 @@ class GraphSpec:
     """The graph an encoder needs. Loaders build it; nobody else needs to know.
 
     The neighbour rule is one of two. With `neighbors=k`, i and j are joined when either is among
-    the k nearest of the other, ties at the k-th distance kept (the ComFormer/Matformer recipe; its
-    start radius has no influence on the result). With `radius=r`, all pairs within r Å are joined.
-    Every pair appears in both directions. Pairs closer than 0.15 Å are ignored. As in that recipe,
-    an atom's edge to its own image is there twice under the k-nearest rule, unless
-    `own_images_once`: then the atoms of a supercell have the edges of the cell's.
+    the k nearest of the other, ties at the k-th distance kept unless `cut_ties` (the ComFormer and
+    Matformer recipe; its start radius has no influence on the result). With `radius=r`, all pairs
+    within r Å are joined. Every pair appears in both directions. Pairs closer than 0.15 Å are
+    ignored. As in that recipe, an atom's edge to its own image is there twice under the k-nearest
+    rule, unless `own_images_once`: then the atoms of a supercell have the edges of the cell's.
     """
 
     neighbors: int | None = None
@@ -76,6 +76,10 @@ class GraphSpec:
     """Distances in Å closer than this are equal."""
     own_images_once: bool = False
     """Whether an edge to an atom's own image counts as any other under the k-nearest rule."""
+    cut_ties: bool = False
+    """Whether rounding cuts ties at the k-th distance, as in the released codes. The graph is then
+    no function of the crystal alone: atoms that symmetry makes equal differ, and no quotient is
+    made of it."""
 
     def __post_init__(self) -> None:
         if (self.neighbors is None) == (self.radius is None):
@@ -95,6 +99,8 @@ class GraphSpec:
             raise ValueError(
                 f"GraphSpec.pair_sums is none, scaled or exact, not {self.pair_sums!r}"
             )
+        if self.cut_ties and self.neighbors is None:
+            raise ValueError("GraphSpec.cut_ties is for neighbors=k: a radius has no ties")
         if self.vectors and self.depth is not None:
             raise ValueError("a graph with vectors has no quotient: leave depth=None")
         if self.vectors and self.pair_sums != "none":

@@ -94,7 +94,7 @@ def main(root: Path) -> tuple[float, float]:
     before, after = train(stage, dataset)
     print(f"validation loss {before:.3f} before, {after:.3f} after")
 
-    export_stage(root / "model", stage, stage.state_dict(), describe_data(dataset.manifest))
+    export_stage(root / "model", stage, stage.state_dict(), describe_data(dataset))
     crystals = [crystal for _, crystal in dataset.read(dataset.split_items("val")[:3])]
     latents = load(root / "model").embed(crystals)
     batch = build(crystals, encoder.graph)

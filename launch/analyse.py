@@ -21,13 +21,9 @@ from crysforge.datapipe.common import threads
 
 threads.choose()
 
-from crysforge.datapipe.storage.dataset import Dataset
-from crysforge.models import kernels
 from crysforge.trainer.analysis.config import AnalysisConfig
-from crysforge.trainer.analysis.report import analyse, analysed_before, asked
-from crysforge.trainer.base.command_line import parse, required, run
-from crysforge.trainer.base.distributed import device_of
-from crysforge.trainer.runs.model_directory import open_model
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 
 
 @dataclass(kw_only=True)
@@ -49,6 +45,12 @@ class AnalyseConfig(AnalysisConfig):
 def main() -> None:
     config = parse(AnalyseConfig, __doc__)
     required(config, "checkpoint", "data", "output")
+    from crysforge.datapipe.storage.dataset import Dataset
+    from crysforge.models import kernels
+    from crysforge.trainer.analysis.report import analyse, analysed_before, asked
+    from crysforge.trainer.base.distributed import device_of
+    from crysforge.trainer.runs.model_directory import open_model
+
     device = device_of(config.device)
     kernels.enable(device)
     print(threads.describe())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from crysforge import __version__
 from crysforge.datapipe.common.names import nearest
-from crysforge.trainer.base.command_line import run
+from crysforge.trainer.base.script import STARTS_ANEW, run
 
 FOLDER = Path(__file__).parent
 
@@ -44,7 +44,13 @@ def main() -> None:
     if arguments[0] == "--version":
         print(__version__)
         return
-    run(lambda: call(arguments[0], arguments[1:]))
+    run(lambda: call(arguments[0], arguments[1:]), again=lambda: again(arguments[0]))
+
+
+def again(command: str) -> str:
+    """What the same command does after an interrupt; once it was imported, it says so itself."""
+    module = sys.modules.get(f"crysforge.launch.{command}")
+    return module.again() if module and hasattr(module, "again") else STARTS_ANEW
 
 
 def call(command: str, arguments: list[str]) -> None:

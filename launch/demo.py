@@ -25,7 +25,8 @@ threads.choose()
 
 from crysforge.datapipe.common.processes import Parent
 from crysforge.datapipe.common.safe_read import read_mapping
-from crysforge.trainer.base.command_line import parse, run
+from crysforge.trainer.base.command_line import parse
+from crysforge.trainer.base.script import run
 from crysforge.trainer.runs.forms import METRICS
 
 TARGET = "ewald_energy"

@@ -20,9 +20,8 @@ from crysforge.datapipe.common import threads
 
 threads.choose()
 
-from crysforge.trainer.base.command_line import parse, required, run
-from crysforge.trainer.jobs.finetuning import scores_of
-from crysforge.trainer.serving.ensemble import create
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 
 
 @dataclass(kw_only=True)
@@ -38,6 +37,9 @@ class EnsembleConfig:
 def main() -> None:
     config = parse(EnsembleConfig, __doc__)
     required(config, "runs", "output")
+    from crysforge.trainer.jobs.finetuning import scores_of
+    from crysforge.trainer.serving.ensemble import create
+
     metrics = create(config.runs, config.output)
     split = "test" if "test" in metrics else "val"
     for name in metrics["targets"]:

@@ -4,6 +4,8 @@
     … suite=SWEEP_OUTPUT baseline=init_from=none   a sweep that submit.py ran, or any runs
     … columns=task rows=[pretraining]              a table laid out in another way
     … paper=crysldnet-unified                      published tables beside
+    python launch/evaluate.py paper=crysldnet      every table and figure of a paper: the command,
+                                                   what is there and what is not, ours beside
 
 Writes DIR/report: report.md, tables (Markdown, CSV, LaTeX) and figures (PNG, SVG). Runs that have
 not finished are listed and marked; evaluate again when they have. See docs/evaluation.md.
@@ -23,10 +25,11 @@ threads.choose()
 
 from crysforge.launch.cluster.status import run_directories
 from crysforge.launch.cluster.submission import SUFFIX, Submission
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.launch.cluster.suite import prepared
+from crysforge.trainer.base.command_line import find_config, parse, required
+from crysforge.trainer.base.script import run
 from crysforge.trainer.evaluation.suite import SUITE, Cell, Suite
 from crysforge.trainer.reports.config import EvaluateConfig
-from crysforge.trainer.reports.report import evaluate
 
 
 def find(path: Path) -> Suite:
@@ -49,7 +52,17 @@ def find(path: Path) -> Suite:
 
 def main() -> None:
     config = parse(EvaluateConfig, __doc__)
+    if config.paper and not config.suite:
+        from crysforge.trainer.reports.published_tables import overview
+
+        def data_sets(suite: str) -> dict[str, bool]:
+            return prepared(str(find_config(f"suites/{suite}")), config.data_dir or "data")
+
+        print(overview(config, data_sets))
+        return
     required(config, "suite")
+    from crysforge.trainer.reports.report import evaluate
+
     report = evaluate(find(Path(config.suite)), config)
     print(report.main.title, report.main.markdown(), sep="\n\n")
     if report.missing:

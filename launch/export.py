@@ -21,9 +21,8 @@ from crysforge.datapipe.common import threads
 
 threads.choose()
 
-from crysforge.trainer.base.command_line import parse, required, run
-from crysforge.trainer.runs.card import share
-from crysforge.trainer.runs.model_directory import open_checkpoint, open_model
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 
 
 @dataclass(kw_only=True)
@@ -45,9 +44,12 @@ class ExportConfig:
 def main() -> None:
     config = parse(ExportConfig, __doc__)
     required(config, "checkpoint", "output")
+    if config.tag and config.stage:
+        raise ValueError("give stage=NAME or tag=CHECKPOINT, not both")
+    from crysforge.trainer.runs.card import share
+    from crysforge.trainer.runs.model_directory import open_checkpoint, open_model
+
     if config.tag:
-        if config.stage:
-            raise ValueError("give stage=NAME or tag=CHECKPOINT, not both")
         tag = "" if config.tag == "newest" else config.tag
         exported, weights, tag = open_checkpoint(config.checkpoint, tag)
     else:

@@ -23,22 +23,28 @@ from crysforge.datapipe.common import threads
 
 threads.choose()
 
-import numpy as np
 
 from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer.base import distributed
-from crysforge.trainer.base.command_line import parse, required, run, to_yaml
+from crysforge.trainer.base.command_line import parse, required, to_yaml
+from crysforge.trainer.base.script import CONTINUES, run
 from crysforge.trainer.base.signals import StopRequest
 from crysforge.trainer.base.tensors import copied_state
 from crysforge.trainer.jobs import finetuning as reports
 from crysforge.trainer.jobs import setup as jobs
+from crysforge.trainer.jobs import starting
+from crysforge.trainer.jobs.labels import chosen_items
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.loop.fit import fit
 from crysforge.trainer.loop.session import Result, Session
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.facts import job_facts
-from crysforge.trainer.runs.model_directory import describe_stage, export_stage, lineage
+from crysforge.trainer.runs.model_directory import describe_stage, export_stage
+
+
+def again() -> str:
+    return CONTINUES
 
 
 def main() -> None:
@@ -46,14 +52,14 @@ def main() -> None:
     required(config, "data", "run_dir", "targets")
     stop = StopRequest(config.trainer.walltime_minutes, config.trainer.walltime_margin_minutes)
     config.trainer.engine = "torch"
-    dataset = Dataset.open(config.data)
+    dataset = Dataset.open(config.data).with_fold(config.fold)
     learns = config.finetune.epochs > 0
     jobs.check_splits(dataset, config.data, *(("train", "val") if learns else ("test",)))
-    items = {"train": jobs.labelled_items(dataset, config) if learns else np.empty(0, np.int64)}
-    items |= {s: jobs.with_label(dataset, s, config.targets) for s in ("val", "test")}
+    items = chosen_items(dataset, config)
     world = distributed.init(config.trainer.timeout_s, job_facts(config, dataset.manifest))
     threads.leave_cores(config.loader.workers)
     print(f"{world.describe()}; {threads.describe()}")
+    start = starting.starting_lineage(config, dataset)
     stage, scaler = jobs.finetune_stage(config, dataset, items["train"])
     streams = [
         jobs.make_stream(
@@ -87,13 +93,13 @@ def main() -> None:
             "labels": len(items["train"]),
             "finetune": jobs.settings_of(config.finetune),
             **({"init_head": True} if config.init_head else {}),
+            **({"atoms": config.atoms} if config.atoms else {}),
         },
     )
     record = jobs.claim(directory, world, to_yaml(config), identity, config.resume)
     if "finetune" in record["finished"]:
         print(f"{directory.path}: already finished, see metrics.json")
         return
-    start = lineage(config.init_from, config.init_stage)
     data = jobs.learned_from(dataset, items["train"], start, read=True)
     data["labels"] = len(items["train"])
     describe_stage(directory.path / "finetune", stage, data, scaler, start)
@@ -128,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, distributed.ended)
+    run(main, distributed.ended, again)

@@ -7,7 +7,8 @@
     … suite=DIR 'where={task: phonons, pretraining: CrysLDNet}'   the cells of a suite as runs
 
 JARVIS: one run for each property, trained on its published split. Matbench: the five official
-folds of each task (prepare … split=matbench fold=0 to 4; configs/suites/matbench.yaml).
+folds of each task (prepare … split=matbench, finetune … fold=0 to 4; see
+configs/suites/matbench.yaml).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ threads.choose()
 
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.safe_read import inside
-from crysforge.trainer.base.command_line import parse, required, run
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
 from crysforge.trainer.evaluation.suite import SUITE, read_suite
 from crysforge.trainer.serving.leaderboards import jarvis, matbench
 

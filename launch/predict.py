@@ -15,7 +15,6 @@ predictions.request.json: the same command finds that its work is done.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run as a file of a checkout
@@ -26,53 +25,9 @@ from crysforge.datapipe.common import threads
 threads.choose()
 
 from crysforge.datapipe.common.streams import is_stream
-from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
-from crysforge.datapipe.preparing.config import origin, sha256
-from crysforge.datapipe.preparing.request import HOW, request_of
-from crysforge.trainer.base.command_line import parse, required, run
-from crysforge.trainer.runs.model_directory import open_model
-from crysforge.trainer.serving.ensemble import ENSEMBLE
-from crysforge.trainer.serving.inputs import PredictReading
-from crysforge.trainer.serving.load import load
-from crysforge.trainer.serving.predict import dropped_path, predict_to_csv
-from crysforge.trainer.serving.request import predicted_before
-
-
-@dataclass(kw_only=True)
-class PredictConfig(PredictReading):
-    """Settings of `predict`: how to read is said as it is to `prepare`."""
-
-    checkpoint: str = ""
-    """Finetuning run."""
-    output: str = ""
-    """CSV to write."""
-    device: str = "cpu"
-    """Where to run: cpu, cuda, cuda:1."""
-    max_atoms: int = 4096
-    """Atoms per batch."""
-    max_pairs: int = MAX_PAIRS
-    """Pairs of atoms, or images of atoms, that are looked at for the graph of one crystal."""
-    strict: bool = False
-    """Whether crystals unlike those that the model learned from (elements, number of atoms, volume
-    per atom) are left out; otherwise they are told of."""
-    overwrite: bool = False
-    """Whether an output file that is there may be replaced."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("max_atoms", "max_pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-def request(config: PredictConfig) -> str:
-    """Identifies the predictions that are asked for, by settings, model and input."""
-    root = Path(config.checkpoint)
-    ensemble = (root / ENSEMBLE).is_file()
-    members = sorted(p for p in root.iterdir() if p.is_dir()) if ensemble else [root]
-    weights = [sha256(open_model(member).file) for member in members]
-    facts = [weights, origin(config.input, config.format)]
-    return request_of(config, facts, (*HOW, "checkpoint", "device", "max_atoms"))
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import run
+from crysforge.trainer.serving.config import PredictConfig
 
 
 def main() -> None:
@@ -82,10 +37,14 @@ def main() -> None:
     through = is_stream(output)
     if output.resolve() == Path(config.input).resolve():
         raise ValueError(f"output {output} is the input: choose another output")
+    from crysforge.trainer.serving.load import load
+    from crysforge.trainer.serving.predict import dropped_path, predict_to_csv
+    from crysforge.trainer.serving.request import predicted_before, request_for
+
     said = sys.stderr if through else sys.stdout
     print(threads.describe(), file=said)
     if output.exists() and not config.overwrite and not through:
-        done = predicted_before(output, request(config))
+        done = predicted_before(output, request_for(config))
         if done is None:
             raise ValueError(f"{output} exists: choose another output, or overwrite=true")
         print(f"{done[0]} predictions are there already: {output}")
@@ -95,7 +54,7 @@ def main() -> None:
     if remark := config.remark(model.trained_on):
         print(f"note: {remark}", file=said)
     crystals = config.read(model.trained_on)
-    asked = "" if through else request(config)
+    asked = "" if through else request_for(config)
     counts = predict_to_csv(model, crystals, output, config.max_atoms, config.strict, asked)
     listed = dropped_path(output)
     if not counts.written:

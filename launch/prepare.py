@@ -8,6 +8,8 @@
     python launch/prepare.py input=prototypes size=2000 output=data/demo targets=[ewald_energy]
     python launch/prepare.py input=dft_3d.json output=data/jarvis targets=[mbj_bandgap] \\
         split=published-123
+    python launch/prepare.py input=cifs/ output=data/mine targets=[band_gap] split_by=formula
+    python launch/prepare.py input=cifs/ output=data/mine targets=[band_gap] folds=5
     python launch/prepare.py input=gnome/ output=data/gnome dedup=[data/mp20,data/jarvis] \\
         duplicates.splits=[val,test] duplicates.within=true
 
@@ -32,8 +34,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a file of a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,25 +48,26 @@ from crysforge.datapipe.common import threads
 threads.choose(1)  # the work is shared out to processes
 
 from crysforge.datapipe.common.escape import one_line
-from crysforge.datapipe.preparing.bake import BakeConfig, bake
 from crysforge.datapipe.preparing.config import PrepareConfig
-from crysforge.datapipe.preparing.edit import merge, reshard, subset
-from crysforge.datapipe.preparing.edit_configs import MergeConfig, ReshardConfig, SubsetConfig
-from crysforge.datapipe.preparing.inspect import InspectConfig, columns, describe, statistics
-from crysforge.datapipe.preparing.prepare import prepare
-from crysforge.datapipe.preparing.verify import VerifyConfig, verify
-from crysforge.datapipe.preparing.write import plan, summary
-from crysforge.datapipe.schema import GraphSpec
+from crysforge.datapipe.preparing.edit_configs import (
+    BakeConfig,
+    InspectConfig,
+    MergeConfig,
+    ReshardConfig,
+    SubsetConfig,
+    VerifyConfig,
+)
 from crysforge.datapipe.storage.manifest import Manifest
 from crysforge.datapipe.storage.remote import join_path, local_path
-from crysforge.models.encoders import build_encoder
-from crysforge.trainer.base.command_line import parse, read_yaml, required, run
-from crysforge.trainer.figures.data_figures import histograms
-from crysforge.trainer.jobs.setup import suited
+from crysforge.trainer.base.command_line import parse, required
+from crysforge.trainer.base.script import CONTINUES, STARTS_ANEW, run
 
 
 def make() -> None:
     config = parse(PrepareConfig, __doc__)
+    from crysforge.datapipe.preparing.prepare import prepare
+    from crysforge.datapipe.preparing.write import plan, summary
+
     if config.dry_run:
         print(plan(config))
     else:
@@ -79,6 +85,8 @@ def announce(config) -> None:
 def check() -> None:
     config = parse(VerifyConfig, __doc__)
     required(config, "verify")
+    from crysforge.datapipe.preparing.verify import verify
+
     Manifest.load(config.verify)  # an error stands alone
     announce(config)
     count = 0
@@ -96,6 +104,9 @@ def look() -> None:
     local = local_path(config.inspect)
     if local is None:
         required(config, "output")
+    from crysforge.datapipe.preparing.inspect import columns, describe, statistics
+    from crysforge.trainer.figures.data_figures import histograms
+
     Manifest.load(config.inspect)  # an error stands alone
     announce(config)
     found = statistics(config)
@@ -114,38 +125,47 @@ class BakeEncodersConfig(BakeConfig):
     that of a run too."""
 
 
-def graph_of(encoder: str, manifest: Manifest) -> GraphSpec:
-    """The graph that a training on this data set asks for."""
-    if not encoder.endswith((".yaml", ".yml")):
-        return build_encoder(suited({"name": encoder}, manifest)).graph
-    section = read_yaml(encoder).get("encoder")
-    if not section:
-        raise ValueError(f"{encoder} has no section 'encoder'")
-    return build_encoder(suited(section, manifest)).graph
-
-
 def bake_graphs() -> None:
     config = parse(BakeEncodersConfig, __doc__)
-    required(config, "bake", "encoders")
+    required(config, "bake", "encoders", "output")
+    from crysforge.datapipe.preparing.bake import bake
+    from crysforge.datapipe.preparing.write import summary
+    from crysforge.trainer.jobs.starting import graph_of
+
     announce(config)
     manifest = Manifest.load(config.bake)
     specs = (graph_of(encoder, manifest) for encoder in config.encoders)
-    change(config, lambda config: bake(config, specs))
+    print(summary(bake(config, specs), config.output))
 
 
-def change(config, action) -> None:
+EDITS: dict[str, type] = {"merge": MergeConfig, "subset": SubsetConfig, "reshard": ReshardConfig}
+
+
+def edit(name: str) -> None:
+    config: Any = parse(EDITS[name], __doc__)
     required(config, "output")
-    print(summary(action(config), config.output))
+    from crysforge.datapipe.preparing.edit import merge, reshard, subset
+    from crysforge.datapipe.preparing.write import summary
+
+    actions: dict[str, Any] = {"merge": merge, "subset": subset, "reshard": reshard}
+    print(summary(actions[name](config), config.output))
 
 
-ACTIONS = {
+ACTIONS: dict[str, Callable[[], None]] = {
     "verify": check,
     "inspect": look,
-    "merge": lambda: change(parse(MergeConfig, __doc__), merge),
-    "subset": lambda: change(parse(SubsetConfig, __doc__), subset),
-    "reshard": lambda: change(parse(ReshardConfig, __doc__), reshard),
     "bake": bake_graphs,
+    **{name: partial(edit, name) for name in EDITS},
 }
+
+
+def again() -> str:
+    """What the same command does after an interrupt: it goes on where a search for duplicates or
+    groups has kept what it found."""
+    output = next((a.partition("=")[2] for a in sys.argv if a.startswith("output=")), "")
+    root = Path(output).resolve()
+    kept = (root.parent / f".{root.name}.{purpose}" for purpose in ("dedup", "groups"))
+    return CONTINUES if output and any(path.is_dir() for path in kept) else STARTS_ANEW
 
 
 def main() -> None:
@@ -155,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again=again)

@@ -5,7 +5,7 @@
     python launch/pretrain.py --config configs/pretrain/tiny.yaml data=DIR … stages=[vae]
 
 A killed run continues with the same command. SIGTERM, SIGUSR1, SIGUSR2 and the end of the walltime
-make a run save and exit with code 75: start it again.
+make a run save and exit with code 75: start it again. Ctrl-C does so, too, with code 130.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ threads.choose()
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer.base import distributed
 from crysforge.trainer.base.agreement import same_file
-from crysforge.trainer.base.command_line import parse, required, run, to_yaml
+from crysforge.trainer.base.command_line import parse, required, to_yaml
+from crysforge.trainer.base.script import CONTINUES, run
 from crysforge.trainer.base.signals import StopRequest
 from crysforge.trainer.jobs import setup as jobs
+from crysforge.trainer.jobs import starting
 from crysforge.trainer.jobs.schemas import pretrain_schema
 from crysforge.trainer.loop.fit import fit
 from crysforge.trainer.loop.memory import memory_text
@@ -42,21 +44,25 @@ from crysforge.trainer.runs.model_directory import (
 from crysforge.trainer.stages.base import STAGES
 
 
+def again() -> str:
+    return CONTINUES
+
+
 def main() -> None:
     config = parse(pretrain_schema(), __doc__)
     required(config, "data", "run_dir", "stages")
     stop = StopRequest(config.trainer.walltime_minutes, config.trainer.walltime_margin_minutes)
     sections = {name: getattr(config, name) for name in config.stages}
     micro = {name: jobs.micro_batch(section, config.trainer) for name, section in sections.items()}
-    dataset = Dataset.open(config.data)
-    jobs.check_splits(dataset, config.data, "train")
+    dataset = Dataset.open(config.data).with_fold(config.fold)
+    jobs.check_splits(dataset, config.data, *jobs.splits_needed(sections))
     world = distributed.init(config.trainer.timeout_s, job_facts(config, dataset.manifest))
     threads.leave_cores(config.loader.workers)
     print(f"{world.describe()}; {threads.describe()}", flush=True)
 
     before = open_model(config.init_from, config.init_stage) if config.init_from else None
-    encoder = jobs.starting_encoder(config, dataset)
-    start = lineage(config.init_from, config.init_stage)
+    encoder = starting.starting_encoder(config, dataset)
+    start = starting.starting_lineage(config, dataset)
     data = jobs.learned_from(dataset, dataset.split_items("train"), start, read=False)
     directory = RunDirectory(config.run_dir)
     if not config.dry_run:
@@ -71,7 +77,7 @@ def main() -> None:
             if world.main:
                 print(f"{name}: already finished, taken from {directory.path / name}", flush=True)
             continue
-        jobs.seed_everything(config.seed, name)
+        starting.seed_everything(config.seed, name)
         stage = STAGES[name](section, encoder)
         if before is not None:
             stage.take(before)
@@ -104,6 +110,7 @@ def main() -> None:
                 validation=validation,
                 run=directory,
                 world=world,
+                monitor=stage.monitor,
                 stop=stop,
             )
         )
@@ -112,9 +119,7 @@ def main() -> None:
             directory.check_owner()
             export_stage(directory.path / name, stage, weights, data, start=start)
             directory.finish(name)
-            shown = ", ".join(f"{k} {v:.4g}" for k, v in result.validation.items())
-            shown = f"validation {shown}" if shown else "no crystals to validate on"
-            print(f"{name}: finished after {result.steps} steps; {shown}", flush=True)
+            print(f"{name}: {result.in_words()}", flush=True)
         for file in ("run.json", f"{name}/{WEIGHTS}"):
             same_file(world.meeting, directory.path / file)
         before = open_model(directory.path, name)
@@ -125,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, distributed.ended)
+    run(main, distributed.ended, again)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file of a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,7 +44,15 @@ from crysforge.launch.cluster.jobs import Cell, groups, settings_of, waves
 from crysforge.launch.cluster.request import Request
 from crysforge.launch.cluster.submission import Submission, new_attempt
 from crysforge.launch.cluster.worker import Task
-from crysforge.trainer.base.command_line import run
+from crysforge.trainer.base.script import CONTINUES, run
+
+
+def again() -> str:
+    return CONTINUES
+
+
+if TYPE_CHECKING:  # torch takes seconds, and the status of jobs needs none of it
+    from crysforge.trainer.jobs.cost import Bill
 
 
 def main() -> None:
@@ -61,15 +70,23 @@ def main() -> None:
         return
 
     cells = request.cells()
-    submission = request.submission()
+    submission, bill = request.submission(), None
+    if request.suite:
+        from crysforge.trainer.jobs.cost import Bill
+
+        own = request.suite.config
+        configs = {cell.name: (cell.job, cell.config) for cell in cells}
+        bill = Bill(configs, own.hardware, own.rates)
     if config.dry_run:
-        show(request, submission, request.left(submission, cells))
+        show(request, submission, request.left(submission, cells), bill)
         return
     with submission.alone():
-        submit(request, request.submission(), cells)  # as it is now
+        submit(request, request.submission(), cells, bill)  # as it is now
 
 
-def submit(request: Request, submission: Submission, cells: list[Cell]) -> None:
+def submit(
+    request: Request, submission: Submission, cells: list[Cell], bill: Bill | None = None
+) -> None:
     """Submits what has not finished, or runs it here.
 
     Raises:
@@ -80,6 +97,8 @@ def submit(request: Request, submission: Submission, cells: list[Cell]) -> None:
     if not left:
         print("nothing to submit")
         return
+    if bill:
+        print("\n".join(bill.total([c.name for c in left])))
     code = ROOT if config.cluster == "debug" else submission.snapshot()
     tasks = dict(zip((c.name for c in left), request.tasks(submission, left, code), strict=True))
     submission.attempts.append(new_attempt(config.cluster, code, {}))
@@ -94,8 +113,10 @@ def submit(request: Request, submission: Submission, cells: list[Cell]) -> None:
         raise ValueError(f"{len(unfinished)} of {len(tasks)} cells did not finish: {names}")
 
 
-def show(request: Request, submission: Submission, left: list[Cell]) -> None:
-    """Prints the scripts that would be submitted, and the cells."""
+def show(
+    request: Request, submission: Submission, left: list[Cell], bill: Bill | None = None
+) -> None:
+    """Prints the scripts that would be submitted, the cells and what those of a suite cost."""
     code = submission.folder / f"code-{len(submission.attempts) + 1}"
     for group in groups(left):
         if request.config.cluster == "slurm":
@@ -103,7 +124,10 @@ def show(request: Request, submission: Submission, left: list[Cell]) -> None:
             executor = slurm_executor(own, request.output.name, submission.folder, code)
             print(script(executor, len(group)))
         for cell in group:
-            print(f"# {cell.name}: {cell.job} → {cell.output}")
+            price = f" ({bill.line(cell.name)})" if bill else ""
+            print(f"# {cell.name}: {cell.job} → {cell.output}{price}")
+    if bill:
+        print("\n".join(f"# {line}" for line in bill.total([c.name for c in left])))
 
 
 def queue(
@@ -162,4 +186,4 @@ def run_all(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again=again)

@@ -28,9 +28,13 @@ from crysforge import load
 from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.preparing.config import PrepareConfig
-from crysforge.datapipe.preparing.edit_configs import MergeConfig, ReshardConfig, SubsetConfig
-from crysforge.datapipe.preparing.inspect import InspectConfig
-from crysforge.datapipe.preparing.verify import VerifyConfig
+from crysforge.datapipe.preparing.edit_configs import (
+    InspectConfig,
+    MergeConfig,
+    ReshardConfig,
+    SubsetConfig,
+    VerifyConfig,
+)
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.remote import Access
 from crysforge.launch.analyse import AnalyseConfig
@@ -41,7 +45,6 @@ from crysforge.launch.ensemble import EnsembleConfig
 from crysforge.launch.evaluate import find
 from crysforge.launch.export import ExportConfig
 from crysforge.launch.leaderboard import LeaderboardConfig
-from crysforge.launch.predict import PredictConfig
 from crysforge.launch.prepare import BakeEncodersConfig
 from crysforge.trainer.base.command_line import PROSE, parse
 from crysforge.trainer.base.tensors import save_tensors
@@ -52,6 +55,7 @@ from crysforge.trainer.runs.card import share
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.model_directory import Exported, open_model, read_model
 from crysforge.trainer.runs.saved import Checkpoint
+from crysforge.trainer.serving.config import PredictConfig
 from crysforge.trainer.serving.leaderboards import jarvis
 from tests.evaluation_runs import arms_and_seeds, finetuned
 from tests.exploits import PICKLES, Exploit

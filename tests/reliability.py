@@ -31,7 +31,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from crysforge.trainer.base.command_line import parse, run  # noqa: E402
+from crysforge.trainer.base.command_line import parse  # noqa: E402
+from crysforge.trainer.base.script import run  # noqa: E402
 from tests import security  # noqa: E402
 from tests.attacks import ATTACKS  # noqa: E402
 from tests.distributed.conftest import write_data  # noqa: E402

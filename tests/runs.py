@@ -10,7 +10,7 @@ import pytest
 
 from crysforge.datapipe.crystals.prototypes import TARGETS, UNITS, prototypes
 from crysforge.datapipe.storage.dataset import DatasetWriter
-from crysforge.trainer.base.command_line import run
+from crysforge.trainer.base.script import STARTS_ANEW, run
 from tests.exploits import Exploit
 from tests.launching import FINETUNE, PRETRAIN
 
@@ -35,7 +35,7 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
         code = 0
         try:
-            run(module.main)
+            run(module.main, again=getattr(module, "again", lambda: STARTS_ANEW))
         except SystemExit as stop:
             code = int(stop.code or 0)
         out, err = capsys.readouterr()

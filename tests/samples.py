@@ -20,11 +20,12 @@ from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.common.journal import Journal
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.packing import build
-from crysforge.datapipe.preparing.dedup import search
 from crysforge.datapipe.preparing.duplicates.records import OUTCOME, Duplicates, Reference
-from crysforge.datapipe.preparing.inspect import InspectConfig, statistics
-from crysforge.datapipe.preparing.splits import read_ids
-from crysforge.datapipe.preparing.verify import VerifyConfig, verify
+from crysforge.datapipe.preparing.duplicates.search import search
+from crysforge.datapipe.preparing.edit_configs import InspectConfig, VerifyConfig
+from crysforge.datapipe.preparing.inspect import statistics
+from crysforge.datapipe.preparing.splitting.splits import read_ids
+from crysforge.datapipe.preparing.verify import verify
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.sources import read_crystals
 from crysforge.datapipe.storage.dataset import Dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from ase.data import atomic_numbers
 
-from crysforge.datapipe.schema import MAX_Z
+from crysforge.datapipe.crystals.crystal import MAX_Z
 
 BY_ELECTRONEGATIVITY = """
 Fr Cs K Rb Ba Ra Na Sr Li Ca Ac La Tb Yb Ce Pm Pr Nd Sm Eu Gd Dy Y Ho Er Tm Lu Pu Am Bk

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import lru_cache
 
 import numpy as np
+from numpy.linalg import inv
 
 from crysforge.datapipe.crystals.crystal import MAX_Z, Crystal
 
@@ -34,6 +36,10 @@ def _half(reach: int) -> np.ndarray:
 
 _SHORT = _half(1)
 """[13, 3] what the shortest vectors of a lattice are made of in a reduced basis."""
+_OWN = [8, 2, 0]
+"""a, b and c among them."""
+_PARTS = np.abs(_SHORT)
+"""[13, 3] which of these each is made of."""
 _TRIPLES = np.array(
     [
         (i, j, k) if hand > 0 else (j, i, k)
@@ -50,67 +56,75 @@ _TURNS = [
 ]
 """Orders and signs that leave three vectors right-handed."""
 _SIGNS = np.array([signs for _, signs in _TURNS])
-_OTHERS = _SIGNS.prod(axis=1, keepdims=True) * _SIGNS
-"""[24, 3] signs of b·c, a·c and a·b."""
-_VECTORS = _TRIPLES[:, [order for order, _ in _TURNS]]
-"""[145, 24, 3] the short vectors of every basis, but for their signs."""
-_BASES = _SHORT[_VECTORS] * _SIGNS[..., None]
-"""[145, 24, 3, 3] every basis of short vectors."""
+_VECTORS = _TRIPLES[:, [order for order, _ in _TURNS]].reshape(-1, 3)
+"""[3480, 3] the short vectors of every right-handed basis, but for their signs."""
+_BASES = _SHORT[_VECTORS] * np.tile(_SIGNS, (len(_TRIPLES), 1))[..., None]
+"""[3480, 3, 3] these bases."""
+_OTHERS = np.tile(_SIGNS.prod(axis=1, keepdims=True) * _SIGNS, (len(_TRIPLES), 1))
+"""[3480, 3] signs of b·c, a·c and a·b."""
 _LOW = np.array([v for v in _half(2) if np.abs(v).sum() <= 3])
 """[28, 3] reflections of low index."""
 _WEIGHTS = np.cos(_LOW @ np.sqrt([2.0, 3.0, 5.0]))
 """[28] different for every reflection, equal for ±h."""
 _SCATTERING = 0.5 + np.arange(MAX_Z + 1) * (5**0.5 - 1) / 2 % 1
 """What an atom scatters, by atomic number: never nearly the same for two elements."""
-_INDEX = np.rint(_LOW @ np.linalg.inv(_BASES).swapaxes(-1, -2)).astype(np.int64)
-"""[145, 24, 28, 3] what these are in the basis that the short vectors are made of."""
+_INDEX = np.rint(_LOW @ inv(_BASES).swapaxes(-1, -2)).astype(np.int64)
+"""[3480, 28, 3] what these are in the basis that the short vectors are made of."""
 _CODES, _PLACE = np.unique((_INDEX + 8) @ (256, 16, 1), return_inverse=True)
-_PLACE = _PLACE.reshape(_INDEX.shape[:3])
-"""[145, 24, 28] their numbers among all reflections that occur."""
+_PLACE = _PLACE.reshape(_INDEX.shape[:2])
+"""[3480, 28] their numbers among all reflections that occur."""
 _REFLECTIONS = np.stack([_CODES // 256, _CODES // 16 % 16, _CODES % 16], axis=1) - 8
 """[628, 3] those."""
+_MOST = int(np.abs(_REFLECTIONS).max())
+_UNIT = np.eye(3)
 
 
 def standard_basis(crystal: Crystal) -> np.ndarray:
     """[3, 3] whole numbers: rows of the standard basis in the crystal's lattice vectors. It has
     determinant 1."""
-    start, metric, triples = _reduced(crystal.lattice)
-    shortest = triples.min(axis=0)
-    short = np.flatnonzero((triples < shortest + TIE).all(axis=1))
-    vectors = _VECTORS[short]
-    lengths = np.sqrt(metric.diagonal())[vectors].reshape(-1, 3)
-    products = metric[vectors[..., (1, 0, 0)], vectors[..., (2, 2, 1)]] * _OTHERS
-    products = products.reshape(-1, 3) / shortest[2]
-    keep = np.flatnonzero((lengths < shortest + TIE).all(axis=1))
-    keep = keep[_nigglis(products[keep])]
+    start, metric = _reduced(crystal.lattice)
+    length = np.sqrt(metric.diagonal()).tolist()
+    shortest = sorted(length[v] for v in _OWN)
+    likely = _likely(*(tuple(x < most + TIE for x in length) for most in shortest))
+    vectors = _VECTORS[likely]
+    products = metric[vectors[:, (1, 0, 0)], vectors[:, (2, 2, 1)]] * _OTHERS[likely] / shortest[2]
+    keep = _nigglis(products)
     if len(keep) > 1:
-        place = _PLACE[short].reshape(len(lengths), -1)[keep]
-        keep = keep[_brightest(crystal, start, place)]
-    if len(keep) > 1:  # equal but for digits that no one measured
-        columns = np.concatenate([lengths[keep], products[keep]], axis=1)
-        least = columns[np.lexsort(np.round(columns, 6).T[::-1])[0]]
-        keep = keep[(np.abs(columns - least) < TIE / 100).all(axis=1)]
-    found = _BASES[short].reshape(-1, 3, 3)[keep] @ start
-    own = (found == np.eye(3)).all(axis=(1, 2))  # of equal ones, the basis that is there
+        keep = keep[_brightest(crystal, start, _PLACE[likely[keep]])]
+    if len(keep) > 1:
+        lengths = np.sqrt(metric.diagonal())[vectors[keep]]
+        keep = keep[_least(np.concatenate([lengths, products[keep]], axis=1))]
+    found = _BASES[likely[keep]] @ start
+    own = (found == _UNIT).all(axis=(1, 2))  # of equal ones, the basis that is there
     return np.rint(found[own.argmax()]).astype(np.int64)
 
 
-def _reduced(lattice: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A basis of shortest vectors (Minkowski's): its rows [3, 3] in the lattice's vectors, scalar
-    products [13, 13] in Å² of the short vectors made of it, and the lengths [145, 3] in Å of each
-    triple of these, ascending."""
-    basis = np.eye(3)
+def _reduced(lattice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A basis of shortest vectors (Minkowski's): its rows [3, 3] in the lattice's vectors, and the
+    scalar products [13, 13] in Å² of the short vectors made of it."""
+    basis = _UNIT.copy()
     for _ in range(_ROUNDS):
         vectors = _SHORT @ (basis @ lattice)
         metric = vectors @ vectors.T
-        length = np.sqrt(metric.diagonal())
-        triples = np.sort(length[_TRIPLES], axis=1)
-        best = np.lexsort((triples[:, 2], triples[:, 1], triples[:, 0]))[0]
-        own = np.sort(length[[0, 2, 8]])  # c, b and a
-        if (own <= triples[best] + 1e-9).all():
-            break
-        basis = _SHORT[_TRIPLES[best]] @ basis
-    return basis, metric, triples
+        square = metric.diagonal()
+        if (square >= (_PARTS * square[_OWN]).max(axis=1) - 1e-9).all():
+            break  # no sum is shorter than its longest part
+        own = metric[np.ix_(_OWN, _OWN)]
+        steps = np.rint(own / own.diagonal()) * (1 - _UNIT)
+        i, j = divmod(int(np.abs(steps).argmax()), 3)
+        if abs(steps[i, j]) > 1:  # far from reduced: straighten the most slanting vector
+            basis[i] -= steps[i, j] * basis[j]
+            continue
+        triples = np.sort(square[_TRIPLES], axis=1)
+        basis = _SHORT[_TRIPLES[np.lexsort(triples.T[::-1])[0]]] @ basis
+    return basis, metric
+
+
+@lru_cache(maxsize=10_000)
+def _likely(*short: tuple[bool, ...]) -> np.ndarray:
+    """Numbers of the bases whose first, second and third vector are among those [13] each."""
+    fits = [np.array(among)[_VECTORS[:, axis]] for axis, among in enumerate(short)]
+    return np.flatnonzero(np.logical_and.reduce(fits))
 
 
 def _nigglis(products: np.ndarray) -> np.ndarray:
@@ -132,6 +146,15 @@ def _nigglis(products: np.ndarray) -> np.ndarray:
     return left
 
 
+def _least(columns: np.ndarray) -> np.ndarray:
+    """Numbers of the bases [c, 6] that come first by lengths and scalar products in Å, so that of
+    two vectors that are nearly equal always the same one comes first."""
+    if (np.ptp(columns, axis=0) < TIE / 100).all():
+        return np.arange(len(columns))
+    least = columns[np.lexsort(np.round(columns, 6).T[::-1])[0]]
+    return np.flatnonzero((np.abs(columns - least) < TIE / 100).all(axis=1))
+
+
 def _brightest(crystal: Crystal, start: np.ndarray, place: np.ndarray) -> np.ndarray:
     """Numbers of the bases in which the weighted sum of the intensities of low index is largest.
 
@@ -141,10 +164,13 @@ def _brightest(crystal: Crystal, start: np.ndarray, place: np.ndarray) -> np.nda
     """
     wanted = np.zeros(len(_REFLECTIONS), dtype=bool)
     wanted[place] = True
-    frac = crystal.frac_coords @ np.linalg.inv(start)
-    phase = (2 * math.pi * _REFLECTIONS[wanted]) @ frac.T
-    weight = _SCATTERING[crystal.numbers] / len(crystal)
+    frac = crystal.frac_coords if (start == _UNIT).all() else crystal.frac_coords @ inv(start)
+    wave = np.exp(2j * math.pi * frac.T)
+    powers = np.cumprod(np.broadcast_to(wave, (_MOST, *wave.shape)), axis=0)
+    powers = np.concatenate([powers[::-1].conj(), np.ones_like(powers[:1]), powers])
+    h, k, l = _REFLECTIONS[wanted].T + _MOST
+    amplitude = (powers[h, 0] * powers[k, 1] * powers[l, 2]) @ _SCATTERING[crystal.numbers]
     intensity = np.empty(len(_REFLECTIONS))
-    intensity[wanted] = (np.cos(phase) @ weight) ** 2 + (np.sin(phase) @ weight) ** 2
+    intensity[wanted] = (amplitude.real**2 + amplitude.imag**2) / len(frac) ** 2
     score = intensity[place] @ _WEIGHTS
     return np.flatnonzero(score > score.max() - 1e-5)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from crysforge.datapipe.crystals.bases import standard_basis
-from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.crystal import Crystal, in_standard_orientation, wrap
 from crysforge.datapipe.crystals.translations import translations
 
 PRIMITIVE, NIGGLI, AS_IS = RULES = ("primitive", "niggli", "as_is")
@@ -93,13 +93,15 @@ def _one_copy(crystal: Crystal, tolerance: float) -> Crystal:
 
 
 def in_basis(crystal: Crystal, basis: np.ndarray, anew: bool = False) -> Crystal:
-    """The crystal with other lattice vectors, rows [3, 3] in its own; itself where they are the
-    same, unless it is to be made `anew`."""
-    if not anew and (basis == np.eye(3)).all():
-        return crystal
-    coords = crystal.frac_coords @ np.linalg.inv(basis)
-    new = Crystal.create("", crystal.numbers, coords, basis @ crystal.lattice)
-    return replace(crystal, frac_coords=new.frac_coords, lattice=new.lattice)
+    """The crystal with other lattice vectors, rows [3, 3] in its own with a positive determinant;
+    itself where they are the same, unless it is to be wrapped and turned `anew`."""
+    if (basis == np.eye(3)).all():
+        if not anew:
+            return crystal
+        coords, lattice = crystal.frac_coords, crystal.lattice
+    else:
+        coords, lattice = crystal.frac_coords @ np.linalg.inv(basis), basis @ crystal.lattice
+    return replace(crystal, frac_coords=wrap(coords), lattice=in_standard_orientation(lattice))
 
 
 def cells_of(provenance: Mapping[str, Any]) -> Cells:

@@ -87,20 +87,34 @@ class _Search:
 
     def candidates(self, rare: int) -> np.ndarray:
         """[c, 3] steps that may be translations, by the atoms of the rarest element. Two atoms that
-        are each within the tolerance of their places are within twice that of each other."""
+        are each within the tolerance of their places are within twice that of each other. A group
+        has an element of prime order, so without one there is no need to look for others."""
         frac = self.crystal.frac_coords[self.crystal.numbers == rare]
         away = frac[1:] - frac[0]
+        parts = [d for d in range(2, self.order + 1) if self.order % d == 0]
+        prime = [d for d in parts if all(d % e for e in parts if e < d)]
+        found = self._like(self._fractions(away, prime))
+        if not len(found) or len(prime) == len(parts):
+            return found
+        return self._like(self._fractions(away, parts))
+
+    def _fractions(self, away: np.ndarray, parts: list[int]) -> np.ndarray:
+        """The steps that are near a difference of fractional coordinates: multiples of 1/part."""
         found = []
-        for part in (d for d in range(2, self.order + 1) if self.order % d == 0):
+        for part in parts:
             whole = np.rint(away * part)
             near = self._length(away - whole / part) <= 2 * self.tolerance
             found.append(whole[near].astype(np.int64) * (self.order // part) % self.order)
-        steps = np.unique(np.concatenate(found), axis=0)
+        steps = np.concatenate(found)
         steps = steps[steps.any(axis=1)]
+        return np.unique(steps, axis=0) if len(steps) > 1 else steps
+
+    def _like(self, steps: np.ndarray) -> np.ndarray:
+        """Those of the steps that bring the first atoms to places of like ones."""
         for atom in range(min(_PROBES, len(self.crystal))):
             if not len(steps):
                 break
-            alike = self._alike(atom)
+            alike = np.flatnonzero(self.crystal.numbers == self.crystal.numbers[atom])
             block = max(1, _AT_ONCE // len(alike))
             nearest = [
                 self._length(self._between(part, atom, alike)).min(axis=1)
@@ -140,10 +154,6 @@ class _Search:
             return None
         return Translations(self.order, steps, atoms, frac[atoms] + mean)
 
-    def _alike(self, atom: int) -> np.ndarray:
-        numbers = self.crystal.numbers
-        return np.flatnonzero(numbers == numbers[atom])
-
     def _between(self, steps: np.ndarray, atom: int, alike: np.ndarray) -> np.ndarray:
         frac = self.crystal.frac_coords
         away = (frac[atom] + steps / self.order)[:, None] - frac[alike]
@@ -151,7 +161,8 @@ class _Search:
 
     def _length(self, away: np.ndarray) -> np.ndarray:
         """Å of differences of fractional coordinates."""
-        return np.linalg.norm(away @ self.crystal.lattice, axis=-1)
+        vectors = away @ self.crystal.lattice
+        return np.sqrt(np.einsum("...i,...i->...", vectors, vectors))
 
 
 def _generated(

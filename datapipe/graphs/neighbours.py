@@ -10,20 +10,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from pymatgen.optimization.neighbors import find_points_in_spheres
 
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS, PairBound, compact_cell
+from crysforge.datapipe.graphs.edge_rules import (
+    CLOSEST,
+    DirectedEdges,
+    PairList,
+    cut_edges,
+    lattice_edges,
+    near_edges,
+)
 from crysforge.datapipe.graphs.lattice_sums import potnet_sums
 from crysforge.datapipe.graphs.lattice_vectors import lattice_triple, signed_triple
 from crysforge.datapipe.graphs.quotient import mix
 from crysforge.datapipe.schema import GraphSpec
-
-CLOSEST = 0.15
-"""Pairs closer than this (Å) are no edges."""
 
 _LEAST_RADIUS = 1.0
 """Å. A search for nearest neighbours begins no lower."""
@@ -106,7 +110,8 @@ def neighbours(crystal: Crystal, spec: GraphSpec, max_pairs: int = MAX_PAIRS) ->
     The k-nearest rule is that of ComFormer and Matformer: an edge for every image of j within
     the k-th distance of i or of j. There an image of an atom in its own neighbour list stands in
     the edge set with both signs and each is emitted in both directions, so its count is doubled,
-    unless the spec has it once.
+    unless the spec has it once. Neighbours that tie with the k-th are all edges, or cut by rounding
+    where the spec says so (`edge_rules.cut_edges`).
     Lattice edges go into the same set: an image that is a near neighbour already adds nothing.
 
     Distances within `spec.tie_tolerance` of each other are one class and get the mean of the
@@ -118,13 +123,7 @@ def neighbours(crystal: Crystal, spec: GraphSpec, max_pairs: int = MAX_PAIRS) ->
     lattice, tolerance = np.ascontiguousarray(crystal.lattice), spec.tie_tolerance
     points = crystal.frac_coords @ lattice
     pairs = _Pairs.certified(points, lattice, spec, max_pairs)
-    limit = pairs.reach(spec) + tolerance
-    doubled = spec.neighbors is not None and not spec.own_images_once
-    edges = _near_edges(pairs, points, lattice, limit, doubled)
-    if spec.lattice_edges != "none":
-        images = _MATFORMER_IMAGES if spec.lattice_edges == "matformer" else lattice_triple(lattice)
-        added = _lattice_edges(images @ lattice, limit)
-        edges = _Edges(*(np.concatenate(both) for both in zip(edges, added, strict=True)))
+    edges = _edges(pairs, points, lattice, spec)
     rows, row_of_atom = pairs.pdd(spec.pdd, tolerance)
     shell, distances = cluster(edges.length, tolerance)
 
@@ -157,36 +156,21 @@ def neighbours(crystal: Crystal, spec: GraphSpec, max_pairs: int = MAX_PAIRS) ->
     )
 
 
-class _Edges(NamedTuple):
-    """Directed edges of a crystal, a field per property."""
-
-    target: np.ndarray
-    source: np.ndarray
-    length: np.ndarray
-    """[e] Å."""
-    vector: np.ndarray
-    """[e, 3] target minus source in Å."""
-    multiplicity: np.ndarray
-
-
-def _near_edges(pairs: _Pairs, points, lattice, limit: np.ndarray, doubled: bool) -> _Edges:
-    """Edges of the neighbour rule: pairs within the limit of either end."""
-    i, j, d = pairs.i, pairs.j, pairs.d
-    keep = np.flatnonzero((d >= CLOSEST) & (d <= np.maximum(limit[i], limit[j])))
-    i, j = i[keep], j[keep]
-    count = 1 + (i == j) if doubled else np.ones(len(i), dtype=np.int64)
-    vector = points[i] - points[j] - pairs.image[keep] @ lattice
-    return _Edges(i, j, d[keep], vector, count)
-
-
-def _lattice_edges(steps: np.ndarray, limit: np.ndarray) -> _Edges:
-    """Both directions of the steps [m, 3] at every atom, but for those within the atom's limit:
-    the neighbour rule has them."""
-    length = np.linalg.norm(steps, axis=1)
-    atom, step = np.nonzero(length > limit[:, None])
-    atom, step = np.concatenate([atom, atom]), np.concatenate([step, step + len(steps)])
-    vector, length = np.concatenate([steps, -steps]), np.concatenate([length, length])
-    return _Edges(atom, atom, length[step], vector[step], np.ones(len(atom), dtype=np.int64))
+def _edges(
+    pairs: _Pairs, points: np.ndarray, lattice: np.ndarray, spec: GraphSpec
+) -> DirectedEdges:
+    """Edges of the neighbour rule, then those to lattice images."""
+    listed = PairList(pairs.i, pairs.j, pairs.image, points, lattice)
+    doubled = spec.neighbors is not None and not spec.own_images_once
+    images: np.ndarray = np.zeros((0, 3), dtype=np.int64)
+    if spec.lattice_edges != "none":
+        images = _MATFORMER_IMAGES if spec.lattice_edges == "matformer" else lattice_triple(lattice)
+    if spec.cut_ties:
+        assert spec.neighbors is not None
+        return cut_edges(listed, spec.neighbors, images, doubled)
+    limit = pairs.reach(spec) + spec.tie_tolerance
+    edges = near_edges(listed, pairs.d, limit, doubled)
+    return edges.with_more(lattice_edges(images @ lattice, limit))
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,8 @@ def pack(
         neighbours: of each sample's `seen` structure, under the same spec.
         targets: names of the labels to carry; a crystal without one gets NaN.
         quotient: merge atoms that an encoder of the spec's depth cannot tell apart. A spec
-            without depth has no quotient, whatever this says. On a plain graph an edge of
-            multiplicity 2 is there twice.
+            without depth, or that cuts ties, has no quotient, whatever this says. On a plain graph
+            an edge of multiplicity 2 is there twice.
 
     Raises:
         ValueError: no samples, or geometry that belongs to other crystals.
@@ -78,7 +78,7 @@ def pack(
     row = _join([g.pdd_row for g in neighbours]) + row_ptr[batch]
 
     edges = _edges(neighbours, ptr)
-    if quotient and spec.depth is not None:
+    if quotient and spec.depth is not None and not spec.cut_ties:
         edges, first, node_of_atom = _quotient(edges, row, seen, spec.depth)
         vectors = None
     else:
@@ -120,7 +120,8 @@ def pack(
 
 
 def unpack(batch: CrystalBatch) -> list[Crystal]:
-    """The crystals of a batch, clean and with their labels: the inverse of `pack`, to float32."""
+    """The crystals of a batch, clean and with their labels: the inverse of `pack` to float32, so
+    that distances of a graph made of them anew may be two float32 steps off."""
     ends = batch.ptr.tolist()
     numbers, frac, lattice = (
         x.cpu().double().numpy() for x in (batch.numbers, batch.frac_coords, batch.lattice)

@@ -17,12 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from crysforge.datapipe.crystals.crystal import Crystal, wrap
-from crysforge.datapipe.crystals.lattice import (
-    from_log_metric,
-    lattice_constants,
-    log_metric,
-    standard_lattice,
-)
+from crysforge.datapipe.crystals.lattice import from_log_metric, log_metric
 from crysforge.datapipe.crystals.symmetry import space_group
 from crysforge.datapipe.graphs.neighbours import Neighbours
 
@@ -41,11 +36,14 @@ class Sample:
     """The structure whose graph is built; `crystal` itself unless a transform moved atoms."""
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Rows that the batch carries in its `extras`; all samples of a batch have the same names."""
+    lasting_key: int = 0
+    """Seed of what is drawn once about it, the same in every epoch."""
 
     @classmethod
-    def clean(cls, crystal: Crystal, rng_key: int = 0) -> Sample:
+    def clean(cls, crystal: Crystal, rng_key: int = 0, lasting_key: int = 0) -> Sample:
         """A sample that shows the encoder everything."""
-        return cls(crystal, rng_key, np.zeros(len(crystal), dtype=bool), crystal)
+        masked = np.zeros(len(crystal), dtype=bool)
+        return cls(crystal, rng_key, masked, crystal, lasting_key=lasting_key)
 
 
 _AFTER_GRAPH = 1
@@ -108,6 +106,22 @@ class Chain(Step):
 
 
 @dataclass(frozen=True)
+class Once(Step):
+    """A step whose draws are the same in every epoch."""
+
+    step: Step
+
+    def on_crystal(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return self.step.on_crystal(sample, np.random.default_rng(sample.lasting_key))
+
+    def on_graph(
+        self, graph: Neighbours, sample: Sample, rng: np.random.Generator
+    ) -> tuple[Neighbours, Sample]:
+        again = np.random.default_rng([sample.lasting_key, _AFTER_GRAPH])
+        return self.step.on_graph(graph, sample, again)
+
+
+@dataclass(frozen=True)
 class TwoViews(Transform):
     """Two draws of a step; each view has a key of its own."""
 
@@ -148,17 +162,6 @@ class MaskAtoms(Step):
 
 
 @dataclass(frozen=True)
-class NoisePositions(Step):
-    """Adds normal noise to the Cartesian coordinates of what is seen."""
-
-    std: float
-    """Å."""
-
-    def on_crystal(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        return _displaced(sample, self.std * rng.standard_normal((len(sample.seen), 3)))
-
-
-@dataclass(frozen=True)
 class ShiftAtoms(Step):
     """Moves every atom of what is seen in a random direction by a uniform random distance."""
 
@@ -168,41 +171,14 @@ class ShiftAtoms(Step):
     def on_crystal(self, sample: Sample, rng: np.random.Generator) -> Sample:
         direction = rng.standard_normal((len(sample.seen), 3))
         direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-        return _displaced(sample, direction * rng.uniform(0, self.most, (len(direction), 1)))
+        return displaced(sample, direction * rng.uniform(0, self.most, (len(direction), 1)))
 
 
-def _displaced(sample: Sample, shift: np.ndarray) -> Sample:
+def displaced(sample: Sample, shift: np.ndarray) -> Sample:
     """The sample with atoms moved by Cartesian vectors [n, 3] in Å."""
     seen = sample.seen
     frac = seen.frac_coords + np.linalg.solve(seen.lattice.T, shift.T).T
     return replace(sample, seen=replace(seen, frac_coords=wrap(frac)))
-
-
-@dataclass(frozen=True)
-class NoiseLattice(Step):
-    """Adds normal noise to the six lattice constants of what is seen: a, b, c in Å and the angles
-    in degrees alike. Fractional coordinates stay as they are. A cell that is none, or whose volume
-    has more than doubled or halved, is drawn again.
-    """
-
-    std: float
-    """Å and degrees."""
-
-    def on_crystal(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        seen = sample.seen
-        constants = lattice_constants(seen.lattice)
-        for _ in range(MOST_DRAWS):
-            lattice = standard_lattice(constants + self.std * rng.standard_normal(6))
-            if lattice is not None and 0.5 < np.linalg.det(lattice) / seen.volume < 2:
-                return replace(sample, seen=replace(seen, lattice=lattice))
-        raise ValueError(
-            f"{MOST_DRAWS} draws of lattice noise {self.std} gave no sound cell: the lattice is "
-            "too small or too flat for so much noise"
-        )
-
-
-MOST_DRAWS = 1000
-"""Draws of lattice noise before it is taken for impossible."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,9 @@ from crysforge.datapipe.storage.record import Tensors
 
 log = logging.getLogger(__name__)
 
+LASTING = -1
+"""Stands for the epoch in the seed of what is drawn once for all epochs."""
+
 Found = tuple[Crystal | BadCrystal, Neighbours | None]
 """What was read of an item: its crystal, or what is wrong with it, and its graph if that lies in
 the shards."""
@@ -171,8 +174,9 @@ class Reader(IterableDataset):
         crystal, graph = found
         if isinstance(crystal, BadCrystal):
             raise _Unusable(item, str(crystal))
-        key = crystal_key(self.seed, epoch, crystal.id)
-        sample, transform = Sample.clean(crystal, key), self.transform or Transform()
+        key, lasting = (crystal_key(self.seed, e, crystal.id) for e in (epoch, LASTING))
+        sample = Sample.clean(crystal, key, lasting)
+        transform = self.transform or Transform()
 
         def graph_of(seen: Crystal) -> Neighbours:
             if seen is not crystal:

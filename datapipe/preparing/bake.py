@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +15,14 @@ from tqdm import tqdm
 
 from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
-from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
 from crysforge.datapipe.graphs.neighbours import neighbours
 from crysforge.datapipe.graphs.stored import StoredGraphs, graph_key
+from crysforge.datapipe.preparing.edit_configs import BakeConfig
 from crysforge.datapipe.preparing.request import made_before, request_of
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
 from crysforge.datapipe.storage.record import Tensors
-
-
-@dataclass(kw_only=True)
-class BakeConfig:
-    """Settings of `bake`."""
-
-    bake: str = ""
-    """Data set: directory or URL."""
-    output: str = ""
-    """Directory of the new data set."""
-    shard_size: int | None = None
-    """Crystals in a shard; None: as many as there are, so that the order of training is the
-    same."""
-    max_pairs: int = MAX_PAIRS
-    """Pairs of atoms, or images of atoms, that are looked at for the graph of one crystal."""
-    workers: int = 0
-    """Processes that build graphs; 0: one for each core."""
-    progress: bool = True
-    """Whether to show a progress bar."""
-
-    def __post_init__(self) -> None:
-        if self.max_pairs < 1:
-            raise ValueError(f"max_pairs must be at least 1, got {self.max_pairs}")
 
 
 class Baker:
@@ -90,14 +66,14 @@ def bake(config: BakeConfig, specs: Iterable[GraphSpec]) -> Manifest:
     size = config.shard_size or max(shard.count for shard in manifest.shards)
     with (  # processes first: they must not hold the writer's lock
         Workers(baker, config.workers) as workers,
-        DatasetWriter(config.output, dataset.names, units, size) as writer,
+        DatasetWriter(config.output, dataset.names, units, size, dataset.folds) as writer,
     ):
-        results = zip(splits, workers.map(_crystals(dataset)), strict=True)
+        results = zip(range(len(splits)), workers.map(_crystals(dataset)), strict=True)
         bar = tqdm(results, "baking", len(dataset), unit=" crystals", disable=not config.progress)
-        for split, (crystal, tensors) in bar:
+        for item, (crystal, tensors) in bar:
             if isinstance(tensors, str):
                 raise ValueError(f"{dataset.root}: {crystal.id} has no graph: {tensors}")
-            writer.add(split, crystal, tensors)
+            writer.add(splits[item], crystal, tensors, dataset.fold_of(item))
         graphs = {key: dataclasses.asdict(g.spec) for key, g in baker.graphs.items()}
         return writer.finish({**_provenance(dataset), "request": request}, graphs)
 

@@ -1,29 +1,16 @@
-"""What `prepare` is asked for: its settings, checked, and the records of its inputs."""
+"""What `prepare` is asked for: its settings, each checked by itself."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
-from crysforge.datapipe.common.files import sha256
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.safe_names import check_names
-from crysforge.datapipe.crystals.cells import RULES, Cells, cells_of, extensive_of
 from crysforge.datapipe.crystals.filters import Filters
-from crysforge.datapipe.crystals.per_cell import of_the_cell
-from crysforge.datapipe.preparing import splits
-from crysforge.datapipe.preparing.dedup import Duplicates
-from crysforge.datapipe.preparing.request import request_of
-from crysforge.datapipe.sources import SOURCES, UNITS, Raw, Reading, read_raw, resolve
-from crysforge.datapipe.sources.base import Options
-from crysforge.datapipe.sources.files import Folder
+from crysforge.datapipe.preparing.duplicates.records import Duplicates
+from crysforge.datapipe.preparing.splitting import splits
 from crysforge.datapipe.sources.options import ReadingConfig
-from crysforge.datapipe.sources.read import AUTO, brings_splits
-from crysforge.datapipe.storage.manifest import SPLITS, Manifest
+from crysforge.datapipe.storage.manifest import MAX_FOLDS
 
 
 @dataclass(kw_only=True)
@@ -52,8 +39,18 @@ class PrepareConfig(ReadingConfig):
     intensive: list[str] = field(default_factory=list)
     """Labels that are the same for any cell, though their names or units may not look like it."""
     split: str | None = None
-    """ratio, count, ids, file, published-123, matbench, or keep (input is a data set); None: the
-    one whose settings are given, else keep for a data set and ratio for anything else."""
+    """ratio, count, ids, file, published-123, matbench, group, folds, or keep (input is a data
+    set); None: the one whose settings are given, else keep for a data set and ratio for anything
+    else."""
+    split_by: str | None = None
+    """What keeps crystals together, in a split or fold: formula (reduced), chemical_system, or
+    cluster (structures that pymatgen's StructureMatcher takes for the same, as `duplicates` says).
+    With split=group None is formula."""
+    folds: int | None = None
+    """Number of folds, for small sets: every crystal is tested in one (`fold=` of finetune)."""
+    stratify: str | None = None
+    """Label whose classes are alike in all splits or folds; `none` for none. None: with split=group
+    and folds the only target, where its values are classes."""
     ratio: list[float] | None = None
     """Shares of train, val, test; None: [0.8, 0.1, 0.1], or as far as the crystals suffice."""
     n_train: int | None = None
@@ -67,9 +64,10 @@ class PrepareConfig(ReadingConfig):
     split_target: str | None = None
     """Label that published-123 goes by; None: the only target."""
     fold: int | None = None
-    """Matbench's official fold to test on, 0 to 4."""
+    """Matbench's official fold to test on, 0 to 4; None: all of them, as folds."""
     seed: int = 123
-    """Seed of the shuffle of ratio and count, of matbench's validation part, and of prototypes."""
+    """Seed of the shuffle of ratio, count, group and folds, of matbench's validation part, and of
+    prototypes."""
     filters: Filters = field(default_factory=Filters)
     """Which crystals to keep, by the cell that they are brought to."""
     dedup: list[str] = field(default_factory=list)
@@ -85,6 +83,12 @@ class PrepareConfig(ReadingConfig):
         super().__post_init__()
         if self.split is not None and self.split not in splits.RULES:
             raise ValueError(f"unknown split {self.split!r}: {nearest(self.split, splits.RULES)}")
+        if self.split_by is not None and self.split_by not in splits.GROUPS:
+            raise ValueError(
+                f"unknown split_by {self.split_by!r}: {nearest(self.split_by, splits.GROUPS)}"
+            )
+        if self.folds is not None and not 2 <= self.folds <= MAX_FOLDS:
+            raise ValueError(f"folds must be 2 to {MAX_FOLDS}, got {self.folds}")
         if self.shard_size < 1:
             raise ValueError(f"shard_size must be at least 1, got {self.shard_size}")
         check_names(self.targets)
@@ -96,172 +100,3 @@ class PrepareConfig(ReadingConfig):
                 raise ValueError(f"units.{name}: no such target: {has}")
         if both := set(self.extensive) & set(self.intensive):
             raise ValueError(f"{sorted(both)[0]} is in extensive and in intensive: which is it?")
-
-
-@dataclass(frozen=True)
-class Work:
-    """A config, checked and completed."""
-
-    config: PrepareConfig
-    inputs: list[tuple[str | None, str, str]]
-    """(split or None, path, format)."""
-    rule: str
-    labels: tuple[str, ...]
-    """Targets, and what filters look at."""
-    notes: list[str] = field(default_factory=list)
-    """What there is to say of the inputs, once they are read."""
-
-    @classmethod
-    def of(cls, config: PrepareConfig) -> Work:
-        """Raises ValueError for inputs that cannot be read, or settings that do not fit them."""
-        files: dict[str | None, str] = {
-            split: getattr(config, split) for split in SPLITS if getattr(config, split)
-        }
-        if bool(files) == bool(config.input):
-            raise ValueError(
-                "give either input=… or train=…, val=…, test=… (the last two optional)"
-            )
-        files = files or {None: config.input}
-        output = Path(config.output).resolve()
-        if config.labels and not Path(config.labels).is_file():
-            raise ValueError(f"labels={config.labels} does not exist")
-        for path in files.values() if config.output else ():
-            if Path(path).is_dir() and Path(path).resolve() in (output, *output.parents):
-                raise ValueError(
-                    f"output {config.output} is inside the input {path}: give a directory elsewhere"
-                )
-        inputs: list[tuple[str | None, str, str]] = [
-            (split, path, resolve(path, config.format)) for split, path in files.items()
-        ]
-        options = Options(labels=config.labels, follow_links=config.follow_links)
-        kept = len(inputs) == 1 and brings_splits(*inputs[0][1:], options)
-        rule = splits.choose_rule(vars(config), config.split, "keep" if kept else "ratio")
-        if not config.targets and inputs[0][2] == "shards":
-            known = list(Manifest.load(inputs[0][1]).targets)
-            config = replace(config, targets=known)
-        labels = dict.fromkeys([*config.targets, *config.filters.labels])
-        for setting in ("extensive", "intensive"):
-            for name in getattr(config, setting):
-                if name not in labels:
-                    has = nearest(name, labels) if labels else "give targets=[…]"
-                    raise ValueError(f"{setting}=[{name}]: no such target: {has}")
-        return cls(config, inputs, rule, tuple(labels))
-
-    def reading(self) -> Reading:
-        """What is done to each of the records."""
-        units = {**UNITS, **self.units()}
-        known = {*self.extensive(), *self.config.intensive}
-        doubtful = {
-            name: why
-            for name in self.labels
-            if name not in known and (why := of_the_cell(name, units.get(name)))
-        }
-        return self.config.reading(self.labels, extensive=self.extensive(), doubtful=doubtful)
-
-    def extensive(self) -> tuple[str, ...]:
-        """The labels that go with the number of atoms, by the user's or a data set's word."""
-        told = [name for m in self._manifests() for name in extensive_of(m.provenance)]
-        names = dict.fromkeys([*self.config.extensive, *told])
-        return tuple(n for n in names if n in self.labels and n not in self.config.intensive)
-
-    def cells(self) -> Cells:
-        """The cell that all crystals are in when they have been read: that of data sets may be a
-        smaller one than is asked for."""
-        manifests = self._manifests()
-        if not manifests or len(manifests) < len(self.inputs):
-            return self.config.cell_rule
-        before = [cells_of(manifest.provenance) for manifest in manifests]
-        least = max(before, key=lambda cells: RULES.index(cells.rule))
-        asked = self.config.cell_rule
-        return asked if RULES.index(asked.rule) <= RULES.index(least.rule) else least
-
-    def _manifests(self) -> list[Manifest]:
-        return [Manifest.load(path) for _, path, format in self.inputs if format == "shards"]
-
-    def records(self) -> Iterator[Raw]:
-        """All records; those of a split's own file are marked with it."""
-        for split, path, format in self.inputs:
-            for raw in read_raw(path, format, self._options(split)):
-                yield replace(raw, split=split) if split else raw
-
-    def _options(self, split: str | None) -> Options:
-        config = self.config
-        goes_by = [config.split_target] if config.split_target else []
-        return config.options(
-            targets=tuple(config.targets),
-            wanted=tuple(dict.fromkeys([*self.labels, *goes_by])),
-            prefix=split,
-            notes=self.notes,
-        )
-
-    def units(self) -> dict[str, str]:
-        """Units of the targets: as the user says, else those of the source, else by name.
-
-        Raises:
-            ValueError: sources whose units of a target differ.
-        """
-        known: dict[str, str] = {}
-        for _, path, format in self.inputs:
-            targets = Manifest.load(path).targets if format == "shards" else {}
-            for name, target in targets.items():
-                unit = target.unit
-                if unit and known.setdefault(name, unit) != unit and name in self.config.targets:
-                    raise ValueError(
-                        f"{name} is in {unit} in {path} and in {known[name]} before: convert one"
-                    )
-        known = {**UNITS, **known, **self.config.units}
-        return {name: known[name] for name in self.config.targets if name in known}
-
-    @cached_property
-    def request(self) -> str:
-        """Identifies what is asked for, by settings and the content of all files."""
-        config, facts = self.config, {"sources": self.sources}
-        lists = {"split_ids": sha256(Path(config.split_ids))} if config.split_ids else {}
-        return request_of(config, {**facts, **lists, "dedup": [origin(p) for p in config.dedup]})
-
-    @cached_property
-    def sources(self) -> list[dict[str, Any]]:
-        """What identifies each input, and the table of labels: name, format and hash. Paths stay
-        out, for they say more of a machine than of data."""
-        found = [self._source(*one) for one in self.inputs]
-        if self.config.labels:
-            table = Path(self.config.labels)
-            found.append({"name": table.name, "format": "labels", "sha256": sha256(table)})
-        return found
-
-    def _source(self, split: str | None, path: str, format: str) -> dict[str, Any]:
-        out: dict[str, Any] = {"name": Path(path).name, "format": format}
-        if split:
-            out["split"] = split
-        if format == "prototypes":
-            return out | {"size": self.config.size, "seed": self.config.seed}
-        if format == "shards":
-            return out | {"fingerprint": Manifest.load(path).fingerprint}
-        digest = input_sha256(Path(path), self.config.follow_links)
-        others = SOURCES[format].files(Path(path), self._options(split))
-        if others:
-            digests = "".join(f"{sha256(file)}\n" for file in sorted(set(others)))
-            out["files_sha256"] = hashlib.sha256(digests.encode()).hexdigest()
-        return out | {"sha256": digest}
-
-
-def input_sha256(path: Path, follow_links: bool = False) -> str:
-    """SHA-256 of a file; of a folder, that of the lines "<sha256>  <name>" of its files, without
-    hidden ones."""
-    if not path.is_dir():
-        return sha256(path)
-    lines = (f"{sha256(path / n)}  {n}\n" for n in Folder(path, follow_links).names)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def origin(path: str, format: str = AUTO) -> dict[str, Any]:
-    """What identifies a data set, or a file that can be read, whatever it is called here."""
-    if is_dataset(path):
-        return {"fingerprint": Manifest.load(path).fingerprint}
-    (source,) = Work.of(PrepareConfig(input=path, format=format)).sources
-    return {key: value for key, value in source.items() if key != "name"}
-
-
-def is_dataset(path: str) -> bool:
-    """Whether a path or URL is that of a prepared data set."""
-    return "://" in path or resolve(path) == "shards"

@@ -21,8 +21,10 @@ from crysforge.datapipe.common.files import write_text
 from crysforge.datapipe.common.journal import WorkDirectory
 from crysforge.datapipe.common.tables import row_writer
 from crysforge.datapipe.crystals.crystal import BadCrystal
-from crysforge.datapipe.preparing.config import PrepareConfig, Work, is_dataset, origin
-from crysforge.datapipe.preparing.dedup import WITHIN, Duplicates, Found, Reference, search
+from crysforge.datapipe.preparing.config import PrepareConfig
+from crysforge.datapipe.preparing.duplicates.records import WITHIN, Duplicates, Found, Reference
+from crysforge.datapipe.preparing.duplicates.search import search
+from crysforge.datapipe.preparing.work import Work, is_dataset, origin
 from crysforge.datapipe.preparing.write import DROPPED, WARNINGS, write
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.datapipe.storage.manifest import MANIFEST, SPLITS, Manifest
@@ -39,7 +41,7 @@ def prepare_unique(config: PrepareConfig) -> Manifest:
     """Writes the data set that a config asks for, without the duplicates it tells of.
 
     Raises:
-        ValueError: see `datapipe.preparing.prepare.prepare` and `datapipe.preparing.dedup.search`.
+        ValueError: see `prepare.prepare` and `duplicates.search.search`.
     """
     with DatasetWriter(config.output, config.targets):
         pass  # says so at once if the output cannot be written
@@ -136,14 +138,14 @@ def _write(
     units = {name: t.unit for name, t in data.manifest.targets.items() if t.unit}
     before = data.manifest.provenance
     source = ", ".join(one["name"] for one in before["sources"])
-    with DatasetWriter(config.output, data.names, units, config.shard_size) as writer:
+    with DatasetWriter(config.output, data.names, units, config.shard_size, data.folds) as writer:
         crystals = data.read(range(len(data)))
         quiet = not config.progress
         for item, crystal in tqdm(crystals, "writing", len(data), unit=" crystals", disable=quiet):
             if isinstance(crystal, BadCrystal):
                 raise ValueError(f"{data.root}: {crystal}")
             if item not in first:
-                writer.add(splits[item], crystal)
+                writer.add(splits[item], crystal, fold=data.fold_of(item))
         report = _report(data, references, found, config)
         write_text(writer.directory / REPORT, json.dumps(report, indent=1, ensure_ascii=False))
         write_text(writer.directory / MATCHES, _table([_COLUMNS, *_rows(found, sets, splits)]))

@@ -30,6 +30,8 @@ def merge(config: MergeConfig) -> Manifest:
     if len(config.merge) < 2:
         raise ValueError("merge=[DIR,DIR,…] needs two data sets or more")
     sets = [Dataset.open(path) for path in config.merge]
+    if with_folds := next((dataset for dataset in sets if dataset.folds), None):
+        raise ValueError(f"{with_folds.root} has folds, which are of that set alone: merge others")
     request = request_of(config, [dataset.manifest.fingerprint for dataset in sets])
     if done := made_before(config.output, request):
         return done
@@ -75,7 +77,7 @@ def subset(config: SubsetConfig) -> Manifest:
     if done := made_before(config.output, request):
         return done
     left: Counter[str] = Counter()
-    items = np.concatenate([dataset.split_items(s) for s in SPLITS if s in config.splits])
+    items = np.concatenate([dataset.stored_items(s) for s in SPLITS if s in config.splits])
     left["split"] = len(dataset) - len(items)
     for name in config.labelled:
         known = ~np.isnan(dataset.targets_of(name)[items])
@@ -173,9 +175,11 @@ def _copy(
 ) -> Manifest:
     """A data set of ascending items of another."""
     units = _common_units([dataset], dataset.names, {})
-    with DatasetWriter(config.output, dataset.names, units, config.shard_size) as writer:
-        for _, split, crystal in _crystals(dataset, items.tolist(), config.progress):
-            writer.add(split, crystal)
+    with DatasetWriter(
+        config.output, dataset.names, units, config.shard_size, dataset.folds
+    ) as writer:
+        for item, split, crystal in _crystals(dataset, items.tolist(), config.progress):
+            writer.add(split, crystal, fold=dataset.fold_of(item))
         return writer.finish(provenance)
 
 

@@ -1,11 +1,46 @@
-"""Settings of what makes new data sets from old ones: merge, subset, reshard."""
+"""Settings of what is done with data sets: verify, inspect, merge, subset, reshard, bake."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from crysforge.datapipe.crystals.filters import Filters
+from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
 from crysforge.datapipe.storage.manifest import SPLITS
+
+
+@dataclass(kw_only=True)
+class VerifyConfig:
+    """Settings of `verify`."""
+
+    verify: str = ""
+    """Data set: directory or URL."""
+    workers: int = 0
+    """Processes; 0: one for each core."""
+    progress: bool = True
+    """Whether to show a progress bar."""
+
+
+@dataclass(kw_only=True)
+class InspectConfig:
+    """Settings of `inspect`."""
+
+    inspect: str = ""
+    """Data set: directory or URL."""
+    output: str = ""
+    """PNG file of the histograms; default: histograms.png in the data set's directory."""
+    symprec: list[float] = field(default_factory=list)
+    """Tolerances in Å at which space groups are searched; none: they are not."""
+    workers: int = 0
+    """Processes; 0: one for each core."""
+    progress: bool = True
+    """Whether to show a progress bar."""
+
+    def __post_init__(self) -> None:
+        if not all(0 < tolerance < 1 for tolerance in self.symprec):
+            raise ValueError(
+                f"symprec are tolerances in Å, such as [0.01, 0.1], got {self.symprec}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -79,3 +114,26 @@ class ReshardConfig:
     """Crystals in a shard."""
     progress: bool = True
     """Whether to show a progress bar."""
+
+
+@dataclass(kw_only=True)
+class BakeConfig:
+    """Settings of `bake`."""
+
+    bake: str = ""
+    """Data set: directory or URL."""
+    output: str = ""
+    """Directory of the new data set."""
+    shard_size: int | None = None
+    """Crystals in a shard; None: as many as there are, so that the order of training is the
+    same."""
+    max_pairs: int = MAX_PAIRS
+    """Pairs of atoms, or images of atoms, that are looked at for the graph of one crystal."""
+    workers: int = 0
+    """Processes that build graphs; 0: one for each core."""
+    progress: bool = True
+    """Whether to show a progress bar."""
+
+    def __post_init__(self) -> None:
+        if self.max_pairs < 1:
+            raise ValueError(f"max_pairs must be at least 1, got {self.max_pairs}")

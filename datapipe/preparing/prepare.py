@@ -9,9 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from crysforge.datapipe.common.journal import WorkDirectory
-from crysforge.datapipe.preparing.config import PrepareConfig, Work
+from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.deduplicate import prepare_unique
+from crysforge.datapipe.preparing.grouped import prepare_grouped
 from crysforge.datapipe.preparing.request import made_before
+from crysforge.datapipe.preparing.work import Work
 from crysforge.datapipe.preparing.write import write
 from crysforge.datapipe.storage.manifest import MANIFEST, Manifest
 
@@ -30,8 +32,14 @@ def prepare(config: PrepareConfig) -> Manifest:
     if (Path(config.output) / MANIFEST).is_file():
         done = made_before(config.output, Work.of(config).request)
         if done is not None:
-            WorkDirectory.leave_nothing(config.output, "dedup")
+            for purpose in ("dedup", "groups"):
+                WorkDirectory.leave_nothing(config.output, purpose)
             return done
+    return prepare_grouped(config, _whole) if Work.of(config).needs_crystals else _whole(config)
+
+
+def _whole(config: PrepareConfig) -> Manifest:
+    """`prepare` without a split by groups."""
     if config.dedup or config.duplicates.within:
         return prepare_unique(config)
     return write(config)

@@ -19,6 +19,7 @@ from crysforge.datapipe.common.files import hash_of
 from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.graphs.stored import StoredGraphs
+from crysforge.datapipe.preparing.edit_configs import VerifyConfig
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.dataset import INDEX, Dataset, largest_index, misfit
 from crysforge.datapipe.storage.manifest import MANIFEST, SPLITS, Manifest
@@ -27,18 +28,6 @@ from crysforge.datapipe.storage.remote import local_path, open_file, read_file
 _SAME = 1e-6
 """Relative difference up to which numbers of manifest and index are taken for equal to what they
 were made of: the index has volumes in float32."""
-
-
-@dataclass(kw_only=True)
-class VerifyConfig:
-    """Settings of `verify`."""
-
-    verify: str = ""
-    """Data set: directory or URL."""
-    workers: int = 0
-    """Processes; 0: one for each core."""
-    progress: bool = True
-    """Whether to show a progress bar."""
 
 
 def verify(config: VerifyConfig) -> Iterator[str]:
@@ -182,7 +171,7 @@ def _statistics(dataset: Dataset) -> Iterator[str]:
     """Whether the manifest's statistics of labels are those of the index."""
     for name, target in dataset.manifest.targets.items():
         labels = dataset.targets_of(name)
-        known = {s: labels[dataset.split_items(s)] for s in SPLITS}
+        known = {s: labels[dataset.stored_items(s)] for s in SPLITS}
         known = {s: values[~np.isnan(values)] for s, values in known.items()}
         counts = {s: len(values) for s, values in known.items()}
         train = known["train"]

@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from crysforge.datapipe.common.files import replacing, sha256
+from crysforge.datapipe.common.files import replacing
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.tables import row_writer
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import describe
-from crysforge.datapipe.preparing import splits
-from crysforge.datapipe.preparing.config import PrepareConfig, Work
+from crysforge.datapipe.preparing.config import PrepareConfig
+from crysforge.datapipe.preparing.splitting import splits
+from crysforge.datapipe.preparing.splitting.balanced import Folds
+from crysforge.datapipe.preparing.splitting.clusters import in_words
+from crysforge.datapipe.preparing.work import Work
 from crysforge.datapipe.sources import Failure, Raw
-from crysforge.datapipe.sources.join import tables_with
+from crysforge.datapipe.sources.join import remedy
 from crysforge.datapipe.sources.values import is_labelled, is_number
 from crysforge.datapipe.storage.dataset import DatasetWriter
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
@@ -46,14 +49,16 @@ def write(config: PrepareConfig) -> Manifest:
     config = work.config
     with (  # processes first: they must not hold the writer's lock
         work.reading().workers(config.workers) as workers,
-        DatasetWriter(config.output, config.targets, work.units(), config.shard_size) as writer,
+        DatasetWriter(
+            config.output, config.targets, work.units(), config.shard_size, work.folds
+        ) as writer,
     ):
         scan = _scan(work)
-        codes = _assign(work, scan)
+        codes, folds = _assign(work, scan)
         raws = _in_splits(work, scan, codes)
-        results = zip(codes.tolist(), workers.map(raws), strict=True)
+        results = enumerate(workers.map(raws))
         bar = tqdm(results, "preparing", len(codes), unit=" crystals", disable=not config.progress)
-        counts = _write(writer, bar, config)
+        counts = _write(writer, bar, codes, folds, config)
         return writer.finish(_provenance(work, scan, writer, counts))
 
 
@@ -61,12 +66,16 @@ def plan(config: PrepareConfig) -> str:
     """What `prepare` would do, in words: the rule and the records of each split. Parses nothing."""
     work = Work.of(config)
     config = work.config
-    codes = _assign(work, _scan(work))
+    scan = _scan(work)
+    told = f"{work.folds} folds" if work.folds else "made when the crystals are read"
+    if not work.folds and not work.needs_crystals:
+        codes, _ = _assign(work, scan)
+        counts = [f"{int((codes == code).sum())} {split}" for code, split in enumerate(SPLITS)]
+        told = f"{', '.join(counts)}, {int((codes == splits.NONE).sum())} in none"
     notes = "".join(f"\nnote: {note}" for note in work.notes)
-    counts = [f"{int((codes == code).sum())} {split}" for code, split in enumerate(SPLITS)]
     return (
-        f"{len(codes)} records in {', '.join(f'{i} ({f})' for _, i, f in work.inputs)}\n"
-        f"split {work.rule}: {', '.join(counts)}, {int((codes == splits.NONE).sum())} in none\n"
+        f"{len(scan.ids)} records in {', '.join(f'{i} ({f})' for _, i, f in work.inputs)}\n"
+        f"split {work.rule}: {told}\n"
         f"cells: {config.cell_rule}"
         + (f"\nleaving out duplicates of {', '.join(config.dedup)}" if config.dedup else "")
         + ("\nleaving out duplicates within" if config.duplicates.within else "")
@@ -126,30 +135,12 @@ def _may_be_label(value: Any) -> bool:
     return is_number(value) or value.startswith("computed")
 
 
-def _assign(work: Work, scan: _Scan) -> np.ndarray:
-    """Split code of every record, [n] int8."""
-    config, n = work.config, len(scan.ids)
-    n_val, n_test = config.n_val or 0, config.n_test or 0
-    if work.rule == "ratio":
-        return splits.by_ratio(n, config.ratio or splits.usual_ratio(n), config.seed)
-    if work.rule == "count":
-        return splits.by_count(n, config.n_train, n_val, n_test, config.seed)
-    if work.rule == "ids":
-        assert config.split_ids is not None
-        return splits.by_ids(scan.ids, splits.read_ids(config.split_ids))
-    if work.rule == "matbench":
-        assert config.fold is not None
-        return splits.by_fold(n, config.fold, config.seed)
-    if work.rule == "published-123":
-        if config.split_target is None and len(config.targets) != 1:
-            raise ValueError(
-                "split=published-123 goes by which records have a label: name it with "
-                f"split_target=…, one of {', '.join(config.targets) or 'the labels of the input'}"
-            )
-        counts = (config.n_train, n_val, n_test)
-        given = any(c is not None for c in (config.n_train, config.n_val, config.n_test))
-        return splits.published(np.array(scan.labelled), counts if given else None)
-    return np.array(scan.own, dtype=np.int8)
+def _assign(work: Work, scan: _Scan) -> tuple[np.ndarray, Folds | None]:
+    """Split code of every record, [n] int8, and folds if there are any."""
+    n = len(scan.ids)
+    if work.folds:
+        return np.zeros(n, dtype=np.int8), splits.matbench_folds(n, work.config.seed)
+    return work.codes(scan.ids, scan.own, scan.labelled), None
 
 
 def _in_splits(work: Work, scan: _Scan, codes: np.ndarray) -> Iterator[Raw | Failure]:
@@ -183,7 +174,11 @@ class _Counts:
 
 
 def _write(
-    writer: DatasetWriter, results: Iterable[tuple[int, Crystal | Failure]], config: PrepareConfig
+    writer: DatasetWriter,
+    results: Iterable[tuple[int, Crystal | Failure]],
+    codes: np.ndarray,
+    folds: Folds | None,
+    config: PrepareConfig,
 ) -> _Counts:
     """Writes crystals to shards, failures to `dropped.csv` and notes to `warnings.csv`."""
     counts = _Counts()
@@ -192,9 +187,10 @@ def _write(
         file = files.enter_context(replacing(writer.directory / DROPPED))
         drop = row_writer(file)
         drop(["id", "source", "reason", "message"])
-        for code, result in results:
+        for number, result in results:
             if isinstance(result, Crystal):
-                writer.add(SPLITS[code], result)
+                fold = folds.at(number) if folds else None
+                writer.add(SPLITS[codes[number]], result, fold=fold)
                 counts.reduced += result.copies > 1
                 if result.notes:
                     if not counts.warned:
@@ -225,20 +221,13 @@ def _write(
 
 def _provenance(work: Work, scan: _Scan, writer: DatasetWriter, counts: _Counts) -> dict[str, Any]:
     config = work.config
-    settings = {s: getattr(config, s) for s in splits.RULES[work.rule] if s not in SPLITS}
-    if work.rule in ("ratio", "count", "matbench"):
-        settings["seed"] = config.seed
-    if settings.get("split_ids"):
-        settings["split_ids"] = {
-            "name": Path(config.split_ids or "").name,
-            "sha256": sha256(Path(config.split_ids or "")),
-        }
     return {
         "request": work.request,
         "sources": work.sources,
-        "split": {"rule": work.rule, **{k: v for k, v in settings.items() if v is not None}},
+        "split": work.split_settings(),
         "cell": {**work.cells().describe(), "reduced": counts.reduced},
         **({"extensive": list(extensive)} if (extensive := work.extensive()) else {}),
+        "checks": config.checks,
         "filters": dict(describe(config.filters)),
         "records": len(scan.ids),
         "kept": len(writer),
@@ -263,6 +252,8 @@ def summary(manifest: Manifest, output: str) -> str:
     from ase.data import chemical_symbols
 
     sizes = ", ".join(f"{manifest.splits[s]} {s}" for s in SPLITS)
+    if manifest.folds:
+        sizes = f"{manifest.folds['count']} folds (fold=0 to {manifest.folds['count'] - 1})"
     symbols = " ".join(chemical_symbols[z] for z in manifest.elements)
     lines = [
         f"{sum(manifest.splits.values())} crystals: {sizes}",
@@ -276,6 +267,7 @@ def summary(manifest: Manifest, output: str) -> str:
             unit = f" {target.unit}" if target.unit else " (unit unknown: give units.NAME=…)"
             text += f"; train mean {target.mean:.4g}, std {target.std:.4g}{unit}"
         lines.append(text)
+    lines += in_words(manifest.provenance.get("split", {}))
     if reduced := manifest.provenance.get("cell", {}).get("reduced"):
         lines.append(f"cells reduced to primitive ones: {reduced}")
     dropped = manifest.provenance.get("dropped", {})
@@ -300,8 +292,8 @@ def _without_target(work: Work, name: str, fields: Iterable[str]) -> str:
     text += f"{nearest(name, fields)}; " if fields else "its records have no labels; "
     if work.config.labels:
         return text + f"nor has labels={work.config.labels}"
-    beside = [t for _, path, _ in work.inputs for t in tables_with(name, Path(path))]
-    if beside:
-        return text + f"{beside[0].name} has it: give labels={beside[0]}"
+    for _, path, _ in work.inputs:
+        if beside := remedy(name, Path(path)):
+            return text + beside
     text += "if it is in a table of its own, give labels=TABLE"
     return text if fields else f"{text} (a column of ids or file names, and one called {name!r})"

@@ -31,7 +31,7 @@ def read_shards(path: Path, options: Options) -> Iterator[Raw]:
     """A data set that `prepare` wrote, with its labels and splits."""
     dataset = Dataset.open(path)
     for split in SPLITS:
-        for item, crystal in dataset.read(dataset.split_items(split)):
+        for item, crystal in dataset.read(dataset.stored_items(split)):
             labels = {
                 name: None if value != value else value
                 for name, value in zip(dataset.names, dataset.targets[item].tolist(), strict=True)

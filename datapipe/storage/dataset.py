@@ -16,7 +16,15 @@ from crysforge.datapipe.crystals.crystal import MAX_LABEL, BadCrystal, Crystal
 from crysforge.datapipe.storage.cache import open_shard
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
 from crysforge.datapipe.storage.plain_tar import PlainEntries
-from crysforge.datapipe.storage.record import COLUMNS, INDEX, Tensors, decode, decode_all, encode
+from crysforge.datapipe.storage.record import (
+    COLUMNS,
+    FOLD_COLUMNS,
+    INDEX,
+    Tensors,
+    decode,
+    decode_all,
+    encode,
+)
 from crysforge.datapipe.storage.remote import DEFAULT, Access, join_path, read_file
 from crysforge.datapipe.storage.writer import DatasetWriter
 
@@ -35,6 +43,7 @@ class Dataset:
     Attributes:
         atoms: [N] int32, atoms per cell. volume: [N] float32, cell volume in Å³.
         targets: [N, T] float64 in physical units, NaN where missing.
+        fold: the fold whose crystals are the test split, see `with_fold`.
     """
 
     def __init__(
@@ -48,6 +57,8 @@ class Dataset:
         self.names = list(manifest.targets)
         self.atoms, self.volume, self.targets = index["atoms"], index["volume"], index["targets"]
         self._offset, self._crc32 = index["offset"], index["crc32"]
+        self._tested_in, self._validates = index.get("fold"), index.get("validates")
+        self.fold: int | None = None
         self._first = np.cumsum([0, *(s.count for s in manifest.shards)])
         sizes = [manifest.splits[s] for s in SPLITS]
         self._start = dict(zip(SPLITS, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
@@ -94,10 +105,57 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.atoms)
 
+    @property
+    def folds(self) -> int:
+        """Number of folds; 0: it has the splits train, val, test."""
+        return self.manifest.folds.get("count", 0)
+
+    def with_fold(self, fold: int | None) -> Dataset:
+        """The same data set with the crystals of a fold as its test split.
+
+        Raises:
+            ValueError: there is no such fold, or there are folds and none is chosen.
+        """
+        if not self.folds and fold is not None:
+            raise ValueError(
+                f"fold={fold}, but {self.root} has no folds: prepare it with folds=5, or leave fold"
+            )
+        if self.folds and (fold is None or not 0 <= fold < self.folds):
+            raise ValueError(
+                f"{self.root} has {self.folds} folds: give fold=0 to {self.folds - 1}, the one to "
+                f"test on{'' if fold is None else f', not {fold}'}"
+            )
+        other = copy.copy(self)
+        other.fold = fold
+        return other
+
+    def fold_of(self, item: int) -> tuple[int, int] | None:
+        """The fold that tests an item, and a bit for each in which it validates; None where the
+        data set has none."""
+        if self._tested_in is None or self._validates is None:
+            return None
+        return int(self._tested_in[item]), int(self._validates[item])
+
     def split_items(self, split: str) -> np.ndarray:
-        """Item numbers of a split, [n] int64 ascending; empty if it has no crystals."""
+        """Item numbers of a split, [n] int64 ascending; empty if it has no crystals. Of a data set
+        with folds, those of the chosen fold; where none is chosen, all are in train.
+
+        Raises:
+            ValueError: an unknown split, or one that no fold is chosen for.
+        """
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: valid: {', '.join(SPLITS)}")
+        if self.fold is None and self.folds and split != "train":
+            self.with_fold(None)  # says what to give
+        if self.fold is None or self._tested_in is None or self._validates is None:
+            return self.stored_items(split)
+        validates = (self._validates >> np.uint32(self.fold)) & 1 == 1
+        test = self._tested_in == self.fold
+        chosen = {"train": ~test & ~validates, "val": validates, "test": test}
+        return np.flatnonzero(chosen[split])
+
+    def stored_items(self, split: str) -> np.ndarray:
+        """Item numbers of the crystals that lie in the shards of a split, [n] int64 ascending."""
         return self._start[split] + np.arange(self.manifest.splits[split])
 
     def targets_of(self, name: str) -> np.ndarray:
@@ -188,19 +246,26 @@ class Dataset:
             return BadCrystal(f"{self.where(item)}: {error}"), {}
 
 
+def columns_of(manifest: Manifest) -> Mapping[str, str]:
+    """Arrays of the index and their typecodes."""
+    return COLUMNS | (FOLD_COLUMNS if manifest.folds else {})
+
+
 def largest_index(manifest: Manifest) -> int:
     """Bytes that the index of a manifest's crystals has at most."""
-    row = sum(np.dtype(code).itemsize for code in COLUMNS.values()) + 8 * len(manifest.targets)
+    codes = columns_of(manifest).values()
+    row = sum(np.dtype(code).itemsize for code in codes) + 8 * len(manifest.targets)
     return row * sum(manifest.splits.values()) + (1 << 20)
 
 
 def misfit(index: Mapping[str, np.ndarray], manifest: Manifest) -> str:
     """Why an index is not one of the crystals that a manifest tells of; empty if it is."""
     count = sum(manifest.splits.values())
-    shapes = dict.fromkeys(COLUMNS, (count,)) | {"targets": (count, len(manifest.targets))}
-    types = {name: np.dtype(code) for name, code in COLUMNS.items()}
+    columns = columns_of(manifest)
+    shapes = dict.fromkeys(columns, (count,)) | {"targets": (count, len(manifest.targets))}
+    types = {name: np.dtype(code) for name, code in columns.items()}
     if {name: (array.shape, array.dtype) for name, array in index.items()} != {
-        name: (shapes[name], types[name]) for name in COLUMNS
+        name: (shapes[name], types[name]) for name in columns
     }:
         held = ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in sorted(index.items()))
         return f"it holds {held}"
@@ -210,8 +275,19 @@ def misfit(index: Mapping[str, np.ndarray], manifest: Manifest) -> str:
         "offset": (index["offset"] >= 0) & (index["offset"] < 2**50),
         "targets": ~(np.abs(index["targets"]) > MAX_LABEL).any(axis=1),
     }
+    if manifest.folds:
+        sound |= _sound_folds(index["fold"], index["validates"], manifest.folds["count"])
     wrong = [name for name, rows in sound.items() if not rows.all()]
     return f"{wrong[0]} of a crystal is out of range" if wrong else ""
+
+
+def _sound_folds(test: np.ndarray, validates: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    """Where crystals are tested in a fold that there is, and validate in others alone."""
+    own = (validates >> np.clip(test, 0, 31).astype(np.uint32)) & 1
+    return {
+        "fold": (test >= 0) & (test < count),
+        "validates": (validates < 2**count) & (own == 0),
+    }
 
 
 def _stop(error: Exception) -> bool:

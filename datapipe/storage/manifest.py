@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from crysforge.datapipe.common.checked import (
     Count,
@@ -26,6 +26,9 @@ from crysforge.datapipe.common.checked import (
 )
 from crysforge.datapipe.common.safe_read import parse_json
 from crysforge.datapipe.storage.remote import DEFAULT, Access, join_path, open_file, read_file
+
+MAX_FOLDS = 32
+"""Most folds of a data set: which of them a crystal validates is a bit of 32."""
 
 __all__ = ["MANIFEST", "SPLITS", "Manifest", "Shard", "Target", "join_path", "open_file"]
 
@@ -87,6 +90,11 @@ class Manifest:
         field(default_factory=dict)
     )
     """Graph specs by key, of the graphs that are stored with the crystals (preparing/bake.py)."""
+    folds: dict[Literal["count"], Annotated[int, between(2, MAX_FOLDS)]] = field(
+        default_factory=dict
+    )
+    """`count` of the folds, if there are any; the index says which a crystal is in. All crystals of
+    such a data set lie in train."""
 
     def __post_init__(self) -> None:
         order = [(SPLITS.index(s.split), s.name) for s in self.shards]
@@ -96,6 +104,8 @@ class Manifest:
             held = sum(s.count for s in self.shards if s.split == split)
             if held != self.splits[split]:
                 raise ValueError(f"{split} shards hold {held} crystals, splits say otherwise")
+        if self.folds and self.splits["train"] != sum(self.splits.values()):
+            raise ValueError("it has folds, and crystals outside train")
         if any(a >= b for a, b in pairwise(self.elements)):
             raise ValueError("elements do not ascend")
 
@@ -105,8 +115,11 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the crystals, their order and labels: a hash over the shards' hashes."""
+        """Identifies the crystals, their order and labels: a hash over the shards' hashes. Of a
+        data set with folds, these too."""
         text = "\n".join(f"{s.split} {s.count} {s.sha256}" for s in self.shards)
+        if self.folds:
+            text += f"\n{self.index_sha256}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod

@@ -34,6 +34,9 @@ _NO_RECORD = (
 INDEX = "index.safetensors"
 COLUMNS = {"atoms": "i", "volume": "f", "offset": "q", "crc32": "I", "targets": "d"}
 """Arrays of the index: typecodes of `array` and numpy alike."""
+FOLD_COLUMNS = {"fold": "b", "validates": "I"}
+"""More of them, of a data set with folds: the fold that tests each crystal, and a bit for each in
+which it validates."""
 
 
 def encode(

@@ -30,7 +30,7 @@ from crysforge.datapipe.storage.manifest import (
     Shard,
     Target,
 )
-from crysforge.datapipe.storage.record import COLUMNS, INDEX, Tensors, encode
+from crysforge.datapipe.storage.record import COLUMNS, FOLD_COLUMNS, INDEX, Tensors, encode
 
 
 class _OpenShard:
@@ -90,6 +90,7 @@ class DatasetWriter:
         targets: names of the labels to keep, in the order of the index.
         units: unit per target.
         shard_size: crystals per tar.
+        folds: number of folds; then all crystals go to train, each with the fold it is in.
 
     Raises:
         ValueError: `root` holds files already, another process is writing to it, or a target has
@@ -102,6 +103,7 @@ class DatasetWriter:
         targets: Sequence[str],
         units: Mapping[str, str] | None = None,
         shard_size: int = 1000,
+        folds: int = 0,
     ) -> None:
         units = dict(units or {})
         if shard_size < 1:
@@ -113,6 +115,7 @@ class DatasetWriter:
         checked(dict[Name, Line | None], units, "units")
         self.root = Path(root).resolve()
         self.targets, self.units, self.shard_size = list(targets), units, shard_size
+        self.folds, self._columns = folds, COLUMNS | (FOLD_COLUMNS if folds else {})
         self.directory = self.root.parent / f".{self.root.name}.partial"
         """Where files that should lie beside the shards (`dropped.csv`) are put before `finish`."""
         self._ids: set[str] = set()
@@ -120,7 +123,7 @@ class DatasetWriter:
         self._open: dict[str, _OpenShard] = {}
         self._shards: dict[str, list[Shard]] = {s: [] for s in SPLITS}
         self._index: dict[str, dict[str, array]] = {
-            s: {k: array(code) for k, code in COLUMNS.items()} for s in SPLITS
+            s: {k: array(code) for k, code in self._columns.items()} for s in SPLITS
         }
         self._refuse_used_root()
         self._claim()
@@ -165,8 +168,18 @@ class DatasetWriter:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def add(self, split: str, crystal: Crystal, more: Tensors | None = None) -> None:
+    def add(
+        self,
+        split: str,
+        crystal: Crystal,
+        more: Tensors | None = None,
+        fold: tuple[int, int] | None = None,
+    ) -> None:
         """Appends a crystal to a split, with more tensors in its record if there are any.
+
+        Args:
+            fold: of a data set with folds: the one that tests it, and a bit for each in which it
+                validates.
 
         Raises:
             ValueError: unknown split, an id that was added before, a label beyond `MAX_LABEL`.
@@ -191,6 +204,10 @@ class DatasetWriter:
         index["volume"].append(crystal.volume)
         index["crc32"].append(zlib.crc32(data))
         index["targets"].extend(labels)
+        if self.folds:
+            assert fold is not None and split == "train"
+            index["fold"].append(fold[0])
+            index["validates"].append(fold[1])
         self._ids.add(crystal.id)
         self._elements[crystal.numbers] = True
         if shard.count == self.shard_size:
@@ -216,7 +233,9 @@ class DatasetWriter:
             columns["targets"] = columns["targets"].reshape(
                 len(columns["atoms"]), len(self.targets)
             )
-        data = safetensors.save({k: np.concatenate([parts[s][k] for s in SPLITS]) for k in COLUMNS})
+        data = safetensors.save(
+            {k: np.concatenate([parts[s][k] for s in SPLITS]) for k in self._columns}
+        )
         write_bytes(self.directory / INDEX, data)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -233,6 +252,7 @@ class DatasetWriter:
             },
             provenance=dict(provenance),
             graphs=dict(graphs or {}),
+            folds={"count": self.folds} if self.folds else {},
         )
         manifest.check()
         text = json.dumps(asdict(manifest), indent=1, allow_nan=False, ensure_ascii=False)

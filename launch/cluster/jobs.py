@@ -45,7 +45,7 @@ def _prepare() -> type:
 
 
 def _predict() -> type:
-    from crysforge.launch.predict import PredictConfig
+    from crysforge.trainer.serving.config import PredictConfig
 
     return PredictConfig
 

@@ -20,8 +20,8 @@ A suite is a YAML file (configs/suites/, schema `SuiteConfig`):
 
 In a suite `data` and `init_from` name one of its data sets and runs. A run with `per: [encoder]`
 is made once for each value of that factor, with those of the value's settings that the run's job
-has. In a setting, `{fold}` stands for the value of a factor `fold`. `include: [FILE]` starts from
-other suite files, given relative to this one.
+has: what is pretrained on a data set with folds, `fold: [0, 1, 2]`, is made `per: [fold]`. In a
+setting, `{fold}` stands for the value of that factor. `include: [FILE]` starts from other files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -37,74 +37,21 @@ from crysforge.datapipe.common.checked import Name, checked
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.storage.manifest import MANIFEST
 from crysforge.datapipe.storage.remote import is_below, is_remote, local_path
 from crysforge.launch.cluster import sweep
+from crysforge.launch.cluster.config import DataSource, StartRun, SuiteConfig
 from crysforge.launch.cluster.jobs import JOBS, Cell, check
 from crysforge.trainer.base.command_line import merge_sources, read_yaml, refuse_locations
-from crysforge.trainer.evaluation.suite import SCHEMA, SUITE, read_suite
+from crysforge.trainer.evaluation.suite import SCHEMA, SUITE, read_suite, replicates_of
 
 _NONE = "none"
 
 
-@dataclass(kw_only=True)
-class DataSource:
-    """A prepared data set that a suite needs."""
-
-    path: str = ""
-    """Directory or URL; default its name in `data_dir`."""
-    source: str = ""
-    """Where the crystals come from and the command that prepares them."""
-
-
-@dataclass(kw_only=True)
-class StartRun:
-    """A run that cells, or other runs, start from."""
-
-    job: str = "pretrain"
-    """`pretrain` or `finetune`."""
-    data: str = ""
-    """Name of a data set."""
-    config: list[str] = field(default_factory=list)
-    """Config files."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Settings on top of them."""
-    per: list[str] = field(default_factory=list)
-    """Factors for each of whose values the run is made anew."""
-
-
-@dataclass(kw_only=True)
-class SuiteConfig:
-    """Settings of a suite."""
-
-    title: str = ""
-    """What is compared."""
-    include: list[str] = field(default_factory=list)
-    """Suite files to start from, relative to the one that includes them."""
-    output: str = ""
-    """Directory of all runs."""
-    baseline: str = ""
-    """`FACTOR=VALUE` that others are compared with."""
-    replicate: str = "seed"
-    """Factor whose values are repetitions of the same."""
-    paper: str = ""
-    """Name of the published table to show beside (launch/evaluate.py)."""
-    data_dir: str = "data"
-    """Where the data sets lie, each in a directory of its name."""
-    data: dict[str, Any] = field(default_factory=dict)
-    """Data sets by name: `path` and `source`."""
-    runs: dict[str, Any] = field(default_factory=dict)
-    """Runs to start from, by name: `job`, `data`, `config`, `settings`, `per`."""
-    config: list[str] = field(default_factory=list)
-    """Config files of every finetuning."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of every finetuning, on top of them."""
-    factors: dict[str, Any] = field(default_factory=dict)
-    """Factor → its values: a list of values of the setting of that name, or names with the settings
-    of each. The last varies fastest."""
-    exclude: list[dict[str, Any]] = field(default_factory=list)
-    """Combinations, or parts of some, that are no cells."""
-    skip_missing: bool = False
-    """Leave out the cells whose data set is not there, instead of stopping."""
+def prepared(file: str, data_dir: str) -> dict[str, bool]:
+    """The data sets of a suite's file, and whether each lies in a folder."""
+    found = configure(SuiteConfig, merge_sources(_with_included(file))).data
+    return {name: (Path(data_dir) / name / MANIFEST).is_file() for name in found}
 
 
 class Suite:
@@ -122,7 +69,7 @@ class Suite:
 
     def __init__(self, files: Sequence[str], overrides: Sequence[str]) -> None:
         included = [f for file in files for f in _with_included(file)]
-        self.config: SuiteConfig = configure(SuiteConfig, merge_sources(included, overrides))
+        self.config: SuiteConfig = configure(SuiteConfig, sweep.with_overrides(included, overrides))
         if not self.config.output:
             raise ValueError("setting 'output' is required: give output=DIR for the suite's runs")
         self.output = Path(self.config.output)
@@ -169,7 +116,7 @@ class Suite:
             "title": self.config.title,
             "baseline": self.config.baseline,
             "factors": list(self._factors),
-            "replicate": self.config.replicate,
+            "replicate": replicates_of(self.config.replicate),
             "paper": self.config.paper or None,
             "cells": {**known, **cells},
         }
@@ -178,10 +125,12 @@ class Suite:
 
     def _cells(self) -> Iterator[Cell]:
         """The finetunings; the runs they start from are noted on the way."""
-        base = merge_sources(self.config.config)
+        base = merge_sources(self._with_preset(self.config.config))
         combinations = list(itertools.product(*self._factors.values()))
         values = [dict(zip(self._factors, c, strict=True)) for c in combinations]
         values = [v for v in values if not any(v.items() >= x.items() for x in self.config.exclude)]
+        for factor, some in self.config.only.items():
+            values = [v for v in values if v[factor] in some]
         for name, chosen in zip(sweep.names(values), values, strict=True):
             settings = {**self.config.settings, **self._settings(chosen)}
             yield self._cell(name, "finetune", base, settings, chosen, chosen)
@@ -218,7 +167,7 @@ class Suite:
         valid = {f.name for f in fields(JOBS[run.job].schema())} - {"init_from"}
         theirs = self._settings(per).items()
         shared = {k: v for k, v in theirs if k.split(".")[0] in valid and k != "data"}
-        base = {**merge_sources(run.config), "data": run.data}
+        base = {**merge_sources(self._with_preset(run.config)), "data": run.data}
         values = {
             factor: value
             for factor, names in self._factors.items()
@@ -226,8 +175,15 @@ class Suite:
             if _filled(given.get("init_from"), chosen) == key
         }
         cell = self._cell(name, run.job, base, {**shared, **run.settings}, chosen, values | per)
+        for other in self._start.values():  # trained once, whatever it is called
+            if other.job == cell.job and _alike(other) == _alike(cell):
+                return other
         self._start[name] = cell  # after what it starts from itself
         return cell
+
+    def _with_preset(self, files: Sequence[str]) -> list[str]:
+        """Config files of a run, and that of the hardware."""
+        return [*files, *([f"hardware/{self.config.hardware}"] if self.config.hardware else [])]
 
     def _settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -252,7 +208,7 @@ class Suite:
         for name, data in self._data.items():
             path = self.path(name)
             here = local_path(path)
-            if path in used and here and not (Path(here) / "manifest.json").is_file():
+            if path in used and here and not (Path(here) / MANIFEST).is_file():
                 missing[name] = f"{name} is not at {path} — {data.source or 'no source is given'}"
         if missing and not self.config.skip_missing:
             listed = "\n  ".join(" ".join(text.split()) for text in missing.values())
@@ -274,6 +230,10 @@ class Suite:
         if self.config.baseline:
             names = [str(v) for v in self._factors[self._known("baseline", factor, self._factors)]]
             self._known("baseline", value, names)
+        for factor, some in self.config.only.items():
+            there = self._factors[self._known("only", factor, self._factors)]
+            if unknown := [str(value) for value in some if value not in there]:
+                self._known(f"only.{factor}", unknown[0], [str(value) for value in there])
         for part in self.config.exclude:
             for key in part:
                 self._known("exclude", key, self._factors)
@@ -290,6 +250,11 @@ def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
         for factor, name in chosen.items():
             value = value.replace(f"{{{factor}}}", str(name))
     return value
+
+
+def _alike(cell: Cell) -> dict[str, Any]:
+    """What a run is, wherever it writes."""
+    return {k: v for k, v in cell.config.items() if k != "run_dir"}
 
 
 def _checked(cell: Cell) -> str:

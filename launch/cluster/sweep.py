@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from crysforge.datapipe.common.config import refuse_references
 from crysforge.datapipe.common.safe_names import file_part
-from crysforge.trainer.base.command_line import read_plain
+from crysforge.trainer.base.command_line import merge_sources, read_plain
 
 Cell = dict[str, Any]
 """Settings of one run: dotted key → value."""
@@ -85,6 +85,35 @@ def merge(base: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
     assert isinstance(result, dict)
     refuse_references(result)
     return {str(k): v for k, v in result.items()}
+
+
+def with_overrides(files: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
+    """What the files and then the overrides say. One whose value is a mapping takes the place of
+    what it names: `factors.task={…}` leaves none of the old tasks, `settings={}` no setting."""
+    found = merge_sources(files)
+    for override in overrides:
+        given = merge_sources((), [override])
+        path = override.partition("=")[0].strip().split(".")
+        inner, above = given, found
+        for part in path[:-1]:
+            inner, above = inner.get(part, {}), above.get(part) or {}
+            if not (isinstance(inner, dict) and isinstance(above, dict)):
+                break
+        else:
+            if isinstance(inner.get(path[-1]), dict):
+                above.pop(path[-1], None)
+        found = _merged(found, given)
+    return found
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; the second has the last word."""
+    out = dict(below)
+    for key, value in above.items():
+        old = out.get(key)
+        deeper = isinstance(old, dict) and isinstance(value, dict)
+        out[key] = _merged(old or {}, value) if deeper else value
+    return out
 
 
 def _parse_grid(text: str) -> dict[str, Any]:

@@ -76,9 +76,7 @@ class ALIGNN(Encoder):
         super().__init__()
         width, layers = config.width, config.alignn_layers
         self.dim = width
-        self.graph = GraphSpec(
-            neighbors=config.neighbors, vectors=True, own_images_once=bool(config.own_images_once)
-        )
+        self.graph = GraphSpec(neighbors=config.neighbors, vectors=True, **config.near_rules())
         self.embed_node = OneHotLinear(config.node_inputs, width)
         self.norm_node = BatchNorm(width)
         hidden = config.embedding

@@ -94,6 +94,17 @@ class NearestConfig:
     own_images_once: bool | None = None
     """Whether an edge to an atom's own image counts once. None: twice, as the published recipes
     have it, but once where an encoder is made for a data set of primitive cells."""
+    cut_ties: bool | None = None
+    """Whether rounding cuts ties at the k-th distance, as in the released codes. None: ties are
+    kept. `graph.ties` of a job sets it."""
+
+    def near_rules(self) -> dict[str, Any]:
+        """The settings of `GraphSpec` that these are."""
+        return {"own_images_once": bool(self.own_images_once), "cut_ties": bool(self.cut_ties)}
+
+
+GRAPH_ONLY = ("cut_ties", "lattice_edges")
+"""Settings of encoders that change their graph and no weight: another job may choose anew."""
 
 
 def for_primitive_cells(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,6 +113,25 @@ def for_primitive_cells(section: Mapping[str, Any]) -> dict[str, Any]:
     setting = "own_images_once"
     if setting in getattr(config, "__dataclass_fields__", {}) and section.get(setting) is None:
         return {**section, setting: True}
+    return dict(section)
+
+
+def with_ties(section: Mapping[str, Any], ties: str) -> dict[str, Any]:
+    """A config section with ties `kept` or `cut`; as it is where that is empty.
+
+    Raises:
+        ValueError: an encoder whose graph has no ties.
+    """
+    if not ties or "name" not in section:
+        return dict(section)
+    config = getattr(ENCODERS[section["name"]], "Config", None)
+    if "cut_ties" in getattr(config, "__dataclass_fields__", {}):
+        return {**section, "cut_ties": ties == "cut"}
+    if ties == "cut":
+        raise ValueError(
+            f"graph.ties=cut: encoder {section['name']!r} joins all atoms within a radius, and "
+            "there are no ties to cut"
+        )
     return dict(section)
 
 

@@ -56,7 +56,7 @@ class CGCNN(Encoder):
         self.graph = GraphSpec(
             neighbors=config.neighbors,
             depth=config.layers,
-            own_images_once=bool(config.own_images_once),
+            **config.near_rules(),
         )
         self.embed_node = OneHotLinear(config.node_inputs, config.width)
         spacing = 8.0 / max(config.rbf_bins - 1, 1)

@@ -73,7 +73,7 @@ class EComFormer(Encoder):
             neighbors=config.neighbors,
             lattice_edges="comformer",
             vectors=True,
-            own_images_once=bool(config.own_images_once),
+            **config.near_rules(),
         )
         self.embed_node = OneHotLinear(config.node_inputs, width)
         self.embed_length = nn.Sequential(

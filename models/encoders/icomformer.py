@@ -67,7 +67,7 @@ class IComFormer(Encoder):
             lattice_edges="comformer",
             vectors=True,
             lattice_triple=True,
-            own_images_once=bool(config.own_images_once),
+            **config.near_rules(),
         )
         self.embed_node = OneHotLinear(config.node_inputs, width)
         self.embed_length = nn.Sequential(

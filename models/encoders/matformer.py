@@ -32,6 +32,8 @@ class MatformerConfig(NearestConfig):
     """One-hot inputs: the mask token and the atomic numbers below this."""
     neighbors: int = 12
     """Nearest neighbours of the graph, to which lattice self-edges are added."""
+    lattice_edges: bool | None = None
+    """Whether they are; None: yes. The released code of DPF pretrains without them."""
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "layers", "node_inputs", "neighbors"):
@@ -55,9 +57,9 @@ class Matformer(Encoder):
         self.dim = config.width
         self.graph = GraphSpec(
             neighbors=config.neighbors,
-            lattice_edges="matformer",
+            lattice_edges="none" if config.lattice_edges is False else "matformer",
             depth=config.layers,
-            own_images_once=bool(config.own_images_once),
+            **config.near_rules(),
         )
         self.embed_node = OneHotLinear(config.node_inputs, config.width)
         self.embed_edge = nn.Sequential(

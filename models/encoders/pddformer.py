@@ -66,7 +66,7 @@ class PDDFormer(Encoder):
             neighbors=config.neighbors,
             pdd=config.pdd,
             depth=config.layers,
-            own_images_once=bool(config.own_images_once),
+            **config.near_rules(),
         )
         self.embed_node = OneHotLinear(config.node_inputs, config.width)
         self.embed_edge = nn.Sequential(

@@ -63,7 +63,7 @@ class PotNet(Encoder):
             neighbors=config.neighbors,
             pair_sums="scaled" if config.repulsion == "scaled" else "exact",
             depth=config.layers,
-            own_images_once=bool(config.own_images_once),
+            **config.near_rules(),
         )
         self.embed_node = OneHotLinear(config.node_inputs, width)
         self.embed_length = nn.Sequential(

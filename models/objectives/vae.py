@@ -1,5 +1,5 @@
-"""The bottleneck and the reconstruction heads of stage 1 (CrysLDNet, paper 3.2; single linear
-layers as in the released code).
+"""The bottleneck and the reconstruction heads of stage 1 (CrysLDNet, paper 3.2; by default single
+linear layers and L1 as in the released code).
 
 Everything here is small and runs in fp32, autocast or not. Losses come as (sum, count) pairs, so
 that a mean over several batches or ranks is the sum of sums over the sum of counts.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.schema import MAX_Z, CrystalBatch
 from crysforge.models.layers.basic import WideLinear
 from crysforge.models.ops.keyed_random import derive, keyed_normal, member_keys
@@ -70,9 +71,9 @@ class Reconstruct:
     atoms: float = 1.0
     """Cross entropy of the element."""
     coords: float = 1.0
-    """L1 of the fractional coordinates."""
+    """Error of the fractional coordinates."""
     lattice: float = 1.0
-    """L1 of the lattice vectors in Å."""
+    """Error of the lattice vectors."""
 
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
@@ -84,6 +85,34 @@ class Reconstruct:
         return {name: weight for name, weight in vars(self).items() if weight > 0}
 
 
+HEADS, ERRORS = ("linear", "mlp"), ("l1", "mse")
+
+
+@dataclass(kw_only=True)
+class DecoderConfig:
+    """How latents are decoded; the defaults are the released code's."""
+
+    heads: str = "linear"
+    """`linear`, one layer for each of elements, coordinates and lattice; or `mlp`, two with a SiLU
+    between, as wide as the latents (the paper has MLPs and does not say of what size)."""
+    coords_loss: str = "l1"
+    """`l1` or `mse` (the paper), of fractional coordinates."""
+    lattice_loss: str = "l1"
+    """`l1`, in Å, or `mse` (the paper), in Å², of the elements of the lattice."""
+
+    def __post_init__(self) -> None:
+        known = {"heads": HEADS, "coords_loss": ERRORS, "lattice_loss": ERRORS}
+        for name, value in vars(self).items():
+            if value not in known[name]:
+                raise ValueError(f"unknown {name} {value!r}: {nearest(value, known[name])}")
+
+    def head(self, latent: int, outputs: int) -> nn.Module:
+        """[n, latent] → [n, outputs]."""
+        if self.heads == "linear":
+            return WideLinear(latent, outputs)
+        return nn.Sequential(WideLinear(latent, latent), nn.SiLU(), WideLinear(latent, outputs))
+
+
 class ReconstructionHeads(nn.Module):
     """Elements, coordinates and lattice from latents; only the heads whose weight is not 0.
 
@@ -92,13 +121,21 @@ class ReconstructionHeads(nn.Module):
         weights: which heads there are.
         masked_only: whether the element loss counts masked atoms alone (the released code) or all
             atoms (the paper's Alg. 1, for inputs that hide nothing).
+        decoder: kind of heads and of errors.
     """
 
-    def __init__(self, latent: int, weights: Reconstruct, masked_only: bool) -> None:
+    def __init__(
+        self,
+        latent: int,
+        weights: Reconstruct,
+        masked_only: bool,
+        decoder: DecoderConfig | None = None,
+    ) -> None:
         super().__init__()
+        self.decoder = decoder or DecoderConfig()
         outputs = {"atoms": MAX_Z + 1, "coords": 3, "lattice": 9}
         self.heads = nn.ModuleDict(
-            {name: WideLinear(latent, outputs[name]) for name in weights.active()}
+            {name: self.decoder.head(latent, outputs[name]) for name in weights.active()}
         )
         self.masked_only = masked_only
 
@@ -106,16 +143,20 @@ class ReconstructionHeads(nn.Module):
         """Loss of each head and, with elements, `atom_accuracy`.
 
         `atoms`: cross entropy in nats per counted atom. `coords`: |x̂ − x| per coordinate, x in
-        [0, 1). `lattice`: |L̂ − L| in Å per element of the 3×3 matrix of rows a, b, c.
+        [0, 1). `lattice`: |L̂ − L| in Å per element of the 3×3 matrix of rows a, b, c. Both squared
+        where the decoder's errors are `mse`.
         """
         out: dict[str, Sum] = {}
         if "atoms" in self.heads:
             out.update(self._atoms(self.heads["atoms"](z), batch))
         if "coords" in self.heads:
-            out["coords"] = _l1(self.heads["coords"](z), batch.frac_coords)
+            out["coords"] = _error(
+                self.heads["coords"](z), batch.frac_coords, self.decoder.coords_loss
+            )
         if "lattice" in self.heads:
             pooled = torch.segment_reduce(z.float(), "mean", offsets=batch.ptr)
-            out["lattice"] = _l1(self.heads["lattice"](pooled), batch.lattice.flatten(1))
+            lattice = self.heads["lattice"](pooled)
+            out["lattice"] = _error(lattice, batch.lattice.flatten(1), self.decoder.lattice_loss)
         return out
 
     def _atoms(self, logits: Tensor, batch: CrystalBatch) -> dict[str, Sum]:
@@ -130,6 +171,6 @@ class ReconstructionHeads(nn.Module):
         }
 
 
-def _l1(prediction: Tensor, target: Tensor) -> Sum:
-    error = (prediction - target).abs()
+def _error(prediction: Tensor, target: Tensor, kind: str) -> Sum:
+    error = (prediction - target).abs() if kind == "l1" else (prediction - target).square()
     return error.sum(), error.new_full((), error.numel())

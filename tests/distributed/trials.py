@@ -142,7 +142,7 @@ FORWARD = Moment(
 START = [Moment("the run is claimed", f"{RUNS}.checkpoint:write_text", 1, main=True)]
 BEGIN = [
     Moment("the data is opened", "crysforge.datapipe.storage.dataset:Dataset.open", 1),
-    Moment("the encoder is made", "crysforge.trainer.jobs.setup:starting_encoder", 1),
+    Moment("the encoder is made", "crysforge.trainer.jobs.starting:starting_encoder", 1),
     Moment("the newest checkpoint is looked for", "crysforge.trainer.loop.fit:newest", 2),
     Moment("the engine is made", "crysforge.trainer.loop.fit:build_engine", 2),
 ]

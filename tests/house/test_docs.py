@@ -12,15 +12,20 @@ import pytest
 
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.preparing.config import PrepareConfig
-from crysforge.datapipe.preparing.edit_configs import MergeConfig, ReshardConfig, SubsetConfig
-from crysforge.datapipe.preparing.inspect import InspectConfig
-from crysforge.datapipe.preparing.verify import VerifyConfig
-from crysforge.launch import analyse, demo, ensemble, export, leaderboard, predict, prepare
+from crysforge.datapipe.preparing.edit_configs import (
+    InspectConfig,
+    MergeConfig,
+    ReshardConfig,
+    SubsetConfig,
+    VerifyConfig,
+)
+from crysforge.launch import analyse, demo, ensemble, export, leaderboard, prepare
+from crysforge.launch.cluster.config import SuiteConfig
 from crysforge.launch.cluster.request import Request
-from crysforge.launch.cluster.suite import SuiteConfig
 from crysforge.trainer.base.command_line import from_sources, merge_sources, split_arguments
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema
 from crysforge.trainer.reports.config import EvaluateConfig
+from crysforge.trainer.serving.config import PredictConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,7 +48,7 @@ SCHEMAS = {
     "export": export.ExportConfig,
     "finetune": FinetuneJob,
     "leaderboard": leaderboard.LeaderboardConfig,
-    "predict": predict.PredictConfig,
+    "predict": PredictConfig,
     "pretrain": pretrain_schema(),
 }
 

@@ -3,8 +3,6 @@ for something else is refused as ever."""
 
 from __future__ import annotations
 
-import importlib
-import os
 import shutil
 import signal
 import subprocess
@@ -15,38 +13,31 @@ import pytest
 
 from crysforge.datapipe.storage.dataset import Dataset, Manifest
 
+DEADLY = """
+import os, signal, sys
+from importlib import import_module
+from pathlib import Path
+
+rename, target, script, *args = sys.argv[1:]
+real = getattr(os, rename)
+
+def deadly(source, to, **options):
+    real(source, to, **options)
+    if Path(to) == Path(target):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":  # not in the workers it starts
+    setattr(os, rename, deadly)
+    sys.argv = [script, *args]
+    import_module(f"crysforge.launch.{script}").main()
+"""
+
 
 def killed_after(rename: str, target: Path, script: str, *args: str) -> None:
     """Runs a script in a process that is killed when it has moved its output into place."""
-    pid = os.fork()
-    if pid == 0:
-        real = getattr(os, rename)
-
-        def deadly(source, to, **options):
-            real(source, to, **options)
-            if Path(to) == target:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        setattr(os, rename, deadly)
-        sys.argv = [script, *args]
-        try:
-            importlib.import_module(f"crysforge.launch.{script}").main()
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-
-
-DEADLY = """
-import importlib, os, signal, sys
-real, target = os.rename, sys.argv.pop()
-def deadly(source, to, **options):
-    real(source, to, **options)
-    if os.fspath(to) == target:
-        os.kill(os.getpid(), signal.SIGKILL)
-os.rename = deadly
-importlib.import_module("crysforge.launch.analyse").main()
-"""
-"""After a fork, torch waits for threads that the parent had."""
+    command = [sys.executable, "-c", DEADLY, rename, str(target), script, *args]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
 def content(root: Path) -> dict[str, bytes]:
@@ -144,11 +135,7 @@ def test_a_directory_that_is_there_is_what_was_asked_for(script, call, data, run
     shutil.copytree(runs / "fine", tmp_path / "copy")
     args, other = DIRECTORIES[script]
     args = [*(a.format(**places) for a in args), f"output={output}"]
-    if script == "analyse":
-        command = [sys.executable, "-c", DEADLY, *args, str(output)]
-        assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
-    else:
-        killed_after("rename", output, script, *args)
+    killed_after("rename", output, script, *args)
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
     for _ in range(2):
         code, out, err = call(script, *args)

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
-import os
-import re
 import sys
-import traceback
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,10 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 import crysforge
 from crysforge.datapipe.common.checked import checked
 from crysforge.datapipe.common.config import configure, refuse_references
-from crysforge.datapipe.common.escape import printable
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.common.safe_read import as_text, parse_yaml, read_named
-from crysforge.datapipe.storage.remote import DISK_FULL, is_remote
+from crysforge.datapipe.storage.remote import is_remote
 from crysforge.trainer.base.help import help_text, show
 
 T = TypeVar("T")
@@ -337,52 +332,3 @@ def required(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name):
             raise ValueError(f"setting {name!r} is required: give {name}=… (see --help)")
-
-
-def run(
-    main: Callable[[], Any], ended: Callable[[Exception | None, int], None] = lambda *_: None
-) -> None:
-    """Runs a launch script: a user's error is one line on stderr and exit code 2; a connection or
-    process that was lost, which the same command may find again, is one with exit code 1.
-
-    `CRYSFORGE_TRACEBACK=1` shows the traceback as well.
-
-    Args:
-        ended: gets the error that ends the process, or None, and the exit code.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without Å must not end a run
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except Exception as found:
-        error = _in_words(found) if isinstance(found, RuntimeError | MemoryError) else found
-        if not isinstance(error, ValueError | OSError):
-            ended(found, 1)
-            raise
-        if os.environ.get("CRYSFORGE_TRACEBACK"):
-            traceback.print_exc()
-        if isinstance(error, OSError) and error.errno in DISK_FULL and error.filename is None:
-            error = OSError("the disk that the output is written to is full: free some space")
-        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
-        again = isinstance(error, ConnectionError | ChildProcessError | TimeoutError)
-        ended(error, 1 if again else 2)
-        raise SystemExit(1 if again else 2) from None
-    finally:
-        ended(None, 0)
-
-
-def _in_words(error: RuntimeError | MemoryError) -> Exception | None:
-    """What to tell a user of a lost process, or of memory that does not suffice."""
-    from crysforge.trainer.base.distributed import lost_process, place
-
-    text = str(error)
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        asked = re.search(r"tried to allocate (\d+) bytes", text)
-        more = f" for {int(asked[1]) / 1e9:.3g} GB more" if asked else ""
-        return ValueError(
-            f"this machine has not enough memory{more}: lower the batch size, loader.max_atoms or "
-            "the size of the model"
-        )
-    return lost_process(error, place(os.environ)[0])

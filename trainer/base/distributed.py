@@ -203,7 +203,7 @@ def shutdown() -> None:
 
 def ended(error: Exception | None, code: int) -> None:
     """Lets the other ranks know how this one ends: they end with the same reason. For
-    `trainer.base.command_line.run`; also where this one has not met them yet.
+    `trainer.base.script.run`; also where this one has not met them yet.
 
     Args:
         error: what ends it; None if nothing is wrong.

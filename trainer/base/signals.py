@@ -1,15 +1,18 @@
 """Stopping in time: a signal or the end of the walltime asks this process to stop.
 
-A handler only sets a flag. The loop asks once per step, all ranks agree, a checkpoint is written
-together, and the process exits with `REQUEUE`: the same command continues the run.
+While a model is trained a handler only sets a flag. The loop asks once per step, all ranks agree, a
+checkpoint is written together, and the process exits with `REQUEUE` (after Ctrl-C with
+`INTERRUPTED`): the same command continues the run. Other work ends where it is.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 REQUEUE = 75
 """Exit code of a run that stopped before its end and can be continued (EX_TEMPFAIL)."""
@@ -20,11 +23,40 @@ SIGNALS = tuple(
 """What schedulers send before they end a job."""
 
 
-class Requeue(SystemExit):
-    """Ends the process with exit code `REQUEUE`; the run is saved."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
-    def __init__(self) -> None:
-        super().__init__(REQUEUE)
+
+class Requeue(SystemExit):
+    """Ends the process with exit code `REQUEUE`, after Ctrl-C with `INTERRUPTED`; the run is
+    saved."""
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(INTERRUPTED if reason == "SIGINT" else REQUEUE)
+
+
+class Stopped(BaseException):
+    """A signal of `SIGNALS` ends what the process does; the message is its name."""
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Lets the signals that schedulers send raise `Stopped` in the block, so that what is half done
+    is cleared away; unless the block, or who started the process, handles them otherwise."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(signal.Signals(number).name)
+
+    main = threading.current_thread() is threading.main_thread()
+    old = {n: signal.getsignal(n) for n in SIGNALS} if main else {}
+    for number, handler in old.items():
+        if handler is signal.SIG_DFL:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:
@@ -37,7 +69,7 @@ class StopRequest:
         environ: where Slurm's SLURM_JOB_END_TIME (seconds since 1970) is looked up.
 
     Attributes:
-        reason: empty, or what asked: `SIGTERM`, `SIGUSR1`, `SIGUSR2` or `walltime`.
+        reason: empty, or what asked: `SIGTERM`, `SIGUSR1`, `SIGUSR2`, `SIGINT` or `walltime`.
     """
 
     def __init__(
@@ -59,6 +91,22 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: object) -> None:
         self.reason = signal.Signals(number).name
+
+    @contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """Lets the first Ctrl-C in the block ask to stop, and say so; the second one interrupts."""
+
+        def ask(number: int, frame: object) -> None:
+            if self.reason:
+                raise KeyboardInterrupt
+            self.reason = "SIGINT"
+            os.write(2, b"\nstopping after this step, to save; Ctrl-C again ends at once\n")
+
+        old = signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, old)
 
     def wanted(self) -> bool:
         """Whether to stop now. Asked once per step: the longest time between two questions so far

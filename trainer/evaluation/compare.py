@@ -169,7 +169,7 @@ def compare(
     others = [f for f in (arms[0].values if arms else {}) if f != suite.compared]
     baselines = {a.key(others): a for a in arms if a.values[suite.compared] == suite.baseline}
     found = [
-        compare_arms(arm, baselines[arm.key(others)], resamples, confidence)
+        compare_arms(arm, baselines[arm.key(others)], resamples, confidence, suite.folds)
         for arm in arms
         if arm.values[suite.compared] != suite.baseline and arm.key(others) in baselines
     ]
@@ -183,8 +183,14 @@ def compare(
     return found
 
 
-def compare_arms(arm: Arm, baseline: Arm, resamples: int, confidence: float) -> Comparison:
-    """One comparison of MAEs. Replicates without a partner are left out and named."""
+def compare_arms(
+    arm: Arm, baseline: Arm, resamples: int, confidence: float, folds: bool = False
+) -> Comparison:
+    """One comparison of MAEs. Replicates without a partner are left out and named.
+
+    Args:
+        folds: whether replicates are folds of one data set.
+    """
     seeds = [s for s in baseline.results if s in arm.results]
     alone = [r for a, b in ((arm, baseline), (baseline, arm)) for s, r in a.results.items()
              if s not in b.results]  # fmt: skip
@@ -193,7 +199,10 @@ def compare_arms(arm: Arm, baseline: Arm, resamples: int, confidence: float) -> 
         return comparison
     ours, theirs = ([a.results[s].scores["mae"] for s in seeds] for a in (arm, baseline))
     comparison.improvement = improvement(float(np.mean(ours)), float(np.mean(theirs)))
-    comparison.test = paired_test(ours, theirs, confidence)
+    runs_of = [arm.results[s] for s in seeds]
+    shares = [len(r.predictions.ids) / r.labels if r.labels else 0.0 for r in runs_of]
+    overlap = np.mean(shares) if folds else 0.0
+    comparison.test = paired_test(ours, theirs, confidence, float(overlap))
     pairs: dict[str, list[tuple[float, float]]] = {}  # of each crystal, in replicates that have it
     for seed in seeds:
         runs = [a.results[seed] for a in (arm, baseline)]

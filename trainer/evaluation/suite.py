@@ -1,17 +1,19 @@
 """What a suite is: cells (runs) told apart by the values of factors.
 
     SUITE/suite.json   {"schema": 1, "title": …, "baseline": "pretraining=none", "factors": […],
-                        "paper": … or null, "cells": {name: {"run": path below SUITE,
-                        "job": "finetune" or "pretrain", "values": {factor: value}}}}
+                        "paper": … or null, "replicate": [factors], "cells": {name: {"run": path
+                        below SUITE, "job": "finetune" or "pretrain",
+                        "values": {factor: value}}}}
 
-`seed` is always the replicate. Cells that lack a factor are runs that others start from.
+What only repeats (seeds, folds) is the replicate, which is called `seed` inside. Cells that lack a
+factor are runs that others start from.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ SUITE = "suite.json"
 MAX_SUITE = 1 << 26
 """Bytes of the longest suite.json."""
 SEED, TARGET, DATA = "seed", "target", "data"
+FOLD = "fold"
+REPLICATES = (FOLD, SEED)
+"""Factors that repeat the same, unless a suite says otherwise."""
 
 _LEADING = (TARGET, "targets", DATA, "label_fraction", "label_count", "encoder.name", "init_from")
 """Settings that come first among factors found in configs; later ones that they imply are none."""
@@ -64,6 +69,8 @@ class Suite:
     """Its value that the others are compared with, as `shown`."""
     paper: str = ""
     """Published tables to set beside, see `trainer.evaluation.published`."""
+    folds: bool = False
+    """Whether replicates are folds of one data set, whose training crystals overlap."""
 
     @classmethod
     def read(cls, root: str | Path) -> Suite:
@@ -75,7 +82,7 @@ class Suite:
         root = Path(root)
         record = read_suite(root / SUITE)
         try:
-            alike = record.get("replicate") or SEED
+            alike = replicates_of(record.get("replicate"))
             cells = [
                 Cell(name, inside(root, c["run"]), c["job"], _replicated(c["values"], alike))
                 for name, c in record["cells"].items()
@@ -84,6 +91,7 @@ class Suite:
             suite = cls(root, record["title"], factors, cells)
             suite.compare_with(record["baseline"] or "")
             suite.paper = record.get("paper") or ""
+            suite.folds = FOLD in alike and FOLD in record["factors"]
         except ValueError as error:
             raise ValueError(f"{root / SUITE} does not describe a suite: {error}") from None
         return suite
@@ -91,9 +99,14 @@ class Suite:
     @classmethod
     def of_values(cls, root: Path, cells: Iterable[Cell]) -> Suite:
         """A suite of cells of a sweep: the factors are the settings in their values."""
-        cells = [Cell(c.name, c.run, c.job, _named(c.values)) for c in cells]
-        factors = list(dict.fromkeys(f for c in cells for f in c.values))
-        return cls._of_factors(root, sorted(factors, key=_order), cells)
+        named = [Cell(c.name, c.run, c.job, _named(c.values)) for c in cells]
+        factors = list(dict.fromkeys(f for c in named for f in c.values))
+        folds = FOLD in factors
+        named = [replace(c, values=_replicated(c.values, REPLICATES)) for c in named]
+        factors = list(_replicated(dict.fromkeys(factors), REPLICATES))
+        suite = cls._of_factors(root, sorted(factors, key=_order), named)
+        suite.folds = folds
+        return suite
 
     @classmethod
     def of_runs(cls, root: Path, runs: Mapping[str, Path]) -> Suite:
@@ -107,6 +120,9 @@ class Suite:
             if settings.get(TARGET):
                 settings.pop("targets", None)
             cells.append(Cell(name, run, job, _named(settings)))
+        folds = {shown(c.values.get(FOLD)) for c in cells if c.job == "finetune"} - {""}
+        if len(folds) > 1:
+            cells = [replace(c, values=_replicated(c.values, REPLICATES)) for c in cells]
         finetuned = [c for c in cells if c.job == "finetune"]
         keys = list(dict.fromkeys(f for c in finetuned for f in c.values))
         factors: list[str] = []
@@ -119,7 +135,9 @@ class Suite:
             columns = [[shown(c.values[f]) for c in finetuned] for f in factors if f != SEED]
             if key == SEED or not any(_implies(column, texts) for column in columns):
                 factors.append(key)
-        return cls._of_factors(root, factors, cells)
+        suite = cls._of_factors(root, factors, cells)
+        suite.folds = len(folds) > 1
+        return suite
 
     @classmethod
     def _of_factors(cls, root: Path, factors: list[str], cells: list[Cell]) -> Suite:
@@ -151,7 +169,7 @@ class Suite:
         if not baseline:
             return
         if self.compared == SEED:
-            raise ValueError("seeds are replicates: compare the values of another factor")
+            raise ValueError("seeds are replicates, and so are folds: compare another factor")
         cells = self.evaluated
         known = [shown(c.values[self.compared]) for c in cells if self.compared in c.values]
         if not known:
@@ -172,9 +190,20 @@ def read_suite(path: Path) -> dict[str, Any]:
     return read_mapping(path, FORM, MAX_SUITE, SCHEMA)
 
 
-def _replicated(values: Mapping[str, Any], replicate: str) -> dict[str, Any]:
-    """Values by factor, in which the replicate is called seed."""
-    return {SEED if key == replicate else key: value for key, value in values.items()}
+def replicates_of(asked: str | Sequence[str] | None) -> list[str]:
+    """Factors that only repeat: those asked for, one or several, else `REPLICATES`."""
+    return [asked] if isinstance(asked, str) else list(asked or REPLICATES)
+
+
+def _replicated(values: Mapping[str, Any], replicates: Sequence[str]) -> dict[str, Any]:
+    """Values by factor, in which what only repeats is one factor, called seed. Of several its value
+    is a text that names each: `fold 0, seed 1`."""
+    own = [key for key in replicates if key in values]
+    out = {key: value for key, value in values.items() if key not in own}
+    if own:
+        several = ", ".join(f"{key} {shown(values[key])}" for key in own)
+        out[SEED] = several if len(own) > 1 else values[own[0]]
+    return out
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def finetuned(
         "init_from": config.init_from or "none",
         "encoder": stage.encoder.section["name"],
         "data": dataset.manifest.fingerprint,
+        **({} if config.fold is None else {"fold": config.fold}),
     }
     for split in ("val", "test"):
         if len(items[split]) == 0:

@@ -20,6 +20,14 @@ class GraphConfig:
 
     quotient: bool = True
     """Whether encoders that allow it run on quotient graphs: equal output, fewer edges."""
+    ties: str = ""
+    """Neighbours as far away as the k-th: `kept`, or `cut` by rounding as in the released codes,
+    which switches the quotient off. Empty: as the encoder that the job starts from has it, and kept
+    by a fresh one."""
+
+    def __post_init__(self) -> None:
+        if self.ties not in ("", "kept", "cut"):
+            raise ValueError(f"graph.ties must be kept or cut, got {self.ties!r}")
 
 
 @dataclass(kw_only=True)
@@ -28,6 +36,8 @@ class JobConfig:
 
     data: str = ""
     """Directory or URL of a prepared data set."""
+    fold: int | None = None
+    """Fold to test on, of a data set that was prepared with folds."""
     run_dir: str = ""
     """Where the run lives. A run that is there is continued."""
     init_from: str = ""
@@ -87,6 +97,8 @@ class FinetuneJob(JobConfig):
     """Share of the labelled training crystals to use, drawn with the seed."""
     label_count: int | None = None
     """Number of labelled training crystals to use, instead of a fraction."""
+    atoms: list[int] | None = None
+    """Least and most atoms in a cell: learns from such crystals, and is judged on such, alone."""
     init_head: bool = False
     """Starts from the readout of `init_from` too, and from its labels' mean and spread: it was
     finetuned on the same property elsewhere. With `finetune.epochs=0` it is only evaluated."""
@@ -98,6 +110,10 @@ class FinetuneJob(JobConfig):
             raise ValueError(f"label_fraction must be in (0, 1], got {self.label_fraction}")
         if self.label_count is not None and self.label_count < 1:
             raise ValueError(f"label_count must be at least 1, got {self.label_count}")
+        if self.atoms is not None and not (
+            len(self.atoms) == 2 and 1 <= self.atoms[0] <= self.atoms[1]
+        ):
+            raise ValueError(f"atoms must be [least, most], got {self.atoms}")
         if self.target and self.targets:
             raise ValueError("give target=NAME or targets=[…], not both")
         if self.init_head and not self.init_from:

@@ -3,51 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
-from crysforge.datapipe.crystals.cells import PRIMITIVE, cells_of
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.loading.stream import Stream
 from crysforge.datapipe.storage.dataset import Dataset
-from crysforge.datapipe.storage.manifest import Manifest
-from crysforge.models.encoders import Encoder, build_encoder
-from crysforge.models.encoders.base import for_primitive_cells
+from crysforge.models.encoders import Encoder
 from crysforge.trainer.base.agreement import same_file
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import load_into
 from crysforge.trainer.engines.base import EngineConfig
+from crysforge.trainer.jobs.labels import standardisation
 from crysforge.trainer.jobs.schemas import FinetuneJob, JobConfig
+from crysforge.trainer.jobs.starting import seed_everything, starting_encoder
 from crysforge.trainer.runs.checkpoint import RunDirectory
-from crysforge.trainer.runs.model_directory import Scaler, describe_data, open_model, take_encoder
+from crysforge.trainer.runs.model_directory import (
+    Scaler,
+    describe_data,
+    open_model,
+)
 from crysforge.trainer.stages.base import Stage, StageConfig, count_parameters
 from crysforge.trainer.stages.finetune import FinetuneStage
 
-
-def seed_everything(seed: int, purpose: str) -> None:
-    """Seeds torch's initialisation; depends on (seed, purpose) and not on what ran before."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def starting_encoder(config: JobConfig, dataset: Dataset) -> Encoder:
-    """The encoder a job starts from: another run's (`init_from`) or a fresh one, which suits the
-    cells of the data set."""
-    if config.init_from:
-        return take_encoder(open_model(config.init_from, config.init_stage), config.encoder)
-    seed_everything(config.seed, "encoder")
-    return build_encoder(suited(config.encoder, dataset.manifest))
-
-
-def suited(section: Mapping[str, Any], manifest: Manifest) -> Mapping[str, Any]:
-    """An encoder's section, with what suits the cells of a data set where it does not say."""
-    primitive = cells_of(manifest.provenance).rule == PRIMITIVE
-    return for_primitive_cells(section) if primitive else section
+TIES_ARE_CUT = (
+    "graph.ties=cut: rounding chooses among equal neighbours, so equal atoms differ and quotient "
+    "graphs are off"
+)
 
 
 def check_splits(dataset: Dataset, data: str, *names: str) -> None:
@@ -55,6 +40,12 @@ def check_splits(dataset: Dataset, data: str, *names: str) -> None:
     for name in names:
         if len(dataset.split_items(name)) == 0:
             raise ValueError(f"data set {data} has no crystals in its {name!r} split")
+
+
+def splits_needed(sections: Mapping[str, StageConfig]) -> list[str]:
+    """The parts of a data set that stages cannot do without."""
+    best = any(getattr(section, "keep_weights", "last") == "best" for section in sections.values())
+    return ["train", "val"] if best else ["train"]
 
 
 def learned_from(
@@ -68,7 +59,7 @@ def learned_from(
         start: see `lineage`.
         read: whether to read them for their elements; else these are those of all splits.
     """
-    data = describe_data(dataset.manifest)
+    data = describe_data(dataset)
     if len(items):
         data["seen"] = _seen(dataset, items, read)
     elif start is not None:
@@ -79,10 +70,10 @@ def learned_from(
 def _seen(dataset: Dataset, items: np.ndarray, read: bool) -> dict[str, Any]:
     """`elements` of crystals, the least and most `atoms` in their cells, and `volume_per_atom` in
     Å³."""
-    elements = set(dataset.manifest.elements)
-    if read:
-        found = (crystal for _, crystal in dataset.read(items) if isinstance(crystal, Crystal))
-        elements = set().union(*(crystal.numbers.tolist() for crystal in found))
+    elements = set() if read else set(dataset.manifest.elements)
+    for _, crystal in dataset.read(items) if read else ():
+        if isinstance(crystal, Crystal):
+            elements.update(crystal.numbers.tolist())
     atoms, volume = dataset.atoms[items], dataset.volume[items] / dataset.atoms[items]
     return {
         "elements": sorted(elements),
@@ -131,6 +122,7 @@ def identity(
     """
     value = {
         "data": dataset.manifest.fingerprint,
+        **({} if config.fold is None else {"fold": config.fold}),
         "seed": config.seed,
         "encoder": encoder.section,
         "init_from": config.init_from,
@@ -148,24 +140,6 @@ def claim(
     record = world.share(record)
     same_file(world.meeting, run.path / "run.json")
     return record
-
-
-def labelled_items(dataset: Dataset, config: FinetuneJob) -> np.ndarray:
-    """The training crystals a finetuning job learns from: those with a label, of which a seeded
-    random share is taken. Smaller shares are subsets of larger ones with the same seed."""
-    items = with_label(dataset, "train", config.targets)
-    count = len(items)
-    if config.label_count is not None:
-        if config.label_count > count:
-            raise ValueError(
-                f"label_count={config.label_count}, but only {count} are labelled: give at most "
-                "that, or prepare the data again with more labels"
-            )
-        count = config.label_count
-    else:
-        count = max(1, round(config.label_fraction * count))
-    order = np.random.default_rng(config.seed).permutation(len(items))
-    return np.sort(items[order[:count]])
 
 
 def finetune_stage(
@@ -204,45 +178,16 @@ def finetune_stage(
     return stage, Scaler(config.targets, units, mean, std)
 
 
-def standardisation(labels: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-    """Mean and population standard deviation of each target's present labels, [labels, targets]."""
-    values = torch.tensor(labels, dtype=torch.float64)
-    present = ~values.isnan()
-    count = present.sum(0).clamp(min=1)
-    mean = values.nan_to_num().sum(0) / count
-    square = ((values - mean).nan_to_num() ** 2 * present).sum(0) / count
-    return mean.tolist(), square.sqrt().tolist()
-
-
-def with_label(dataset: Dataset, split: str, targets: list[str]) -> np.ndarray:
-    """Items of a split that have at least one of the labels.
-
-    Raises:
-        ValueError: an unknown target (lists those the data has), or one that no crystal of the
-            split has.
-    """
-    items = dataset.split_items(split)
-    if len(items) == 0:
-        return items
-    present = ~np.isnan(np.stack([dataset.targets_of(name)[items] for name in targets]))
-    if missing := [n for n, some in zip(targets, present.any(axis=1), strict=True) if not some]:
-        raise ValueError(
-            f"no crystal of the {split!r} split has a label for {', '.join(missing)}: prepare the "
-            "data again with labels for it (labels=TABLE reads them from a table), or with "
-            "another split"
-        )
-    return items[present.any(axis=0)]
-
-
 def plan_text(stage: Stage, stream: Stream, config: Any, world: World, accumulation: int) -> str:
-    """One line on what a stage will do, for the log and `--dry-run`."""
+    """What a stage will do, for the log and `--dry-run`."""
     steps = stream.total_steps // accumulation
     if config.max_steps is not None:
         steps = min(steps, config.max_steps)
+    cut = "\n" + TIES_ARE_CUT if stage.encoder.graph.cut_ties else ""
     return (
         f"{stage.name}: {stream.epoch_size} crystals, {steps} steps of {config.batch_size}, "
         f"{count_parameters(stage):,} parameters ({count_parameters(stage.encoder):,} in the "
-        f"encoder), {world.size} rank(s)"
+        f"encoder), {world.size} rank(s){cut}"
     )
 
 

@@ -126,8 +126,8 @@ class Meter:
 def evaluate(
     engine: Engine, stream: Stream, progress: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Averages of all terms over one pass in evaluation mode, plus `loss`; none if there was no
-    crystal. Collective.
+    """Averages of all terms over one pass in evaluation mode, plus `loss` and what the stage
+    derives; none if there was no crystal. Collective.
 
     Args:
         progress: called for every batch.
@@ -144,6 +144,7 @@ def evaluate(
     means = meter.means()
     if means:
         means["loss"] = sum(w * means.get(k, 0.0) for k, w in stage.weights.items())
+        means |= stage.derived(means)
     return means
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import torch
 
@@ -57,7 +57,8 @@ def fit(session: Session) -> tuple[Engine, Result]:
         groups = param_groups(stage, config.weight_decay, session.lr_scales)
         engine = build_engine(stage, groups, config.grad_clip, trainer, world)
         training = Training(session, engine, logger, step)
-        with closing(training.watchdog):
+        interrupts = session.stop.interrupts() if session.stop else nullcontext()
+        with closing(training.watchdog), interrupts:
             training.begin(checkpoint, total)
             del checkpoint  # as large as the run
             training.train(step, total)

@@ -49,3 +49,10 @@ class Result:
     """Step of the kept weights."""
     stale: int = 0
     """Validations since then."""
+
+    def in_words(self) -> str:
+        """One line for the log."""
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in self.validation.items())
+        kept = f" (of step {self.best_step})" if 0 < self.best_step < self.steps else ""
+        shown = f"validation{kept} {shown}" if shown else "no crystals to validate on"
+        return f"finished after {self.steps} steps; {shown}"

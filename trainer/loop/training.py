@@ -225,8 +225,9 @@ class Training:
         with self.window.paused(), averaged:
             means = evaluate(self.engine, self.validation, lambda: self.watchdog.reset(10))
             if self.monitor is not None and self.monitor not in means:
+                lacks = f"label for {self.monitor!r}" if means else "crystal"
                 raise ValueError(
-                    f"the validation split has no label for {self.monitor!r}: "
+                    f"the validation split has no {lacks}, and the best weights are to be kept: "
                     "prepare the data with labelled validation crystals"
                 )
             better = self.monitor is None or means[self.monitor] < self.best.value
@@ -266,7 +267,7 @@ class Training:
             f"{stage}: stopped after step {step} of {total} ({reason}); the same command continues"
         )
         self.engine.world.barrier()
-        raise Requeue
+        raise Requeue(reason)
 
     def end(self, step: int) -> None:
         """The stage gets the weights that are handed on."""

@@ -23,7 +23,10 @@ class EvaluateConfig:
     split: str = "test"
     """`test` or `val`."""
     paper: str = ""
-    """Published tables to set beside (`crysldnet-unified`, `dpf`, …); default the suite's."""
+    """Published tables to set beside (`crysldnet-unified`, `dpf`, …); default the suite's. Without
+    a suite a paper, of which every table and figure is listed: `crysldnet`, `dpf`, `dao`, …"""
+    runs: str = "runs"
+    """Where the suites' outputs are looked for, each in a folder of its name, without a suite."""
     data: list[str] = field(default_factory=list)
     """Where to look for data sets that are no longer where the runs found them."""
     data_dir: str = ""

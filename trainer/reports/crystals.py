@@ -98,8 +98,8 @@ def _read(dataset: Dataset, split: str, wanted: set[str], groups: bool) -> Facts
     atoms: list[int] = []
     elements: list[np.ndarray] = []
     numbers: list[int] = []
-    items = dataset.read(dataset.split_items(split))
-    total = dataset.manifest.splits[split]
+    part = np.arange(len(dataset)) if dataset.folds else dataset.split_items(split)
+    items, total = dataset.read(part), len(part)
     for _, crystal in tqdm(items, total=total, desc="crystals", leave=False, mininterval=1):
         if not isinstance(crystal, Crystal) or crystal.id not in wanted:
             continue

@@ -152,7 +152,8 @@ def parity(line: Sequence[Arm], title: str, look: Look, path: Path) -> None:
             bar = figure.colorbar(dots, ax=grid, shrink=0.6, pad=0.02)
             bar.set_label("crystals nearby")
             bar.outline.set_visible(False)
-        seed = f", seed {seeds[0]}" if seeds and seeds[0] else ""
+        seed = seeds[0] if seeds else ""
+        seed = f", {'' if 'fold' in seed else 'seed '}{seed}" if seed else ""
         headline(figure, f"{title}{seed}")
         save(figure, path)
 

@@ -1,16 +1,20 @@
-"""Published numbers beside ours, as a table."""
+"""Published numbers beside ours, as a table; and a whole paper at a glance."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from crysforge.trainer.evaluation.compare import (
     Arm,
     Key,
+    arms_of,
     most_labels,
     varying,
 )
+from crysforge.trainer.evaluation.exhibits import Exhibit, exhibits
 from crysforge.trainer.evaluation.published import (
     ANY,
     ENCODER,
@@ -19,9 +23,12 @@ from crysforge.trainer.evaluation.published import (
     Published,
     PublishedTable,
     model_of,
+    published,
 )
+from crysforge.trainer.evaluation.results import gather
 from crysforge.trainer.evaluation.statistics import NAN
-from crysforge.trainer.evaluation.suite import Suite
+from crysforge.trainer.evaluation.suite import SUITE, Suite
+from crysforge.trainer.reports.config import EvaluateConfig
 from crysforge.trainer.reports.formats import (
     NOTHING,
     Entry,
@@ -93,3 +100,56 @@ def _printed(rows: Sequence, key: str) -> Entry:
     value, std = values[0]
     digits = max(len(f"{x:g}".partition(".")[2]) for x in (value, std) if math.isfinite(x))
     return Number(value, max(3, digits) if value < 1 else digits, std)
+
+
+def overview(config: EvaluateConfig, data_sets: Callable[[str], Mapping[str, bool]]) -> str:
+    """Every table and figure of a paper: the command that makes it, what is there and what is
+    missing, published numbers with ours beside.
+
+    Args:
+        data_sets: (name of a suite) → its data sets, and whether they are there.
+
+    Raises:
+        ValueError: an unknown paper.
+    """
+    parts = []
+    for shown in exhibits(config.paper):
+        parts.append(f"## {shown.exhibit}: {shown.what}")
+        parts.append("\n".join(f"    {command}" for command in shown.commands(config.runs)))
+        if shown.suite:
+            parts.append("\n".join(_state(shown, config, data_sets(shown.suite))))
+        parts += [f"To know: {shown.lacks}."] if shown.lacks else []
+        parts += [table.markdown() for table in _beside(shown, config)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _state(shown: Exhibit, config: EvaluateConfig, here: Mapping[str, bool]) -> list[str]:
+    """Data sets and runs of an exhibit's suite."""
+    absent = [name for name, there in here.items() if not there]
+    lines = [f"Data sets: {len(here) - len(absent)} of {len(here)} are here"]
+    lines[0] += f"; missing: {', '.join(absent)}." if absent else "."
+    root = Path(config.runs) / shown.suite
+    if not (root / SUITE).is_file():
+        return [*lines, f"Runs: none in {root}."]
+    suite = Suite.read(root)
+    _, missing = gather(suite, config.split)
+    names = {m.cell.name for m in missing}
+    done = len(suite.evaluated) - len(names)
+    return [*lines, f"Runs: {done} of {len(suite.evaluated)} finetunings in {root} have finished."]
+
+
+def _beside(shown: Exhibit, config: EvaluateConfig) -> list[Table]:
+    """The published tables of an exhibit, with ours beside."""
+    known = published()
+    root = Path(config.runs) / shown.suite
+    if shown.suite and (root / SUITE).is_file():
+        suite = Suite.read(root)
+        arms = arms_of(suite, *gather(suite, config.split))
+    else:
+        suite, arms = Suite(root, shown.exhibit, [], []), []
+    tables = [t for key in shown.tables or [] for t in known.tables if t.key == key]
+    chosen = [
+        replace(t, properties=[p for p in t.properties if p.key.startswith(shown.data)])
+        for t in tables
+    ]
+    return [published_table(suite, arms, known, table) for table in chosen]

@@ -211,6 +211,7 @@ def _data(data: Mapping[str, Any]) -> str:
         "fingerprint": data.get("fingerprint", "not recorded"),
         "crystals": _pairs(data.get("splits")),
         "labelled crystals used": data.get("labels"),
+        "fold left out": data.get("fold"),
         "elements": " ".join(chemical_symbols[z] for z in data.get("elements") or []),
         "cells": (data.get("cell") or {}).get("rule", "as they were given"),
         "labels": _pairs({n: t.get("unit") or "?" for n, t in (data.get("targets") or {}).items()}),

@@ -17,6 +17,7 @@ def check_data(data: Mapping[str, Any], where: str) -> None:
     """
     _check(where, data, "fingerprint", "text", lambda v: isinstance(v, str))
     _check(where, data, "labels", "a whole number", _is_count)
+    _check(where, data, "fold", "a whole number", _is_count)
     _check(
         where,
         data,

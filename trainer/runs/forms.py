@@ -113,6 +113,7 @@ SHOWN = {key: METRICS[key] for key in ("units", "val?", "test?")}
 DATA = {
     "fingerprint?": Name,
     "labels?": Count | None,
+    "fold?": Count | None,
     "splits?": dict[Split, Count],
     "targets?": mapped(Name, table_of(Target)),
     "elements?": Annotated[list[Number], sized(0, 118)],
@@ -152,7 +153,7 @@ SUITE = {
     "title": Name,
     "baseline": Line | None,
     "factors": list[Name],
-    "replicate?": Line | None,
+    "replicate?": Line | list[Name] | None,
     "paper?": Line | None,
     "cells": mapped(
         Name,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,8 +30,9 @@ from crysforge.datapipe.common.config import refuse_references
 from crysforge.datapipe.common.files import make_directory, sha256, write_json, write_text
 from crysforge.datapipe.common.safe_read import read_mapping, to_yaml
 from crysforge.datapipe.crystals.cells import cells_of, extensive_of
-from crysforge.datapipe.storage.manifest import Manifest
+from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder, build_encoder
+from crysforge.models.encoders.base import GRAPH_ONLY
 from crysforge.trainer.base.safe_read import PICKLES, at_most, check_tensor_file
 from crysforge.trainer.base.tensors import code_version, load_into, load_tensors, save_tensors
 from crysforge.trainer.runs.checkpoint import MAX_RECORD, RunDirectory
@@ -184,8 +185,11 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
     write_text(path / CONFIG, to_yaml(config))
 
 
-def describe_data(manifest: Manifest) -> dict[str, Any]:
+def describe_data(dataset: Dataset) -> dict[str, Any]:
     """What a model says of the data set that it was trained on."""
+    manifest, splits = dataset.manifest, dataset.manifest.splits
+    if dataset.fold is not None:
+        splits = {split: len(dataset.split_items(split)) for split in splits}
     provenance: dict[str, Any] = manifest.provenance
     if len(json.dumps(provenance)) > MAX_PROVENANCE:
         provenance = {"see": "the manifest of the data set"}
@@ -194,7 +198,8 @@ def describe_data(manifest: Manifest) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "cell": cells_of(manifest.provenance).describe(),
         **({"extensive": extensive} if extensive else {}),
-        "splits": dict(manifest.splits),
+        **({} if dataset.fold is None else {"fold": dataset.fold}),
+        "splits": dict(splits),
         "targets": {name: asdict(target) for name, target in manifest.targets.items()},
         "elements": list(manifest.elements),
         "provenance": provenance,
@@ -345,18 +350,20 @@ def _versions() -> dict[str, str]:
 
 
 def take_encoder(exported: Exported, section: Mapping[str, Any]) -> Encoder:
-    """The trained encoder, after checking that it is the one the config asks for.
+    """The trained encoder, after checking that it is the one the config asks for. What changes its
+    graph alone (`GRAPH_ONLY`) is as the config says, where it does.
 
     Raises:
         ValueError: the config's encoder section names another encoder or another setting.
     """
-    if section:
-        asked = build_encoder(section).section
+    asked = build_encoder(section).section if section else {}
+    chosen = {key: asked[key] for key in GRAPH_ONLY if key in asked}
+    if asked:
         for key, value in asked.items():
-            if exported.encoder.get(key) != value:
+            if key not in chosen and exported.encoder.get(key) != value:
                 raise ValueError(
                     f"{exported.path} holds encoder {exported.encoder.get('name')!r} with {key}="
                     f"{exported.encoder.get(key)!r}, but the config asks for {asked['name']!r} "
                     f"with {key}={value!r}: make the 'encoder' section agree, or leave it out"
                 )
-    return exported.build_encoder()
+    return replace(exported, encoder={**exported.encoder, **chosen}).build_encoder()

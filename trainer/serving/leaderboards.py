@@ -27,7 +27,7 @@ from crysforge.datapipe.common.escape import cell
 from crysforge.datapipe.common.files import new_directory, write_bytes, write_json, write_text
 from crysforge.datapipe.common.safe_read import own_file, read_mapping, read_text
 from crysforge.datapipe.common.tables import number, read_rows
-from crysforge.datapipe.preparing.splits import FOLDS, by_fold
+from crysforge.datapipe.preparing.splitting.splits import FOLDS, by_fold
 from crysforge.trainer.runs.forms import METRICS
 
 MATBENCH = {
@@ -85,11 +85,7 @@ def jarvis(
         name = f"AI-SinglePropertyPrediction-{target}-{dataset}-test-mae.csv"
         if name in tables:
             raise ValueError(f"{run}: there is a run of {target} already")
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(
-            [("id", "prediction"), *((row["id"], row["prediction"]) for row in rows)]
-        )
-        tables[name] = text.getvalue().encode()
+        tables[name] = _predictions(rows)
         seconds += float(metrics.get("seconds", 0))
     about = {
         "date_submitted": _date(Path(output, "metadata.json"), "date_submitted", "%m-%d-%Y"),
@@ -113,6 +109,14 @@ def jarvis(
     return [f"{name}.zip" for name in tables]
 
 
+def _predictions(rows: Sequence[Mapping[str, str]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(
+        [("id", "prediction"), *((row["id"], row["prediction"]) for row in rows)]
+    )
+    return text.getvalue().encode()
+
+
 def matbench(
     runs: Sequence[str | Path], output: str | Path, metadata: Mapping[str, Any]
 ) -> dict[str, float]:
@@ -120,8 +124,8 @@ def matbench(
     MAE over the folds of each task.
 
     Args:
-        runs: finetunings on the official folds (`prepare … split=matbench fold=K`), five for each
-            task, in any order; which they are is told from their test crystals.
+        runs: finetunings on the official folds (`prepare … split=matbench`, `finetune … fold=K`),
+            five for each task, in any order; which they are is told from their test crystals.
         metadata: `authors`, `algorithm`, `algorithm_long`, `bibtex_refs`, and whatever else
             info.json is to say.
 
@@ -218,7 +222,7 @@ def _fold(run: Path, ids: Sequence[str]) -> tuple[str, int, list[str]]:
             return task, fold, [f"{prefix}-{int(n):0{digits}d}" for n in numbers]
     raise ValueError(
         f"{run}: its {len(ids)} test crystals are none of the official folds of {task}: prepare "
-        f"with split=matbench fold=0 to {FOLDS - 1}, without filters"
+        f"with split=matbench and without filters, and finetune with fold=0 to {FOLDS - 1}"
     )
 
 

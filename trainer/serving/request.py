@@ -9,9 +9,24 @@ from pathlib import Path
 from crysforge.datapipe.common.checked import Count, Hash, Name
 from crysforge.datapipe.common.files import sha256, write_json
 from crysforge.datapipe.common.safe_read import read_mapping
+from crysforge.datapipe.preparing.request import HOW, request_of
+from crysforge.datapipe.preparing.work import origin
+from crysforge.trainer.runs.model_directory import open_model
+from crysforge.trainer.serving.config import PredictConfig
+from crysforge.trainer.serving.ensemble import ENSEMBLE
 
 REQUEST = {"request": Name, "sha256": Hash, "written": Count, "dropped": Count}
 """What is kept."""
+
+
+def request_for(config: PredictConfig) -> str:
+    """Identifies the predictions that are asked for, by settings, model and input."""
+    root = Path(config.checkpoint)
+    ensemble = (root / ENSEMBLE).is_file()
+    members = sorted(p for p in root.iterdir() if p.is_dir()) if ensemble else [root]
+    weights = [sha256(open_model(member).file) for member in members]
+    facts = [weights, origin(config.input, config.format)]
+    return request_of(config, facts, (*HOW, "checkpoint", "device", "max_atoms"))
 
 
 def request_path(output: Path) -> Path:

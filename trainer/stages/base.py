@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from crysforge.datapipe.common.config import configure
+from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.graphs.transforms import Transform
 from crysforge.datapipe.schema import CrystalBatch
@@ -73,6 +74,26 @@ class StageConfig:
             raise ValueError(f"pct_start must be in [0, 1], got {self.pct_start}")
 
 
+KEPT, METRICS = ("last", "best"), ("loss", "robust")
+
+
+@dataclass(kw_only=True)
+class PretrainingConfig(StageConfig):
+    """Settings of a stage that learns without labels, and hands its encoder on."""
+
+    keep_weights: str = "last"
+    """Which weights are handed on: the `last`, or the `best` by validation (the released codes)."""
+    best_metric: str = "loss"
+    """What the best are best by: the validation `loss`, or `robust`, which latents that shrink do
+    not lower. They differ where latents are predicted (stage `joint`)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("keep_weights", KEPT), ("best_metric", METRICS)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"unknown {name} {value!r}: {nearest(value, known)}")
+
+
 class Saved(Protocol):
     """A stage as it was saved (`Exported` in runs/model_directory.py): what rebuilds it, and what
     the next stage may take from it."""
@@ -123,6 +144,8 @@ class Stage(nn.Module):
     """Whether it is a finetuning: built from labels and their statistics by launch/finetune.py."""
     min_atoms: ClassVar[int] = 1
     """Smaller crystals are left out of this stage's stream."""
+    robust: ClassVar[str] = "loss"
+    """Validation average, or what is `derived` of some, that latents that shrink do not lower."""
 
     encoder: Encoder
     """The part that every next stage starts from, and that is finetuned."""
@@ -145,6 +168,17 @@ class Stage(nn.Module):
         all ranks take part in every collective; the loop sets its totals and counts to zero. A
         stage that gathers crystals of other ranks itself must leave out those of dummy batches.
         """
+
+    @property
+    def monitor(self) -> str | None:
+        """Validation average whose least value's weights are kept; None keeps the last ones."""
+        if getattr(self.config, "keep_weights", "last") == "last":
+            return None
+        return self.robust if self.config.best_metric == "robust" else "loss"
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """What follows from averaged terms, by name; shown beside them in validation."""
+        return {}
 
     def warnings(self, means: Mapping[str, float]) -> list[str]:
         """Sentences for the log if these averaged metrics are a sign of trouble."""

@@ -17,11 +17,11 @@ from crysforge.models.objectives.diffusion import (
     wrapped_score,
     wrapped_sigma,
 )
-from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
+from crysforge.trainer.stages.base import STAGES, PretrainingConfig, Stage, Term
 
 
 @dataclass(kw_only=True)
-class CrysDiffConfig(StageConfig):
+class CrysDiffConfig(PretrainingConfig):
     """Settings of CrysDiff; schedules are DiffCSP's."""
 
     timesteps: int = 1000

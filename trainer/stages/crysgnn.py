@@ -16,7 +16,7 @@ from crysforge.models.layers.basic import WideLinear
 from crysforge.models.objectives.connectivity import ConnectivityDecoder
 from crysforge.models.objectives.contrastive import nt_xent
 from crysforge.models.ops.segments import mean_readout
-from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
+from crysforge.trainer.stages.base import STAGES, PretrainingConfig, Stage, Term
 
 SPACE_GROUPS = 230
 LAST_OF_SYSTEM = (2, 15, 74, 142, 167, 194)
@@ -24,7 +24,7 @@ LAST_OF_SYSTEM = (2, 15, 74, 142, 167, 194)
 
 
 @dataclass(kw_only=True)
-class CrysGNNConfig(StageConfig):
+class CrysGNNConfig(PretrainingConfig):
     """Settings of CrysGNN; the defaults are the released code's, with the schedule of the unified
     comparison (the code's learning rate is 0.03)."""
 

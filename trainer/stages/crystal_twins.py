@@ -27,7 +27,7 @@ from crysforge.models.objectives.contrastive import (
     negative_cosine,
 )
 from crysforge.models.ops.segments import mean_readout
-from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
+from crysforge.trainer.stages.base import STAGES, PretrainingConfig, Stage, Term
 from crysforge.trainer.stages.vae import check_mask_ratio
 
 VARIANTS = ("barlow", "simsiam")
@@ -36,7 +36,7 @@ SPREAD_WARNING = 0.05
 
 
 @dataclass(kw_only=True)
-class CrystalTwinsConfig(StageConfig):
+class CrystalTwinsConfig(PretrainingConfig):
     """Settings of Crystal Twins; the defaults are the paper's, with the schedule of the unified
     comparison. Barlow needs batches as large as the encoder is wide."""
 

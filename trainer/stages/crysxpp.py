@@ -12,11 +12,11 @@ from crysforge.datapipe.graphs.transforms import Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.objectives.connectivity import ConnectivityDecoder
-from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
+from crysforge.trainer.stages.base import STAGES, PretrainingConfig, Stage, Term
 
 
 @dataclass(kw_only=True)
-class CrysXPPConfig(StageConfig):
+class CrysXPPConfig(PretrainingConfig):
     """Settings of CrysXPP; the defaults are the released code's, with the schedule of the unified
     comparison."""
 

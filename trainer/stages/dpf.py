@@ -7,36 +7,43 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from crysforge.datapipe.graphs.transforms import (
-    Chain,
-    MaskAtoms,
+from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.graphs.noise import (
+    NoiseFractions,
     NoiseLattice,
+    NoiseLatticeEntries,
     NoisePositions,
-    Step,
-    Transform,
 )
+from crysforge.datapipe.graphs.transforms import Chain, MaskAtoms, Once, Step, Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.layers.basic import WideLinear
 from crysforge.models.objectives.vae import Reconstruct, ReconstructionHeads
-from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
+from crysforge.trainer.stages.base import STAGES, PretrainingConfig, Stage, Term
 from crysforge.trainer.stages.vae import check_mask_ratio
 
 POSITION_TARGETS = ("coordinates", "displacement")
+NOISES = ("paper", "released")
 
 
 @dataclass(kw_only=True)
-class DPFConfig(StageConfig):
+class DPFConfig(PretrainingConfig):
     """Settings of denoising pretraining. Each corruption that is not 0 is applied and has its loss;
     the paper studies them one at a time, the default is all of them together."""
 
+    noise: str = "paper"
+    """`paper`: normal noise on Cartesian coordinates and on the six lattice constants, drawn anew
+    in every epoch, as masks are. `released`, as in the published code: uniform noise in [0, α) on
+    fractional coordinates and in [0, β) on the nine lattice entries; noise and masks are drawn once
+    for each crystal."""
     mask_ratio: float = 0.3
     """γ, share of the atoms whose element is hidden; studied: 0.3, 0.5, 0.7."""
     position_noise: float = 0.1
-    """α, standard deviation in Å of the noise on Cartesian coordinates; studied: 0.1, 0.3, 0.5."""
+    """α, size of the noise on coordinates: standard deviation in Å (`paper`), or largest share of
+    each lattice vector (`released`); studied: 0.1, 0.3, 0.5."""
     lattice_noise: float = 0.1
-    """β, standard deviation of the noise on the lattice constants, in Å and degrees alike; studied:
-    0.1, 0.3, 0.5."""
+    """β, size of the noise on the lattice: standard deviation in Å and degrees alike (`paper`), or
+    largest noise in Å (`released`); studied: 0.1, 0.3, 0.5."""
     position_target: str = "coordinates"
     """What is predicted of moved atoms: `coordinates`, the clean fractional ones as in the released
     code of this family (an invariant encoder cannot know where the origin is, so a good part of
@@ -45,6 +52,8 @@ class DPFConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mask_ratio(self.mask_ratio)
+        if self.noise not in NOISES:
+            raise ValueError(f"unknown noise {self.noise!r}: {nearest(self.noise, NOISES)}")
         for name in ("position_noise", "lattice_noise"):
             if not 0 <= getattr(self, name) <= 5:
                 raise ValueError(f"{name} must be in [0, 5], got {getattr(self, name)}")
@@ -91,13 +100,17 @@ class DPFStage(Stage):
 
     def transform(self) -> Transform:
         config, steps = self.config, list[Step]()
+        released = config.noise == "released"
         if config.mask_ratio > 0:
             steps.append(MaskAtoms(config.mask_ratio))
         if config.lattice_noise > 0:
-            steps.append(NoiseLattice(config.lattice_noise))
+            lattice = NoiseLatticeEntries if released else NoiseLattice
+            steps.append(lattice(config.lattice_noise))
         if config.position_noise > 0:
-            steps.append(NoisePositions(config.position_noise))
-        return Chain(tuple(steps))
+            positions = NoiseFractions if released else NoisePositions
+            steps.append(positions(config.position_noise))
+        chain = Chain(tuple(steps))
+        return Once(chain) if released else chain
 
     def forward(self, batch: CrystalBatch) -> dict[str, Term]:
         h = self.encoder(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,8 +15,16 @@ from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.denoisers.dit import DiT, DiTConfig
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.objectives.flow import flow_losses
-from crysforge.models.objectives.vae import Reconstruct, ReconstructionHeads
-from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
+from crysforge.models.objectives.vae import (
+    DecoderConfig,
+    Posterior,
+    Reconstruct,
+    ReconstructionHeads,
+    posterior_noise,
+)
+from crysforge.models.ops.segments import crystal_mean
+from crysforge.trainer.base.tensors import load_into
+from crysforge.trainer.stages.base import STAGES, PretrainingConfig, Saved, Stage, Term
 from crysforge.trainer.stages.vae import check_mask_ratio
 
 TIME_BINS = 5
@@ -24,8 +33,10 @@ COLLAPSE = 0.1
 
 
 @dataclass(kw_only=True)
-class JointConfig(StageConfig):
-    """Settings of stage 2; the defaults are the released code's."""
+class JointConfig(PretrainingConfig):
+    """Settings of stage 2. The defaults are the released code's, but that it does not clip
+    gradients, centres the noise over padding too, and hands on the weights of the least validation
+    loss (configs/pretrain/crysldnet.yaml has its choices, docs/fidelity.md all differences)."""
 
     lr: float = 1e-4
     dit: DiTConfig = field(default_factory=DiTConfig)
@@ -36,8 +47,17 @@ class JointConfig(StageConfig):
     reconstruct: Reconstruct = field(
         default_factory=lambda: Reconstruct(atoms=0.0, coords=0.0, lattice=0.0)
     )
-    """Weights of reconstruction losses kept in this stage, decoded from the flow's latents. All 0
-    as published; the paper's Table 10 tries them."""
+    """Weights of reconstruction losses kept in this stage. All 0 as published; the paper's Table 10
+    tries them."""
+    retain_decoder: bool = False
+    """Whether they go through the bottleneck and the heads of stage 1, which are taken with their
+    weights and trained on (with `kl_weight`, in the place of new heads on the flow's latents)."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """Heads and errors of the reconstruction; those of stage 1 where they are retained."""
+    latent_dim: int | None = None
+    """Width of a retained bottleneck, as in stage 1; None is the encoder's."""
+    kl_weight: float = 1e-5
+    """Weight of a retained bottleneck's divergence."""
     mask_ratio: float = 0.0
     """Share of the atoms whose element is hidden. 0 as published; then the element loss, where it
     is kept, counts all atoms."""
@@ -45,6 +65,8 @@ class JointConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mask_ratio(self.mask_ratio)
+        if self.retain_decoder and not self.reconstruct.active():
+            raise ValueError("joint.retain_decoder=true needs a positive weight in reconstruct")
 
 
 @STAGES.register("joint")
@@ -56,11 +78,15 @@ class JointStage(Stage):
     shrink, and must not select checkpoints; `latent_variance` is watched instead.
 
     Terms: `flow`, `flow_t/0.0-0.2` … `flow_t/0.8-1.0` (the same by time), `latent_variance` (mean
-    over channels of the variance over the atoms of a batch), and kept reconstruction losses.
+    over channels of the variance over the atoms of a batch), `variance_within` (the same within
+    each crystal: what is left of it when all atoms of a crystal are alike), and kept reconstruction
+    losses. In validation also `robust_loss`, in which the flow's loss counts as a share of the
+    variance within crystals: it does not fall when latents shrink or atoms become alike.
     """
 
     Config = JointConfig
     name = "joint"
+    robust = "robust_loss"
     min_atoms = 2  # a single atom has no noise left after centring, hence nothing to denoise
 
     first_variance: Tensor
@@ -70,28 +96,68 @@ class JointStage(Stage):
         self.config = config
         self.encoder = encoder
         self.denoiser = DiT(config.dit, encoder.dim)
+        retained = config.retain_decoder
+        latent = (config.latent_dim or encoder.dim) if retained else encoder.dim
+        self.posterior = Posterior(encoder.dim, latent) if retained else None
         self.heads = ReconstructionHeads(
-            encoder.dim, config.reconstruct, masked_only=config.mask_ratio > 0
+            latent, config.reconstruct, config.mask_ratio > 0, config.decoder
         )
         self.weights = {"flow": 1.0, **config.reconstruct.active()}
+        if retained:
+            self.weights["kl"] = config.kl_weight
         self.register_buffer("first_variance", torch.zeros(()))  # 0: not seen yet
 
     def transform(self) -> Transform | None:
         return MaskAtoms(self.config.mask_ratio) if self.config.mask_ratio > 0 else None
 
     def forward(self, batch: CrystalBatch) -> dict[str, Term]:
-        z1 = self.encoder(batch).float()
+        z1 = z = self.encoder(batch).float()
         if self.config.latent_norm:
             z1 = F.layer_norm(z1, z1.shape[1:])
         at = batch.batch, batch.ptr, batch.atoms_per_crystal or None
         losses, t = flow_losses(self.denoiser, z1, batch.rng_key, *at)
-        terms = {name: Term(*pair) for name, pair in self.heads(z1, batch).items()}
         return {
             "flow": Term(losses.sum(), losses.new_full((), len(losses))),
-            **terms,
+            **self._decoded(z if self.posterior is not None else z1, batch),
             **_by_time(losses.detach(), t),
             "latent_variance": _variance(z1.detach()),
+            "variance_within": _variance_within(z1.detach(), batch),
         }
+
+    def _decoded(self, z: Tensor, batch: CrystalBatch) -> dict[str, Term]:
+        """Kept reconstruction losses from the latents, or from the encoder's output."""
+        terms = {}
+        if self.posterior is not None:
+            latents = self.posterior(z)
+            z, kl = latents.sample(posterior_noise(batch, latents.mean.shape[1])), latents.kl()
+            terms["kl"] = Term(kl.sum(), kl.new_full((), len(kl)))
+        return terms | {name: Term(*pair) for name, pair in self.heads(z, batch).items()}
+
+    def take(self, before: Saved) -> None:
+        """The bottleneck and the heads of stage 1, where they are retained.
+
+        Raises:
+            ValueError: the stage before has none, or others.
+        """
+        if self.posterior is None:
+            return
+        if before.stage != "vae":
+            raise ValueError(
+                "joint.retain_decoder=true takes the decoder of stage vae, and "
+                f"{before.file.parent} is a stage {before.stage}"
+            )
+        own = self.config.reconstruct.active()
+        heads = before.weights("heads.heads.")
+        kept = {name: tensor for name, tensor in heads.items() if name.split(".")[0] in own}
+        load_into(self.heads.heads, kept, str(before.file))
+        load_into(self.posterior, before.weights("posterior."), str(before.file))
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        flow, within = means.get("flow"), means.get("variance_within")
+        if flow is None or within is None:
+            return {}
+        share = flow / within if within > 0 else math.inf
+        return {self.robust: means["loss"] - flow + share}
 
     def warnings(self, means: Mapping[str, float]) -> list[str]:
         variance = means.get("latent_variance")
@@ -118,6 +184,13 @@ def _by_time(losses: Tensor, t: Tensor) -> dict[str, Term]:
         f"flow_t/{i / TIME_BINS:.1f}-{(i + 1) / TIME_BINS:.1f}": Term(sums[i], counts[i])
         for i in range(TIME_BINS)
     }
+
+
+def _variance_within(latents: Tensor, batch: CrystalBatch) -> Term:
+    """Mean over atoms and channels of the squared distance from the mean of the atom's crystal."""
+    away = latents - crystal_mean(latents, batch.ptr)[batch.batch]
+    squares = away.square().mean(dim=1)
+    return Term(squares.sum(), squares.new_full((), len(squares)))
 
 
 def _variance(latents: Tensor) -> Term:

@@ -4,35 +4,47 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from crysforge.datapipe.graphs.transforms import MaskAtoms, Transform
+from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.graphs.transforms import MaskAtoms, Once, Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.objectives.vae import (
+    DecoderConfig,
     Posterior,
     Reconstruct,
     ReconstructionHeads,
     posterior_noise,
 )
-from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
+from crysforge.trainer.stages.base import STAGES, PretrainingConfig, Stage, Term
+
+MASKS = ("fresh", "fixed")
 
 
 @dataclass(kw_only=True)
-class VAEConfig(StageConfig):
-    """Settings of stage 1; the defaults are the released code's."""
+class VAEConfig(PretrainingConfig):
+    """Settings of stage 1. The defaults are the released code's, but that masks are drawn anew in
+    every epoch and the last weights are handed on (configs/pretrain/crysldnet.yaml has its choices,
+    docs/fidelity.md all differences)."""
 
     mask_ratio: float = 0.3
     """Share of the atoms whose element is hidden; the element loss counts these. 0 hides none and
     counts all."""
+    masks: str = "fresh"
+    """`fresh` masks in every epoch, or `fixed`: drawn once for each crystal (the released code)."""
     kl_weight: float = 1e-5
     """Weight of the divergence, summed over channels, averaged over atoms."""
     reconstruct: Reconstruct = field(default_factory=Reconstruct)
     """Weights of the reconstruction losses."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """Heads and errors of the reconstruction."""
     latent_dim: int | None = None
     """Width of the latents; None is the encoder's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mask_ratio(self.mask_ratio)
+        if self.masks not in MASKS:
+            raise ValueError(f"unknown masks {self.masks!r}: {nearest(self.masks, MASKS)}")
         if not self.kl_weight >= 0:
             raise ValueError(f"kl_weight must not be negative, got {self.kl_weight}")
         if self.latent_dim is not None and self.latent_dim < 1:
@@ -66,12 +78,15 @@ class VAEStage(Stage):
         self.latent_dim = config.latent_dim or encoder.dim
         self.posterior = Posterior(encoder.dim, self.latent_dim)
         self.heads = ReconstructionHeads(
-            self.latent_dim, config.reconstruct, masked_only=config.mask_ratio > 0
+            self.latent_dim, config.reconstruct, config.mask_ratio > 0, config.decoder
         )
         self.weights = {**config.reconstruct.active(), "kl": config.kl_weight}
 
     def transform(self) -> Transform | None:
-        return MaskAtoms(self.config.mask_ratio) if self.config.mask_ratio > 0 else None
+        if not self.config.mask_ratio > 0:
+            return None
+        masks = MaskAtoms(self.config.mask_ratio)
+        return Once(masks) if self.config.masks == "fixed" else masks
 
     def forward(self, batch: CrystalBatch) -> dict[str, Term]:
         latents = self.posterior(self.encoder(batch))

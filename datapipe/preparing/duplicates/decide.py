@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -87,7 +86,7 @@ class Decide:
                 if here:
                     found.undecided.append(_undecided(number, crystal.id, error))
             else:
-                here = zlib.crc32(repr(reduced.counts).encode()) % task.parts == task.part
+                here = task.is_here(reduced.counts)
             yield _Entry(item, crystal, reduced if here else None, here)
 
     def _find(

@@ -82,7 +82,7 @@ def runtime(settings: dict[str, str], *command: str) -> dict[str, str]:
 
 
 def test_the_runtime_heeds_what_is_chosen():
-    told = runtime({}, "launch/export.py", "--help")
+    told = runtime({}, "launch/pretrain.py", "--help")
     assert told[COUNT] == str(threads.share_of({}).threads)
     assert told[WAITING] == "PASSIVE"
 

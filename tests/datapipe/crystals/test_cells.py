@@ -101,6 +101,13 @@ def test_the_basis_is_niggli_s():
         np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-6)
 
 
+def test_a_slanting_cell_is_straightened():
+    basis = np.array([[1, 0, 0], [10_000, 1, 0], [-75_000, 17_500, 1]])
+    one = Crystal.create("x", [6], [[0, 0, 0]], 4 * np.eye(3))
+    slanting = Crystal("x", one.numbers, one.frac_coords, basis @ one.lattice)
+    np.testing.assert_allclose(PRIMITIVE(slanting).lattice, one.lattice, atol=1e-6)
+
+
 @pytest.mark.parametrize("material", ["rocksalt", "wurtzite", "ThCr2Si2 type", "pseudo-cubic"])
 def test_the_last_digit_of_a_file_does_not_choose_the_basis(material):
     rng = np.random.default_rng(0)

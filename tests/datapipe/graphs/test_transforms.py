@@ -20,13 +20,18 @@ from crysforge.datapipe.crystals.lattice import (
 from crysforge.datapipe.crystals.symmetry import space_group
 from crysforge.datapipe.graphs.edge_transforms import CountPairEdges, DropEdges, drop_edges
 from crysforge.datapipe.graphs.neighbours import neighbours
+from crysforge.datapipe.graphs.noise import (
+    NoiseFractions,
+    NoiseLattice,
+    NoiseLatticeEntries,
+    NoisePositions,
+)
 from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.graphs.transforms import (
     Chain,
     Diffuse,
     MaskAtoms,
-    NoiseLattice,
-    NoisePositions,
+    Once,
     Sample,
     ShiftAtoms,
     SpaceGroup,
@@ -94,6 +99,31 @@ def test_lattice_noise_is_on_the_six_constants():
     noise = np.array([lattice_constants(s.seen.lattice) for s in samples]) - clean
     assert noise.std(axis=0) == pytest.approx([0.1] * 6, rel=0.15)
     assert all(np.array_equal(s.seen.frac_coords, crystal.frac_coords) for s in samples)
+
+
+def test_noise_on_fractions_is_uniform_and_one_sided():
+    crystal = crystal_of(400)
+    seen = NoiseFractions(0.3).on_crystal(Sample.clean(crystal), draw()).seen
+    noise = (seen.frac_coords - crystal.frac_coords) % 1
+    assert noise.min() >= 0 and noise.max() < 0.3 + 1e-6
+    assert np.quantile(noise, [0.25, 0.75]) == pytest.approx([0.075, 0.225], abs=0.02)
+    assert np.array_equal(seen.lattice, crystal.lattice)
+
+
+def test_noise_on_entries_adds_to_each_of_the_nine():
+    """Up to a rotation, by which the cell comes back to standard orientation."""
+    crystal = crystal_of(30)
+    for i in range(20):
+        rng, same = draw(i), draw(i)
+        seen = NoiseLatticeEntries(0.3).on_crystal(Sample.clean(crystal), rng).seen
+        noisy = crystal.lattice + same.uniform(0, 0.3, (3, 3))
+        np.testing.assert_allclose(seen.lattice @ seen.lattice.T, noisy @ noisy.T)
+        assert not np.triu(seen.lattice, 1).any() and np.linalg.det(seen.lattice) > 0
+        assert np.array_equal(seen.frac_coords, crystal.frac_coords)
+    flat = replace(crystal, lattice=np.diag([5.0, 5.0, 1e-9]))
+    for i in range(50):
+        lattice = NoiseLatticeEntries(0.3).on_crystal(Sample.clean(flat), draw(i)).seen.lattice
+        assert np.isfinite(lattice).all() and np.linalg.det(lattice) > 0
 
 
 def test_cells_that_are_none_are_drawn_again():
@@ -291,10 +321,35 @@ def dataset(tmp_path_factory):
     return Dataset.open(root)
 
 
-def batches(dataset, transform, count=3, **settings):
+def batches(dataset, transform, count=3, seed=0, **settings):
     config = LoaderConfig(**{"workers": 0, **settings})
-    source = Stream(dataset, "train", SPECS["quotient"], config, batch_size=4, transform=transform)
+    source = Stream(
+        dataset, "train", SPECS["quotient"], config, batch_size=4, transform=transform, seed=seed
+    )
     return list(itertools.islice(source, count)), source
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_drawn_once_is_the_same_in_every_epoch(dataset, workers):
+    def seen(transform, seed=0):
+        """By epoch: mask and coordinates of every crystal, by id."""
+        shown = [{}, {}, {}]
+        for i, batch in enumerate(batches(dataset, transform, 9, seed, workers=workers)[0]):
+            for id, start, end in zip(batch.ids, batch.ptr, batch.ptr[1:], strict=False):
+                rows = batch.masked[start:end], batch.seen_frac_coords[start:end]
+                shown[i // 3][id] = torch.cat([rows[0][:, None].double(), rows[1]], dim=1)
+        return shown
+
+    def alike(first, second):
+        assert first.keys() == second.keys()
+        return sum(torch.equal(first[id], second[id]) for id in first) / len(first)
+
+    step = Chain((MaskAtoms(0.5), NoiseFractions(0.3)))
+    first, second, third = seen(Once(step))
+    assert alike(first, second) == alike(first, third) == 1
+    first, second, _ = seen(step)
+    assert alike(first, second) < 0.2
+    assert alike(seen(Once(step), seed=1)[0], seen(Once(step))[0]) == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])

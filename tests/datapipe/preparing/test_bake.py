@@ -20,10 +20,12 @@ from crysforge.datapipe.graphs.stored import StoredGraphs, graph_key
 from crysforge.datapipe.graphs.transforms import Chain, MaskAtoms, ShiftAtoms, TwoViews
 from crysforge.datapipe.loading.config import LoaderConfig
 from crysforge.datapipe.loading.stream import Stream
-from crysforge.datapipe.preparing.bake import BakeConfig, bake
-from crysforge.datapipe.preparing.verify import VerifyConfig, verify
+from crysforge.datapipe.preparing.bake import bake
+from crysforge.datapipe.preparing.edit_configs import BakeConfig, VerifyConfig
+from crysforge.datapipe.preparing.verify import verify
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter, Manifest
+from crysforge.trainer.jobs.starting import graph_of
 
 SPECS = {
     "pddformer": GraphSpec(neighbors=6, pdd=9, depth=3),
@@ -300,11 +302,8 @@ def test_bake_by_name_and_by_config(built, tmp_path, monkeypatch, capsys):
     values["provenance"] = {"cell": {"rule": "primitive", "tolerance": 0.01}}
     primitive = shutil.copytree(built, tmp_path / "primitive")
     (primitive / "manifest.json").write_text(json.dumps(values))
-    spec = script.graph_of("pddformer", Manifest.load(primitive))
-    assert (
-        spec.own_images_once
-        and not script.graph_of("pddformer", Manifest.load(built)).own_images_once
-    )
+    spec = graph_of("pddformer", Manifest.load(primitive))
+    assert spec.own_images_once and not graph_of("pddformer", Manifest.load(built)).own_images_once
     assert graph_key(spec) != graph_key(replace(spec, own_images_once=False))
     config.write_text("data: elsewhere\n")
     for encoder, message in ((str(config), "has no section 'encoder'"), ("x", "unknown encoder")):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crysforge.datapipe.crystals.crystal import Crystal
-from crysforge.datapipe.preparing import dedup
 from crysforge.datapipe.preparing.duplicates import matcher as matcher_module
+from crysforge.datapipe.preparing.duplicates import search as dedup
 from crysforge.datapipe.preparing.duplicates.matcher import Group, Matcher, Reduced
 from crysforge.datapipe.preparing.write import summary
 from crysforge.datapipe.storage.dataset import Dataset

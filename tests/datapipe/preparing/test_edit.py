@@ -13,11 +13,17 @@ import safetensors.numpy as safetensors
 
 from crysforge.datapipe.crystals.filters import Filters
 from crysforge.datapipe.preparing.edit import merge, reshard, subset
-from crysforge.datapipe.preparing.edit_configs import MergeConfig, ReshardConfig, SubsetConfig
-from crysforge.datapipe.preparing.inspect import InspectConfig, describe, statistics
-from crysforge.datapipe.preparing.verify import VerifyConfig, verify
+from crysforge.datapipe.preparing.edit_configs import (
+    InspectConfig,
+    MergeConfig,
+    ReshardConfig,
+    SubsetConfig,
+    VerifyConfig,
+)
+from crysforge.datapipe.preparing.inspect import describe, statistics
+from crysforge.datapipe.preparing.verify import verify
 from crysforge.datapipe.storage.dataset import SPLITS, Dataset, DatasetWriter, Manifest
-from crysforge.trainer.base.command_line import run
+from crysforge.trainer.base.script import run
 
 SPLIT = ("train", "train", "train", "val", "test")
 COUNT = 40

@@ -76,7 +76,7 @@ def test_used_output_is_refused_and_untouched(tmp_path, source):
     prepare(config(input=source, output=str(out)))
     before = contents(out)
     with pytest.raises(ValueError, match="out already holds a data set"):
-        prepare(config(input=source, output=str(out)))
+        prepare(config(input=source, output=str(out), shard_size=3))
     assert contents(out) == before and leftovers(tmp_path) == ["all.csv", "out"]
 
 
@@ -198,12 +198,12 @@ import os, runpy, signal, sys
 from crysforge.datapipe.storage.writer import DatasetWriter
 script, left, *arguments = sys.argv[1:]
 add, left = DatasetWriter.add, int(left)
-def deadly(*args):
+def deadly(*args, **options):
     global left
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
     left -= 1
-    return add(*args)
+    return add(*args, **options)
 DatasetWriter.add, sys.argv = deadly, [script, *arguments]
 runpy.run_path(script, run_name="__main__")
 """

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crysforge.datapipe.preparing.splits import (
+from crysforge.datapipe.preparing.splitting.splits import (
     NONE,
     by_count,
     by_fold,
@@ -152,7 +152,7 @@ def test_rule_follows_from_what_is_given(settings, asked, default, rule):
 @pytest.mark.parametrize(
     ("settings", "asked", "words"),
     [
-        ({"n_val": 3, "split_ids": "x"}, None, "goes by ratio, not by n_val, split_ids"),
+        ({"n_val": 3, "split_ids": "x"}, None, "goes by ratio, stratify, not by n_val, split_ids"),
         ({"ratio": [1, 0]}, "published-123", "not by ratio"),
         ({}, "keep", "split=keep needs an input with splits: a prepared data set"),
         ({}, "ids", "split=ids needs split_ids"),

@@ -427,3 +427,25 @@ def test_labels_change_what_identifies_a_set(tmp_path):
     assert names == [("cifs", "folder"), ("l.csv", "labels")]
     assert np.isfinite([c.targets["gap"] for c in read(out) if isinstance(c, Crystal)]).all()
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
+
+
+def test_a_workbook_of_labels_beside_a_folder_says_what_to_do(tmp_path):
+    folder = put(tmp_path / "set")
+    (folder / "labels.xlsx").write_bytes(b"PK\x03\x04")
+    with pytest.raises(
+        ValueError, match=r"if labels.xlsx has it, save its table as CSV .* labels="
+    ):
+        prepare(config(input=str(folder), output=str(tmp_path / "out"), targets=["gap"]))
+
+
+def test_folders_of_splits_are_told_of(tmp_path):
+    for split in ("train", "val", "test"):
+        put(tmp_path / "set" / split, split + "{}.cif", count=3)
+    manifest = prepare(
+        config(input=str(tmp_path / "set"), output=str(tmp_path / "out"), targets=[])
+    )
+    (note,) = manifest.provenance["notes"]
+    assert "read as one set" in note and f"test={tmp_path / 'set' / 'test'}" in note
+    given = dict(part.split("=") for part in note.split(" give ")[1].split())
+    one = prepare(config(input="", output=str(tmp_path / "split"), targets=[], **given))
+    assert set(one.splits.values()) == {3}

@@ -221,7 +221,7 @@ def supervised(tmp_path):
     """A process that runs a cell which does not heed SIGINT and is told by SIGTERM to save."""
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from crysforge.trainer.base.command_line import run\n"
+        "from crysforge.trainer.base.script import run\n"
         "from tests.launch.cluster.test_submit_local import local\n"
         "run(lambda: local(Path(sys.argv[1]), {'a': ['wait']}))"
     )

@@ -17,6 +17,9 @@ from crysforge.launch.cluster.config import SubmitConfig
 from crysforge.launch.cluster.jobs import groups, settings_of, waves
 from crysforge.launch.cluster.status import statuses
 from crysforge.launch.cluster.suite import Suite
+from crysforge.launch.evaluate import find
+from crysforge.trainer.evaluation.compare import arms_of, compare
+from crysforge.trainer.evaluation.results import gather
 
 SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))
 
@@ -110,6 +113,58 @@ def test_a_setting_changes_no_more_than_it_names(file, tmp_path):
     assert found["pretrain"]["vae"] == {"lr": 0.006, "max_steps": 2, "epochs": 1}
 
 
+def test_an_override_that_is_a_mapping_takes_the_place_of_what_it_names(file):
+    """So no run is started that nobody asked for; single settings still change no more than
+    themselves."""
+    two = {"energy": {"data": "a", "target": "e"}, "other": {"data": "b", "target": "e"}}
+    path = file(factors={**TINY["factors"], "task": two})
+
+    def tasks(*overrides):
+        suite = Suite([path], list(overrides))
+        return {c.values["task"] for c in suite.cells if c.job == "finetune"}, suite
+
+    assert tasks()[0] == {"energy", "other"}
+    assert tasks("factors.task={mine: {data: b, target: e}}")[0] == {"mine"}
+    both = ["factors.task={mine: {data: b, target: e}}", "factors.task.more={data: a, target: e}"]
+    assert tasks(*both)[0] == {"mine", "more"}
+    assert tasks("factors.task.more.data=a", "factors.task.more.target=e")[0] == {
+        "energy", "other", "more",
+    }  # fmt: skip
+    _, suite = tasks("settings={}", "settings.finetune.max_steps=9")
+    assert {tuple(c.config["finetune"].items()) for c in suite.cells if c.job == "finetune"} == {
+        (("max_steps", 9),)
+    }
+    _, suite = tasks("factors.seed=[4]", "factors.task={mine: {data: b, target: e}}")
+    assert [c.values["seed"] for c in suite.cells if c.job == "finetune"] == [4] * 4
+
+
+def test_the_plan_names_every_run_and_what_it_costs(file, monkeypatch, capsys):
+    def plan(*argv):
+        monkeypatch.setattr("sys.argv", ["submit.py", f"suite={path}", "cluster=local", *argv])
+        submit.main()
+        return capsys.readouterr().out
+
+    encoder = {"paper": {"encoder.name": "cgcnn"}}
+    settings = {"finetune.epochs": 600, "label_count": 3}
+    runs = {"made": {**TINY["runs"]["made"], "settings": {"stages": ["vae"], "vae.epochs": 10}}}
+    path = file(runs=runs, settings=settings, factors={**TINY["factors"], "encoder": encoder})
+    said = plan("--dry-run", "hardware=cpu")
+    names = {cell.name for cell in Suite([path], []).cells}
+    assert len(names) == 5 and all(f"# {name}: " in said for name in names)
+    assert said.count("(vae: 60 crystals") == 1  # 10 epochs of 6
+    assert said.count("(finetune: 1,800 crystals") == 4
+    hours = 4 * 1800 / (3766 * 9.2 / 2) / 3600  # cells of two atoms
+    assert f"finetune: 7,200 crystals in all, {60 * hours:.1f} device-minutes of cpu" in said
+    said = plan("--dry-run", "hardware=h200", "rates.finetune=2")
+    assert "finetune: 7,200 crystals in all, 1.0 device-hours of h200" in said
+    assert "not measured: crystals/s of vae on h200, or give rates.vae=N" in said
+    assert "\n# pretrain: 60 crystals in all\n" in said
+    said = plan("--dry-run", "settings.finetune.max_steps=5", "settings.finetune.batch_size=2")
+    assert said.count("(finetune: 10 crystals)") == 4
+    (suite,) = [Suite([path], ["hardware=h200"])]
+    assert {c.config["trainer"]["precision"] for c in suite.cells} == {"bf16"}
+
+
 def test_a_run_that_starts_from_a_run_comes_after_it(file):
     runs = {
         **TINY["runs"],
@@ -183,6 +238,36 @@ def test_a_missing_data_set_is_named_with_where_it_comes_from(file, tmp_path):
     assert {c.config["data"] for c in suite.cells} == {str(moved)}
 
 
+def test_some_values_of_a_factor_can_be_chosen(file):
+    suite = Suite([file()], ["only.encoder=[other]", "only.seed=[1]"])
+    assert {(c.values["encoder"], c.values.get("seed", 1)) for c in suite.cells} == {("other", 1)}
+    for chosen, word in (("only.encoder=[othr]", "'othr'"), ("only.seed=[2]", "'2'")):
+        with pytest.raises(ValueError, match=f"only.*{word}"):
+            Suite([file()], [chosen])
+
+
+def test_what_is_the_same_run_is_trained_once(file):
+    """Whatever it is called, and also below runs that start from it."""
+    runs = {
+        **TINY["runs"],
+        "again": {**TINY["runs"]["made"]},
+        "more": {
+            "data": "b",
+            "per": ["encoder"],
+            "settings": {"stages": ["joint"], "init_from": "again", "joint.max_steps": 1},
+        },
+    }
+    pretraining = {name: {"init_from": name} for name in ("made", "again", "more")}
+    factors = {**TINY["factors"], "encoder": ONE_ENCODER, "pretraining": pretraining}
+    suite = Suite([file(runs=runs, factors=factors, baseline="")], [])
+    made = {c.name for c in suite.cells if c.job == "pretrain"}
+    assert made == {"made,encoder=other", "more,encoder=other"}
+    more = next(c for c in suite.cells if c.name == "more,encoder=other")
+    assert more.after == ("made,encoder=other",) and more.config["init_from"].endswith(more.after)
+    after = {(c.values["pretraining"], c.after) for c in suite.cells if c.job == "finetune"}
+    assert {a for p, a in after if p != "more"} == {("made,encoder=other",)}
+
+
 def test_excluded_combinations_are_no_cells(file):
     suite = Suite([file(exclude=[{"pretraining": "ours", "encoder": "other"}])], [])
     assert {c.name for c in suite.cells if c.job == "pretrain"} == {"made,encoder=big"}
@@ -230,6 +315,40 @@ def test_what_waits_for_a_failed_run_is_left_out_and_the_rest_is_run(
     assert sorted(states.values()) == ["finished", "not started", "not started"]
 
 
+def test_a_suite_runs_over_folds_and_seeds_which_are_replicates(file, tmp_path, monkeypatch):
+    """What is pretrained is made anew for each fold, and nothing sees the crystals it is tested
+    on."""
+    with DatasetWriter(tmp_path / "data" / "f", ["e"], folds=2) as writer:
+        for i in range(24):
+            writer.add("train", salt(f"f{i}", i), fold=(i % 2, 2 - i % 2 if i % 8 < 2 else 0))
+        writer.finish({})
+    runs = {"made": {**TINY["runs"]["made"], "data": "f", "per": ["fold"]}}
+    runs["made"]["settings"] |= {"encoder": {"name": "cgcnn", "tiny": True}}
+    factors = {
+        "task": {"energy": {"data": "f", "target": "e"}},
+        "pretraining": TINY["factors"]["pretraining"],
+        "fold": [0, 1],
+        "seed": [3],
+    }
+    settings = {**TINY["settings"], "encoder": {"name": "cgcnn", "tiny": True}}
+    data = {"f": {"source": "made here"}}
+    path = file(data=data, runs=runs, factors=factors, settings=settings)
+    monkeypatch.setattr("sys.argv", ["submit.py", f"suite={path}", "cluster=debug"])
+    submit.main()
+    assert {s.cell for s in statuses(tmp_path / "out") if s.cell.startswith("made")} == {
+        "made,fold=0", "made,fold=1",
+    }  # fmt: skip
+    suite = find(tmp_path / "out")
+    assert suite.folds and suite.factors == ["task", "pretraining", "seed"]
+    results, missing = gather(suite)
+    arms = arms_of(suite, results, missing)
+    assert [len(arm.results) for arm in arms] == [2, 2] and not missing
+    assert set(arms[0].results) == {"fold 0, seed 3", "fold 1, seed 3"}
+    (found,) = compare(suite, arms, resamples=100)
+    assert found.bootstrap.n == 24 and found.test.n == 2  # every crystal is judged once
+    assert np.isnan(found.test.p_wilcoxon)
+
+
 @pytest.mark.parametrize("path", SUITES, ids=lambda p: p.stem)
 def test_the_suites_here_are_sound_but_for_their_data(path, tmp_path):
     settings = [f"output={tmp_path}", f"data_dir={tmp_path}"]
@@ -242,7 +361,12 @@ def test_the_suites_here_are_sound_but_for_their_data(path, tmp_path):
     suite = Suite([str(path)], settings)
     assert suite.config.title and suite.config.baseline
     assert set(suite.config.data) == set(missing), "a data set that no cell needs"
-    replicates = {c.values.get("seed", c.values.get("fold")) for c in suite.cells if c.after}
+    tuned = [c for c in suite.cells if c.job == "finetune"]
+    replicates = {
+        c.values.get("seed", c.values.get("fold"))
+        for c in tuned
+        if "seed" in c.values or "fold" in c.values
+    }
     assert len(replicates) >= 3
 
 

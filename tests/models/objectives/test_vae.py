@@ -12,6 +12,7 @@ from crysforge.datapipe.graphs.transforms import Sample
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.models.objectives.vae import (
     LOGVAR_RANGE,
+    DecoderConfig,
     Gaussian,
     Posterior,
     Reconstruct,
@@ -99,6 +100,24 @@ def test_heads_are_the_written_losses():
         total = total - (heads.heads["lattice"](pooled).view(3, 3) - batch.lattice[b]).abs().sum()
     assert count == 9 * batch.num_crystals
     assert total.abs() < 1e-3
+
+
+def test_the_papers_decoder_squares_errors_behind_two_layers():
+    batch, z = build(samples(), SPEC), randn(10, 4)
+    kinds = {"coords": ("l1", "mse"), "lattice": ("mse", "l1")}
+    for i in range(2):
+        errors = {f"{name}_loss": kind[i] for name, kind in kinds.items()}
+        decoder = DecoderConfig(heads="mlp", **errors)
+        heads = ReconstructionHeads(4, Reconstruct(), masked_only=True, decoder=decoder)
+        for head in heads.heads.values():
+            assert not torch.allclose(head(2 * z) - head(0 * z), 2 * (head(z) - head(0 * z)))
+        mean = torch.stack([p.mean(0) for p in z.split(batch.atoms_per_crystal)])
+        guesses = {"coords": heads.heads["coords"](z), "lattice": heads.heads["lattice"](mean)}
+        truths = {"coords": batch.frac_coords, "lattice": batch.lattice.flatten(1)}
+        for name, (total, count) in heads(z, batch).items():
+            if name in kinds:
+                error = F.l1_loss if kinds[name][i] == "l1" else F.mse_loss
+                torch.testing.assert_close(total / count, error(guesses[name], truths[name]))
 
 
 def test_only_masked_atoms_count():

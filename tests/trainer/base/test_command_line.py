@@ -19,14 +19,9 @@ from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.files import sha256
 from crysforge.datapipe.storage.remote import is_below
 from crysforge.launch.predict import PredictConfig
-from crysforge.trainer.base.command_line import (
-    from_sources,
-    parse,
-    read_yaml,
-    run,
-    to_yaml,
-)
+from crysforge.trainer.base.command_line import from_sources, parse, read_yaml, to_yaml
 from crysforge.trainer.base.help import docstrings, help_text
+from crysforge.trainer.base.script import run
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -15,17 +15,16 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crysforge.datapipe.common.config import configure
-from crysforge.datapipe.preparing.bake import BakeConfig
 from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.preparing.edit import MergeConfig, ReshardConfig, SubsetConfig
-from crysforge.datapipe.preparing.inspect import InspectConfig
+from crysforge.datapipe.preparing.edit_configs import BakeConfig, InspectConfig
 from crysforge.datapipe.storage.dataset import Manifest
 from crysforge.launch.cluster.config import SubmitConfig
-from crysforge.launch.predict import PredictConfig
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.reports.config import EvaluateConfig
 from crysforge.trainer.runs.board import Board
+from crysforge.trainer.serving.config import PredictConfig
 from crysforge.trainer.stages.base import STAGES
 from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
 from tests.launching import FINETUNE, PRETRAIN

@@ -59,6 +59,20 @@ def test_paired_test_is_scipys_and_turns_around(values):
     assert math.isnan(there.p_wilcoxon)  # five signs say too little
 
 
+def test_folds_that_share_training_crystals_are_told_apart_too_often_without_correction():
+    """Five folds of no real difference, correlated as their test and training sets make them."""
+    rng, shared = np.random.default_rng(0), 1 / 5
+    common, own = rng.normal(size=(4000, 1)), rng.normal(size=(4000, 5))
+    draws = shared**0.5 * common + (1 - shared) ** 0.5 * own
+    plain = [paired_test(x, np.zeros(5)).p < 0.05 for x in draws]
+    corrected = [paired_test(x, np.zeros(5), overlap=1 / 4) for x in draws]
+    assert np.mean(plain) > 0.1
+    assert np.mean([test.p < 0.05 for test in corrected]) == pytest.approx(0.05, abs=0.012)
+    inside = [test.low <= 0 <= test.high for test in corrected]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.012)
+    assert math.isnan(paired_test(np.arange(9.0), np.zeros(9), overlap=0.1).p_wilcoxon)
+
+
 def test_wilcoxon_counts_signs_and_ranks():
     x = np.arange(1.0, 7)
     assert paired_test(x, np.zeros(6)).p_wilcoxon == pytest.approx(2 / 2**6)

@@ -24,6 +24,26 @@ from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
 from tests.launching import FINETUNE
 
 
+def test_a_size_of_cells_is_learned_and_judged_alone(data, call, tmp_path):
+    run = tmp_path / "small"
+    job = [*FINETUNE, f"data={data}", "target=density", "finetune.epochs=1"]
+    code, _, err = call("finetune", *job, f"run_dir={run}", "atoms=[1,4]")
+    assert code == 0, err
+    dataset = Dataset.open(data)
+    items = {s: dataset.split_items(s) for s in ("train", "val", "test")}
+    small = {s: int((dataset.atoms[i] <= 4).sum()) for s, i in items.items()}
+    assert 0 < small["test"] < len(items["test"])
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["labels"] == small["train"]
+    assert [metrics[s]["n"] for s in ("val", "test")] == [small["val"], small["test"]]
+    code, _, err = call("finetune", *job, f"run_dir={tmp_path}/none", "atoms=[500,900]")
+    assert code == 2 and "no crystal of the 'train' split has 500 to 900 atoms" in err
+    code, _, err = call("finetune", *job, f"run_dir={tmp_path}/none", "atoms=[5,4]")
+    assert code == 2 and "atoms must be [least, most]" in err
+    code, _, err = call("finetune", *job, f"run_dir={run}", "atoms=[1,5]")
+    assert code == 2 and "holds a run with another" in err
+
+
 def test_a_linear_probe_moves_one_layer_only(runs, data, call, tmp_path):
     run = tmp_path / "probe"
     code, _, err = call(
@@ -131,11 +151,11 @@ def test_every_target_needs_a_label_in_every_split():
     labels = {"a": np.array([1.0, np.nan, 2.0, np.nan]), "b": np.array([1.0, 3.0, np.nan, np.nan])}
     splits = {"train": np.arange(4), "test": np.array([2, 3]), "val": np.arange(0)}
     dataset = SimpleNamespace(split_items=splits.get, targets_of=labels.get)
-    assert jobs.with_label(dataset, "train", ["a", "b"]).tolist() == [0, 1, 2]
-    assert jobs.with_label(dataset, "val", ["a", "b"]).tolist() == []
+    assert labels.with_label(dataset, "train", ["a", "b"]).tolist() == [0, 1, 2]
+    assert labels.with_label(dataset, "val", ["a", "b"]).tolist() == []
     words = r"the 'test' split has a label for b: prepare .*labels=TABLE"
     with pytest.raises(ValueError, match=words):
-        jobs.with_label(dataset, "test", ["a", "b"])
+        labels.with_label(dataset, "test", ["a", "b"])
 
 
 def test_a_batch_that_fills_a_step_is_not_predicted(random_crystal):

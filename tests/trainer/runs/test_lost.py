@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from crysforge.trainer.base.command_line import run
 from crysforge.trainer.base.distributed import lost_process
+from crysforge.trainer.base.script import run
 from crysforge.trainer.base.signals import REQUEUE, Requeue
 
 

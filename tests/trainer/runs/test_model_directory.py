@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from crysforge import load
 from crysforge.datapipe.crystals.prototypes import TARGETS, UNITS, prototypes
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
-from crysforge.trainer.base.command_line import run
+from crysforge.trainer.base.script import run
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.model_directory import lineage, open_checkpoint, open_model
 

@@ -24,7 +24,7 @@ from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.base.tensors import copied_state
 from crysforge.trainer.jobs.schemas import FinetuneJob
-from crysforge.trainer.jobs.setup import starting_encoder
+from crysforge.trainer.jobs.starting import starting_encoder
 from crysforge.trainer.runs.model_directory import Scaler, export_stage, open_model, take_encoder
 from crysforge.trainer.serving.trained_on import TrainedOn
 from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
@@ -275,5 +275,10 @@ def test_an_encoder_is_taken_on_whatever_it_says_of_own_images(tmp_path):
     scaler = Scaler(["gap"], ["eV"], [0.0], [1.0])
     export_stage(tmp_path / "m", stage, copied_state(stage), {}, scaler)
     assert take_encoder(open_model(tmp_path / "m"), section).graph.own_images_once
+    assert not take_encoder(open_model(tmp_path / "m"), section).graph.cut_ties
+    cut = take_encoder(open_model(tmp_path / "m"), section | {"cut_ties": True})
+    assert cut.graph.cut_ties and cut.graph.own_images_once
+    for name, value in copied_state(stage.encoder).items():
+        assert torch.equal(cut.state_dict()[name], value)
     with pytest.raises(ValueError, match="own_images_once=True, but the config asks for"):
         take_encoder(open_model(tmp_path / "m"), section | {"own_images_once": False})

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from crysforge.datapipe.preparing.splits import by_fold
+from crysforge.datapipe.preparing.splitting.splits import by_fold
 from crysforge.launch import leaderboard
-from crysforge.trainer.base.command_line import run as run_script
+from crysforge.trainer.base.script import run as run_script
 from crysforge.trainer.serving.leaderboards import MATBENCH, digest, jarvis, matbench, scores
 
 TASK = "matbench_jdft2d"

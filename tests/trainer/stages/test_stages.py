@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,10 @@ from crysforge.datapipe.schema import GraphSpec
 from crysforge.models.denoisers.dit import SIZES
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.objectives.flow import centred_noise, flow_times
-from crysforge.models.objectives.vae import Reconstruct
+from crysforge.models.objectives.vae import DecoderConfig, Reconstruct
 from crysforge.models.ops.segments import crystal_mean
+from crysforge.trainer.base.tensors import copied_state
+from crysforge.trainer.runs.model_directory import export_stage, open_model
 from crysforge.trainer.stages.base import STAGES
 from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
 from crysforge.trainer.stages.joint import JointConfig, JointStage
@@ -31,7 +34,7 @@ class _NoSettings:
 class Local(Encoder):
     """Latents from an atom's element and the distances to its nearest neighbours."""
 
-    Config, tiny = _NoSettings, {}
+    Config, tiny, section = _NoSettings, {}, {"name": "local"}
     graph = GraphSpec(neighbors=4, pdd=6, depth=1)
     dim = 8
 
@@ -88,16 +91,19 @@ def loss_of(stage, terms):
 
 
 KEPT = Reconstruct(atoms=1, coords=0.5, lattice=0.1)
+PAPERS = DecoderConfig(heads="mlp", coords_loss="mse", lattice_loss="mse")
 ALL = [
     ("vae", {}),
     ("vae", {"latent_dim": 3, "kl_weight": 0.0}),
     ("vae", {"mask_ratio": 0.0}),
     ("vae", {"reconstruct": Reconstruct(atoms=0, lattice=0)}),
     ("vae", {"reconstruct": Reconstruct(coords=0)}),
+    ("vae", {"decoder": PAPERS, "masks": "fixed"}),
     ("joint", {}),
     ("joint", {"latent_norm": True}),
     ("joint", {"reconstruct": KEPT}),
     ("joint", {"reconstruct": KEPT, "mask_ratio": 0.3}),
+    ("joint", {"reconstruct": KEPT, "retain_decoder": True, "latent_dim": 5}),
     ("finetune", {}),
 ]
 
@@ -292,6 +298,85 @@ def test_kept_reconstruction_reads_the_latents_of_the_flow():
     want = stage.heads(stage.encoder(batch), batch)
     for key in ("atoms", "coords", "lattice"):
         assert torch.allclose(terms[key].total, want[key][0])
+
+
+def test_a_retained_decoder_is_that_of_the_stage_before(tmp_path):
+    """Bottleneck and heads as they were saved: the losses are those of stage 1 on the same latents,
+    and only the heads that are asked for are taken."""
+    before = make("vae", latent_dim=5, decoder=PAPERS, mask_ratio=0.0)
+    settings = {"latent_dim": 5, "decoder": PAPERS, "retain_decoder": True}
+    stage = make("joint", reconstruct=Reconstruct(atoms=0, coords=2), **settings)
+    stage.encoder.load_state_dict(before.encoder.state_dict())
+    batch = collate(stage, crystals())
+    assert not torch.allclose(stage(batch)["lattice"].total, before(batch)["lattice"].total)
+    export_stage(tmp_path / "vae", before, copied_state(before), {})
+    stage.take(open_model(tmp_path / "vae"))
+    terms, want = stage(batch), before(batch)
+    for name in ("coords", "lattice", "kl"):
+        torch.testing.assert_close(terms[name].total, want[name].total)
+    assert "atoms" not in terms and stage.weights["kl"] == 1e-5 and stage.weights["coords"] == 2
+    with pytest.raises(ValueError, match=r"is from another model"):
+        make("joint", reconstruct=KEPT, retain_decoder=True).take(open_model(tmp_path / "vae"))
+    export_stage(tmp_path / "joint", stage, copied_state(stage), {})
+    with pytest.raises(ValueError, match=r"decoder of stage vae, and .*joint is a stage joint"):
+        stage.take(open_model(tmp_path / "joint"))
+    make("joint").take(open_model(tmp_path / "joint"))  # takes nothing
+
+
+def shrunk(stage, share, alike=0.0):
+    """Averages of a batch in validation, with latents that are a share of what they were, and atoms
+    of a crystal that are as much alike; the denoiser knows as much of them as at the start."""
+    batch, encode = collate(stage, crystals(20)), stage.encoder.forward
+
+    def forward(batch):
+        z = encode(batch)
+        mean = crystal_mean(z, batch.ptr)[batch.batch]
+        return share * (z + alike * (mean - z))
+
+    stage.encoder.forward = forward
+    with torch.no_grad():
+        means = {k: (v.total / v.count).item() for k, v in stage(batch).items() if v.count > 0}
+    del stage.encoder.forward
+    means["loss"] = sum(w * means[k] for k, w in stage.weights.items())
+    return means | stage.derived(means)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reconstruct": KEPT}])
+def test_the_robust_loss_does_not_fall_when_latents_shrink_or_atoms_become_alike(settings):
+    """As the loss does: it counts the flow's loss as a share of what there is to predict."""
+    stage = make("joint", **settings).eval()
+    assert "robust_loss" not in stage.derived({"kl": 1.0})
+    for p in stage.denoiser.parameters():
+        torch.nn.init.zeros_(p)  # predicts nothing
+    first = shrunk(stage, 1)
+    for change in ((0.1, 0), (0.01, 0), (1, 0.9), (1, 1)):
+        found = shrunk(stage, *change)
+        rest = found["loss"] - found["flow"] - (first["loss"] - first["flow"])
+        assert found["flow"] < first["flow"]
+        assert found["robust_loss"] > first["robust_loss"] + rest - 1e-3 * first["robust_loss"]
+    assert shrunk(stage, 1, 1)["variance_within"] < 1e-10
+
+
+def test_variance_within_is_that_of_each_crystal():
+    stage = make("joint")
+    batch = collate(stage, crystals())
+    term = stage(batch)["variance_within"]
+    z, ptr = stage.encoder(batch).detach().numpy(), batch.ptr.tolist()
+    parts = [z[a:b].var(axis=0).mean() * (b - a) for a, b in itertools.pairwise(ptr)]
+    assert (term.total / term.count).item() == pytest.approx(sum(parts) / len(z), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "monitor"),
+    [
+        ({}, None),
+        ({"keep_weights": "best"}, "loss"),
+        ({"keep_weights": "best", "best_metric": "robust"}, "robust_loss"),
+    ],
+)
+def test_what_the_kept_weights_are_best_by(settings, monitor):
+    assert make("joint", **settings).monitor == monitor
+    assert make("vae", **settings).monitor == (monitor and "loss")
 
 
 def test_finetuned_predictions_and_errors_are_in_physical_units():

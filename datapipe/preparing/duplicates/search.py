@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +30,35 @@ from crysforge.datapipe.preparing.duplicates.records import (
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import SPLITS
 
-__all__ = ["WITHIN", "Duplicates", "Found", "Reference", "search"]
-
 _SCANNED = 500
 """Records whose formulas are read at a time."""
 
 _LARGE = 1000
 """Crystals of one formula beyond which it becomes several tasks."""
+
+
+def read_formulas(
+    sets: Mapping[int, Dataset], items: Mapping[int, np.ndarray], workers: int, progress: bool
+) -> Iterator[tuple[int, int, str]]:
+    """(set, item, reduced formula as text) of the items of each set, in order.
+
+    Raises:
+        ValueError: one cannot be read.
+    """
+    work = [
+        (number, chosen[start : start + _SCANNED].tolist())
+        for number, chosen in items.items()
+        for start in range(0, len(chosen), _SCANNED)
+    ]
+    total = sum(map(len, items.values()))
+    bar = tqdm(total=total, desc="reading formulas", unit=" crystals", disable=not progress)
+    with bar, Workers(Formulas(sets), workers) as pool:
+        for (number, chunk), formulas in zip(work, pool.map(work, chunk=1), strict=True):
+            if isinstance(formulas, str):
+                raise ValueError(f"{formulas}; look with launch/prepare.py verify=DIR")
+            for item, formula in zip(chunk, formulas, strict=True):
+                yield number, item, formula
+            bar.update(len(chunk))
 
 
 def search(
@@ -61,7 +83,7 @@ def search(
     """
     for reference in references:
         _check(reference)
-    tasks = _tasks(dataset, references, settings, workers, progress)
+    tasks = tasks_of(dataset, references, settings, workers, progress)
     decide = Decide(dataset, references, settings)
     log = Journal(Path(journal), OUTCOME)
     todo = [task for task in tasks if task.key not in log.done]
@@ -103,7 +125,7 @@ def _check(reference: Reference) -> None:
         )
 
 
-def _tasks(
+def tasks_of(
     dataset: Dataset,
     references: Sequence[Reference],
     settings: Duplicates,
@@ -113,21 +135,9 @@ def _tasks(
     """A task for each formula that may hold duplicates, large ones first."""
     sets = {n: r.dataset for n, r in enumerate(references)} | {WITHIN: dataset}
     items = {n: r.items for n, r in enumerate(references)} | {WITHIN: np.arange(len(dataset))}
-    work = [
-        (number, chosen[start : start + _SCANNED].tolist())
-        for number, chosen in items.items()
-        for start in range(0, len(chosen), _SCANNED)
-    ]
-    total = sum(map(len, items.values()))
-    bar = tqdm(total=total, desc="reading formulas", unit=" crystals", disable=not progress)
     table: dict[str, dict[int, list[int]]] = defaultdict(lambda: {n: [] for n in items})
-    with bar, Workers(Formulas(sets), workers) as pool:
-        for (number, chunk), formulas in zip(work, pool.map(work, chunk=1), strict=True):
-            if isinstance(formulas, str):
-                raise ValueError(f"{formulas}; look with launch/prepare.py verify=DIR")
-            for item, formula in zip(chunk, formulas, strict=True):
-                table[formula][number].append(item)
-            bar.update(len(chunk))
+    for number, item, formula in read_formulas(sets, items, workers, progress):
+        table[formula][number].append(item)
     rank = _rank(dataset, settings)
     tasks = []
     for formula, found in table.items():

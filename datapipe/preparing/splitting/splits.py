@@ -16,6 +16,7 @@ import numpy as np
 
 from crysforge.datapipe.common.checked import checked
 from crysforge.datapipe.common.safe_read import parse_json, read_named
+from crysforge.datapipe.preparing.splitting.balanced import Folds
 from crysforge.datapipe.storage.manifest import SPLITS
 
 MAX_IDS = 1 << 30
@@ -26,13 +27,19 @@ PUBLISHED_SEED = 123
 MATBENCH_SEED = 18012019
 FOLDS = 5
 
+GROUPS = ("formula", "chemical_system", "cluster")
+"""What crystals of one group share: the reduced formula, the elements, or a structure that pymatgen
+takes for the same."""
+
 RULES: Mapping[str, tuple[str, ...]] = {
-    "ratio": ("ratio",),
+    "ratio": ("ratio", "stratify"),
     "count": ("n_train", "n_val", "n_test"),
     "ids": ("split_ids",),
     "file": SPLITS,
     "published-123": ("split_target", "n_train", "n_val", "n_test"),
     "matbench": ("fold",),
+    "group": ("split_by", "ratio", "stratify"),
+    "folds": ("folds", "split_by", "stratify"),
     "keep": (),
 }
 """Rules and the settings each goes by; "keep" takes the splits of a data set as they are."""
@@ -61,7 +68,7 @@ def choose_rule(settings: Mapping[str, Any], asked: str | None, default: str) ->
             "split=keep needs an input with splits: a prepared data set, or a folder with tables "
             "such as id_prop_train.csv and id_prop_test.csv"
         )
-    if rule in ("count", "ids", "file", "matbench") and not given:
+    if rule in ("count", "ids", "file") and not given:
         raise ValueError(f"split={rule} needs {', '.join(RULES[rule])}")
     return rule
 
@@ -72,6 +79,20 @@ def usual_ratio(n: int) -> list[float]:
     return [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]][n - 1] if 0 < n < 3 else [0.8, 0.1, 0.1]
 
 
+def shares(ratio: Sequence[float]) -> list[float]:
+    """Shares of train, val and test; two are those of train and val.
+
+    Raises:
+        ValueError: not two or three shares in [0, 1] that add up to at most one.
+    """
+    out = [*ratio, 0.0] if len(ratio) == 2 else list(ratio)
+    if len(out) != 3 or not all(0 <= s <= 1 for s in out) or not 0 < sum(out) < 1 + 1e-9:
+        raise ValueError(
+            f"ratio must be shares of train, val and test that add up to 1, got {list(ratio)}"
+        )
+    return out
+
+
 def by_ratio(n: int, ratio: Sequence[float], seed: int) -> np.ndarray:
     """Shuffles, then cuts by shares of (train, val, test). Shares of val and test are rounded, but
     not down to nothing; train gets the rest where the shares add up to one.
@@ -79,16 +100,12 @@ def by_ratio(n: int, ratio: Sequence[float], seed: int) -> np.ndarray:
     Raises:
         ValueError: not two or three shares in [0, 1] that add up to at most one, or n too small.
     """
-    shares = [*ratio, 0.0] if len(ratio) == 2 else list(ratio)
-    if len(shares) != 3 or not all(0 <= s <= 1 for s in shares) or not 0 < sum(shares) < 1 + 1e-9:
-        raise ValueError(
-            f"ratio must be shares of train, val and test that add up to 1, got {list(ratio)}"
-        )
-    counts = [max(1, round(s * n)) if s else 0 for s in shares]
-    if sum(shares) > 1 - 1e-9:
-        counts[0] = n - counts[1] - counts[2] if shares[0] else 0
-    if sum(counts) > n or (shares[0] and counts[0] < 1):
-        raise ValueError(f"{n} crystals are too few for the splits {shares}")
+    parts = shares(ratio)
+    counts = [max(1, round(s * n)) if s else 0 for s in parts]
+    if sum(parts) > 1 - 1e-9:
+        counts[0] = n - counts[1] - counts[2] if parts[0] else 0
+    if sum(counts) > n or (parts[0] and counts[0] < 1):
+        raise ValueError(f"{n} crystals are too few for the splits {parts}")
     return by_count(n, counts[0], counts[1], counts[2], seed)
 
 
@@ -142,6 +159,14 @@ def published(
     codes = np.full(len(labelled), NONE, dtype=np.int8)
     codes[present] = _codes(n, used, n_train, n_val, n_test)
     return codes
+
+
+def matbench_folds(n: int, seed: int) -> Folds:
+    """All five of Matbench's official folds at once, see `by_fold`."""
+    codes = np.stack([by_fold(n, fold, seed) for fold in range(FOLDS)])
+    test, val = (codes == SPLITS.index(split) for split in ("test", "val"))
+    bits = np.uint32(1) << np.arange(FOLDS, dtype=np.uint32)
+    return Folds(FOLDS, test.argmax(axis=0).astype(np.int8), (val * bits[:, None]).sum(axis=0))
 
 
 def by_fold(n: int, fold: int, seed: int) -> np.ndarray:

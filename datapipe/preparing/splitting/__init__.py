@@ -1,0 +1,1 @@
+"""Which crystals go to train, val and test, or to which fold."""
