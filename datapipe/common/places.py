@@ -59,22 +59,3 @@ def inside(root: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{path} leads out of {root}: put a copy there")
     return path
-
-
-def refuse_links_out(root: Path, but: str = "\0") -> None:
-    """Raises ValueError for a directory below another one that is a link out of it: what is written
-    there, and what is removed, must be its own. (A file that is a link is neither read nor
-    replaced.)
-
-    Args:
-        but: what is in directories whose names begin so is not looked at.
-    """
-    root = root.resolve()
-    for folder, directories, _ in os.walk(root):
-        for path in (Path(folder, name) for name in directories):
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise ValueError(
-                    f"{path} is a symbolic link out of {root}, where it would write: put what it "
-                    "leads to in its place"
-                )
-        directories[:] = [name for name in directories if not name.startswith(but)]
