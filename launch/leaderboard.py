@@ -26,7 +26,7 @@ from crysforge.datapipe.common import threads
 threads.choose()
 
 from crysforge.datapipe.common.names import nearest
-from crysforge.datapipe.common.safe_read import inside
+from crysforge.datapipe.common.places import inside
 from crysforge.trainer.base.command_line import parse, required
 from crysforge.trainer.base.script import run
 from crysforge.trainer.evaluation.suite import SUITE, read_suite

@@ -11,7 +11,8 @@ from typing import Any
 
 from crysforge.datapipe.common.escape import one_line
 from crysforge.datapipe.common.files import replacing, write_text
-from crysforge.datapipe.common.safe_read import own_file, read_mapping
+from crysforge.datapipe.common.places import own_file
+from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.datapipe.common.tables import row_writer
 from crysforge.launch.cluster.events import EventLog, ends_of_attempt, verdict
 from crysforge.launch.cluster.executors import end_local

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from crysforge.datapipe.common.checked import Line, Name, Part, Seconds, checked, mapped, matching
-from crysforge.datapipe.common.claims import claim_directory
+from crysforge.datapipe.common.claims import claim_directory, refuse_links_out
 from crysforge.datapipe.common.files import remove_tree, write_json, write_text
-from crysforge.datapipe.common.safe_read import read_mapping, refuse_links_out, to_yaml
+from crysforge.datapipe.common.safe_read import read_mapping, to_yaml
 from crysforge.launch.cluster.code import code_files, commit
 from crysforge.launch.cluster.events import JobId
 from crysforge.trainer.runs.forms import RUN

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from crysforge.datapipe.common.safe_read import inside, read_mapping
+from crysforge.datapipe.common.places import inside
+from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.trainer.runs.forms import SUITE as FORM
 
 SCHEMA = 1

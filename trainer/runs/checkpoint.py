@@ -29,13 +29,18 @@ from pathlib import Path
 from typing import Any
 
 from crysforge import __version__
-from crysforge.datapipe.common.claims import claim_directory, is_lock_or_temporary, is_unused
+from crysforge.datapipe.common.claims import (
+    claim_directory,
+    is_lock_or_temporary,
+    is_unused,
+    refuse_links_out,
+)
 from crysforge.datapipe.common.files import (
     make_directory,
     write_json,
     write_text,
 )
-from crysforge.datapipe.common.safe_read import read_mapping, read_text, refuse_links_out
+from crysforge.datapipe.common.safe_read import read_mapping, read_text
 from crysforge.trainer.runs.forms import OWNER, RUN
 from crysforge.trainer.runs.saved import MAX_RECORD, SCHEMA, Checkpoints, set_aside
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from crysforge.datapipe.common.files import new_directory, write_json
-from crysforge.datapipe.common.safe_read import inside, read_mapping
+from crysforge.datapipe.common.places import inside
+from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.datapipe.common.tables import number, read_rows
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS

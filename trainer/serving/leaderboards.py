@@ -25,7 +25,8 @@ import numpy as np
 
 from crysforge.datapipe.common.escape import cell
 from crysforge.datapipe.common.files import new_directory, write_bytes, write_json, write_text
-from crysforge.datapipe.common.safe_read import own_file, read_mapping, read_text
+from crysforge.datapipe.common.places import own_file
+from crysforge.datapipe.common.safe_read import read_mapping, read_text
 from crysforge.datapipe.common.tables import number, read_rows
 from crysforge.datapipe.preparing.splitting.splits import FOLDS, by_fold
 from crysforge.trainer.runs.forms import METRICS

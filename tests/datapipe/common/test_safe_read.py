@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from crysforge.datapipe.common.places import inside
 from crysforge.datapipe.common.safe_read import (
     MAX_DEPTH,
-    inside,
     parse_json,
     parse_yaml,
     read_lines,

@@ -49,7 +49,9 @@ def test_what_was_submitted_meanwhile_is_not_submitted_again(tmp_path, monkeypat
     assert "s: finished already" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("part", ["cells", "logs", "events", "events/s", "code-1"])
+@pytest.mark.parametrize(
+    "part", ["cells", "logs", "events", "events/s", "code-1", "logs/1_0_log.out"]
+)
 def test_a_folder_with_a_part_elsewhere_is_not_submitted_to(part, tmp_path, monkeypatch, capsys):
     """As may be of somebody else's: nothing is written, or removed, where the link leads."""
     mine = tmp_path / "mine"
