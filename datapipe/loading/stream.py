@@ -227,7 +227,7 @@ class Stream:
             if entry.item not in self._bad_items:
                 self._bad_items.add(entry.item)
                 self.quarantined.append(entry)
-                log.warning("passed over a crystal: %s", entry.reason)
+                log.warning("skipped a crystal: %s", entry.reason)
         if len(self.quarantined) > self.config.max_bad:
             raise ValueError(
                 f"{len(self.quarantined)} crystals could not be used, more than "

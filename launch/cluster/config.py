@@ -132,7 +132,7 @@ def minutes(text: str) -> int:
     `2-00:30`, `2-00:30:00`.
 
     Raises:
-        ValueError: any other text, or no time at all.
+        ValueError: any other text, or a time that is not positive.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not match:
@@ -147,5 +147,5 @@ def minutes(text: str) -> int:
         hours, (mins, seconds) = 0, [*parts, 0][:2]
     total = -(-(((int(days or 0) * 24 + hours) * 60 + mins) * 60 + seconds) // 60)
     if total < 1:
-        raise ValueError(f"time={text!r} is no time at all")
+        raise ValueError(f"time must be positive, got {text!r}")
     return total

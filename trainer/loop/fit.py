@@ -1,4 +1,5 @@
-"""Trains a stage to its end, from its newest checkpoint if it has one."""
+"""Trains a stage to its end, from its newest checkpoint if it has one. The stage defines the loss;
+the loop owns steps, logging, validation and checkpoints."""
 
 from __future__ import annotations
 

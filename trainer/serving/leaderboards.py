@@ -222,7 +222,7 @@ def _fold(run: Path, ids: Sequence[str]) -> tuple[str, int, list[str]]:
             prefix = task.replace("matbench", "mb").replace("_", "-")
             return task, fold, [f"{prefix}-{int(n):0{digits}d}" for n in numbers]
     raise ValueError(
-        f"{run}: its {len(ids)} test crystals are none of the official folds of {task}: prepare "
+        f"{run}: its {len(ids)} test crystals are not those of an official fold of {task}: prepare "
         f"with split=matbench and without filters, and finetune with fold=0 to {FOLDS - 1}"
     )
 

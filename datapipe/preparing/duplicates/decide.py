@@ -34,7 +34,7 @@ class _Entry:
 
 
 class _Known:
-    """Crystals that others are compared with, by what their primitive cells hold."""
+    """Index of candidate crystals, grouped by primitive-cell composition."""
 
     def __init__(self) -> None:
         self.by_id: dict[str, _Entry] = {}
