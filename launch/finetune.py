@@ -37,7 +37,7 @@ from crysforge.trainer.jobs import starting
 from crysforge.trainer.jobs.labels import chosen_items
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.loop.fit import fit
-from crysforge.trainer.loop.session import Result, Session
+from crysforge.trainer.loop.session import FitResult, Session
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.facts import job_facts
 from crysforge.trainer.runs.model_directory import describe_stage, export_stage
@@ -104,10 +104,9 @@ def main() -> None:
     data["labels"] = len(items["train"])
     describe_stage(directory.path / "finetune", stage, data, scaler, start)
     began = time.monotonic()
-    stage, result = stage.to(world.device), Result()
+    stage, result = stage.to(world.device), FitResult()
     if learns:
         train, validation = streams
-        monitor = f"mae/{config.targets[0]}" if len(config.targets) == 1 else "mse"
         _, result = fit(
             Session(
                 stage=stage,
@@ -117,7 +116,7 @@ def main() -> None:
                 validation=validation,
                 run=directory,
                 world=world,
-                monitor=monitor,
+                monitor=stage.monitor,
                 lr_scales=stage.lr_scales,
                 patience=config.finetune.patience,
                 stop=stop,

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from crysforge.datapipe.common.places import is_stream, open_stream
 from crysforge.datapipe.common.safe_read import parse_json
-from crysforge.datapipe.common.streams import is_stream, open_stream
 from crysforge.datapipe.common.temporary import filling, name_beside, new_file
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -124,12 +124,12 @@ def list_files(
 
 
 def _tell(files: Files, used: set[str], options: Options) -> None:
-    """Notes what is passed over."""
+    """Notes what is not read."""
     labels = Path(options.labels or "").resolve()
     others = [n for n in files.names if n not in used and (files.path / n).resolve() != labels]
     for what, names in (("other file", others), ("pipe or device", files.no_files)):
         if names:
-            options.note(f"passed over {_listed(what, names)}")
+            options.note(f"not read: {_listed(what, names)}")
     if files.links:
         options.note(f"{_listed('link', files.links)} to what is read anyway: it is read once")
     if files.left_out:

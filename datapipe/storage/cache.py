@@ -1,11 +1,11 @@
 """Copies of shards on a local disk, shared by all processes of a machine.
 
-A copy is named by its size and sha256 and gets its name when both are found right, so a name is a
-promise, whatever URL it came from; where others can write as well, it is checked again. Everything
-else is file locks, which the system drops when a process dies: who downloads holds its file
-exclusively, who reads holds it shared, and only what nobody holds is removed, the longest unused
-first, when there is no room. Where the file system has no locks, who downloads names itself beside
-its file, and what was opened within an hour is in use.
+A copy is renamed to its final name, its size and sha256, only after both match, so any file with a
+final name is valid, whatever URL it came from; where others can write as well, it is checked again.
+Everything else is file locks, which the system drops when a process dies: who downloads holds its
+file exclusively, who reads holds it shared, and only what nobody holds is removed, the longest
+unused first, when there is no room. Where the file system has no locks, who downloads names itself
+beside its file, and what was opened within an hour is in use.
 """
 
 from __future__ import annotations

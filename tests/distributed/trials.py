@@ -357,7 +357,7 @@ KINDS = [
     Kind(
         "a batch gives NaN",
         hit([FORWARD], "nan", "one"), {0},
-        [ALONE, *TOGETHER], said=("update left out",), exact=False,
+        [ALONE, *TOGETHER], said=("update skipped",), exact=False,
     ),
 ]  # fmt: skip
 
@@ -476,5 +476,5 @@ class Bench:
 
 def skipped(starts: list[Ended]) -> int:
     """Updates that were left out."""
-    said = re.compile(r"step (\d+): the \w+ is not finite, update left out")
+    said = re.compile(r"step (\d+): the \w+ is non-finite, update skipped")
     return len({step for ended in starts for step in said.findall(ended.output)})

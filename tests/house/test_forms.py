@@ -31,8 +31,8 @@ def load(path: Path) -> Any:
 
 
 EVENTS = {
-    "event": "failed", "time": 1.0, "job": "1_2", "turn": 0, "rank": 1, "node": "n", "pid": 1,
-    "code": 2, "progress": "vae", "ends": 9.0, "in_vain": False, "reason": "r",
+    "event": "failed", "time": 1.0, "job": "1_2", "attempt": 0, "rank": 1, "node": "n", "pid": 1,
+    "code": 2, "progress": "vae", "ends": 9.0, "no_progress": False, "reason": "r",
 }  # fmt: skip
 SCORES = {"n": 3, "mae": 0.1, "rmse": 0.1, "r2": 0.9}
 DOCUMENTS: dict[str, tuple[Any, Any]] = {
@@ -72,15 +72,15 @@ DOCUMENTS: dict[str, tuple[Any, Any]] = {
         forms.SUITE,
         {
             "schema": 1, "title": "t", "baseline": "a=b", "factors": ["a"], "replicate": "seed",
-            "paper": None, "cells": {"c": {"run": "c", "job": "finetune", "values": {"a": "b"}}},
+            "paper": None, "runs": {"c": {"path": "c", "job": "finetune", "values": {"a": "b"}}},
         },
     ),
     "submission.json": (
         SUBMISSION,
         {
             "schema": 1, "job": "finetune",
-            "cells": {"a": {"output": "../a", "values": {"x": 1}, "job": "finetune"}},
-            "attempts": [
+            "runs": {"a": {"output": "../a", "values": {"x": 1}, "job": "finetune"}},
+            "history": [
                 {"cluster": "slurm", "time": 1.0, "code": "code-1", "commit": "", "ids": {"a": "1"}}
             ],
         },
@@ -110,8 +110,8 @@ FREE = {
     "run.json": ["identity"],
     "config.yaml": ["encoder", "settings", "data.provenance", "training", "results"],
     "metrics.json": [],
-    "submission.json": ["cells.a.values"],
-    "suite.json": ["cells.c.values"],
+    "submission.json": ["runs.a.values"],
+    "suite.json": ["runs.c.values"],
 }
 """What may hold anything: it is shown, compared or held against a class of its own."""
 

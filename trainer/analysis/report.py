@@ -11,7 +11,8 @@ import numpy as np
 from crysforge.datapipe.common.checked import Name
 from crysforge.datapipe.common.files import new_directory, sha256, write_json, write_text
 from crysforge.datapipe.common.names import nearest
-from crysforge.datapipe.common.safe_read import own_file, read_mapping
+from crysforge.datapipe.common.places import own_file
+from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.datapipe.preparing.request import HOW, request_of
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder

@@ -19,7 +19,7 @@ from crysforge.trainer.figures import plots
 from crysforge.trainer.jobs import setup as jobs
 from crysforge.trainer.jobs.baselines import baselines
 from crysforge.trainer.jobs.schemas import FinetuneJob
-from crysforge.trainer.jobs.tables import errors, write_predictions
+from crysforge.trainer.jobs.tables import classification_scores, errors, write_predictions
 from crysforge.trainer.runs.logger import read_metrics
 from crysforge.trainer.serving.trained_on import Outsiders
 from crysforge.trainer.stages.finetune import FinetuneStage
@@ -83,7 +83,8 @@ def finetuned(
         ids, label, prediction = predictions(stage, iter(stream), world.device)
         write_predictions(path / f"predictions_{split}.csv", config.targets, ids, label, prediction)
         by_target = {
-            name: errors(label[:, i], prediction[:, i]) for i, name in enumerate(config.targets)
+            name: _scores(label[:, i], prediction[:, i], stage.classifies)
+            for i, name in enumerate(config.targets)
         }
         out[split] = by_target[config.targets[0]] if len(by_target) == 1 else by_target
         for i, (name, suffix) in enumerate(
@@ -102,6 +103,13 @@ def finetuned(
         history = read_metrics(path, "finetune")
         plots.learning_curves(history, path / "learning_curves.png", units)
     return out
+
+
+def _scores(label: np.ndarray, prediction: np.ndarray, classes: bool) -> dict[str, float]:
+    """Errors of a target; of a classification also accuracy, F1 and area under the ROC curve."""
+    known = ~np.isnan(label)
+    found = classification_scores(label[known], prediction[known]) if classes else {}
+    return {**errors(label, prediction), **found}
 
 
 def _baselines(dataset: Dataset, target: str, items: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -149,6 +157,8 @@ def summary(metrics: Mapping[str, Any], path: Path) -> str:
                 lines.append(
                     f"{split} MAE of {name}: {one['mae']:.4g} {unit} ({one['n']} crystals)"
                 )
+                if "roc_auc" in one:
+                    lines[-1] += f", ROC AUC {one['roc_auc']:.4g}, accuracy {one['accuracy']:.4g}"
         for kind, mae in metrics.get("baselines", {}).get(name, {}).items():
             lines.append(f"  {kind} (composition only): {mae:.4g} {unit}")
     lines += [f"metrics: {path / 'metrics.json'}", f"tensorboard: {path / 'tensorboard'}"]

@@ -73,6 +73,23 @@ def with_label(
     return items[present.any(axis=0)]
 
 
+def class_statistics(labels: np.ndarray, targets: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Mean 0 and spread 1 of each target, whose labels [n, T] are 0 and 1.
+
+    Raises:
+        ValueError: other labels, or one class alone.
+    """
+    for name, column in zip(targets, labels.T, strict=True):
+        found = sorted(set(column[~np.isnan(column)].tolist()))
+        if found != [0.0, 1.0]:
+            shown = ", ".join(f"{x:g}" for x in found[:4])
+            raise ValueError(
+                f"finetune.task=classification needs training labels 0 and 1, both: those of "
+                f"{name} are {shown}{', …' if len(found) > 4 else ''}"
+            )
+    return [0.0] * len(targets), [1.0] * len(targets)
+
+
 def standardisation(labels: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
     """Mean and population standard deviation of each target's present labels, [labels, targets]."""
     values = torch.tensor(labels, dtype=torch.float64)

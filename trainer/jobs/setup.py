@@ -17,7 +17,7 @@ from crysforge.trainer.base.agreement import same_file
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import load_into
 from crysforge.trainer.engines.base import EngineConfig
-from crysforge.trainer.jobs.labels import standardisation
+from crysforge.trainer.jobs.labels import class_statistics, standardisation
 from crysforge.trainer.jobs.schemas import FinetuneJob, JobConfig
 from crysforge.trainer.jobs.starting import seed_everything, starting_encoder
 from crysforge.trainer.runs.checkpoint import RunDirectory
@@ -157,7 +157,10 @@ def finetune_stage(
     known = open_model(config.init_from, config.init_stage) if config.init_head else None
     if known is None:
         labels = np.stack([dataset.targets_of(name)[train] for name in config.targets], axis=1)
-        mean, std = standardisation(labels.tolist())
+        if config.finetune.task == "classification":
+            mean, std = class_statistics(labels, config.targets)
+        else:
+            mean, std = standardisation(labels.tolist())
     elif known.scaler is None or len(known.scaler.targets) != len(config.targets):
         raise ValueError(
             f"init_head=true, but {config.init_from} was not finetuned on as many targets as are "

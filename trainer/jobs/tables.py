@@ -59,3 +59,21 @@ def suffixes(targets: Sequence[str]) -> list[str]:
 
 def cell(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.7g}"
+
+
+def classification_scores(label: np.ndarray, score: np.ndarray) -> dict[str, float]:
+    """Accuracy, F1 (both at a threshold of 0.5) and area under the ROC curve of predictions of a
+    yes-or-no label; empty if the labels [n] are anything but zeros and ones, both present."""
+    if set(np.unique(label).tolist()) != {0.0, 1.0}:
+        return {}
+    positive, yes = label == 1, score >= 0.5
+    hits = int((positive & yes).sum())
+    order, ranks = np.unique(score, return_inverse=True)
+    counts = np.bincount(ranks, minlength=len(order))
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[ranks]  # ties share their mean rank
+    n, p = len(label), int(positive.sum())
+    return {
+        "accuracy": float((positive == yes).mean()),
+        "f1": 2 * hits / (p + int(yes.sum())),
+        "roc_auc": (float(rank[positive].sum()) - p * (p + 1) / 2) / (p * (n - p)),
+    }

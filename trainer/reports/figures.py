@@ -42,7 +42,7 @@ STYLE: Any = drawing.STYLE | {
 }
 
 
-class Look:
+class ArmStyle:
     """Colour, marker and dash of each compared value, the same in all figures of a report."""
 
     def __init__(self, suite: Suite, arms: Sequence[Arm]) -> None:
@@ -104,7 +104,7 @@ def mae_label(arm: Arm) -> str:
     return with_unit("MAE", arm.first.unit)
 
 
-def parity(line: Sequence[Arm], title: str, look: Look, path: Path) -> None:
+def parity(line: Sequence[Arm], title: str, look: ArmStyle, path: Path) -> None:
     """Predictions over labels of one replicate of each arm, denser regions darker; at most six
     arms: the baseline and those with the lowest MAE."""
     import matplotlib
@@ -158,7 +158,9 @@ def parity(line: Sequence[Arm], title: str, look: Look, path: Path) -> None:
         save(figure, path)
 
 
-def label_curves(curves: dict[str, list[Arm]], look: Look, path: Path, confidence: float) -> None:
+def label_curves(
+    curves: dict[str, list[Arm]], look: ArmStyle, path: Path, confidence: float
+) -> None:
     """MAE over the number of training labels, on logarithmic axes; one panel for each task.
 
     Args:
@@ -188,7 +190,7 @@ def label_curves(curves: dict[str, list[Arm]], look: Look, path: Path, confidenc
         save(figure, path)
 
 
-def _curve(axes: Any, line: Sequence[Arm], look: Look, confidence: float) -> Any:
+def _curve(axes: Any, line: Sequence[Arm], look: ArmStyle, confidence: float) -> Any:
     x = np.array([a.first.labels for a in line], dtype=float)
     found = [a.summary("mae", confidence) for a in line]
     mean = np.array([s.mean for s in found if s])

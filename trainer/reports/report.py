@@ -44,7 +44,7 @@ class Report:
     path: Path
     main: Table
     missing: int
-    """Cells without results."""
+    """Runs without results."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ def evaluate(suite: Suite, config: EvaluateConfig) -> Report:
     known = published().select(config.paper or suite.paper)
     results, missing = gather(suite, config.split)
     if not results:
-        why = f"{missing[0].cell.name}: {missing[0].reason}" if missing else "it has no finetunings"
+        why = f"{missing[0].run.name}: {missing[0].reason}" if missing else "it has no finetunings"
         raise ValueError(f"nothing to evaluate in {suite.root}: {why}")
     arms = arms_of(suite, results, missing)
     comparisons = compare(suite, arms, config.resamples, config.confidence)
@@ -92,7 +92,7 @@ def evaluate(suite: Suite, config: EvaluateConfig) -> Report:
     tables += [costs] if costs else []
     tables += [missing_table(missing)] if missing else []
 
-    cells = {m.cell.name for m in missing}
+    without = {m.run.name for m in missing}
     with replacing_directory(output) as work:
         (work / "tables").mkdir()
         for table in tables:
@@ -101,9 +101,9 @@ def evaluate(suite: Suite, config: EvaluateConfig) -> Report:
         if config.figures:
             (work / "figures").mkdir()
             drawn = _draw(suite, arms, facts, config, work / "figures")
-        text = _text(suite, tables, drawn, notes, known, config, len(suite.evaluated), len(cells))
+        text = _text(suite, tables, drawn, notes, known, config, len(suite.evaluated), len(without))
         write_text(work / REPORT, text)
-    return Report(output, main, len(cells))
+    return Report(output, main, len(without))
 
 
 def _is_report(path: Path) -> bool:
@@ -117,7 +117,7 @@ def _draw(
     suite: Suite, arms: Sequence[Arm], facts: dict[str, Facts], config: EvaluateConfig, folder: Path
 ) -> list[Figure]:
     """All figures of a report."""
-    look = figures.Look(suite, arms)
+    look = figures.ArmStyle(suite, arms)
     drawn: list[Figure] = []
 
     def path(kind: str, title: str, of: str = "") -> Path:

@@ -24,7 +24,8 @@ from crysforge.datapipe.common.files import (
     write_json,
     write_text,
 )
-from crysforge.datapipe.common.safe_read import own_file, read_mapping, read_text
+from crysforge.datapipe.common.places import own_file
+from crysforge.datapipe.common.safe_read import read_mapping, read_text
 from crysforge.trainer.base.tensors import code_version, load_tensors, save_tensors
 from crysforge.trainer.runs.forms import COMPLETE
 

@@ -25,7 +25,8 @@ import numpy as np
 
 from crysforge.datapipe.common.escape import cell
 from crysforge.datapipe.common.files import new_directory, write_bytes, write_json, write_text
-from crysforge.datapipe.common.safe_read import own_file, read_mapping, read_text
+from crysforge.datapipe.common.places import own_file
+from crysforge.datapipe.common.safe_read import read_mapping, read_text
 from crysforge.datapipe.common.tables import number, read_rows
 from crysforge.datapipe.preparing.splitting.splits import FOLDS, by_fold
 from crysforge.trainer.runs.forms import METRICS
@@ -221,7 +222,7 @@ def _fold(run: Path, ids: Sequence[str]) -> tuple[str, int, list[str]]:
             prefix = task.replace("matbench", "mb").replace("_", "-")
             return task, fold, [f"{prefix}-{int(n):0{digits}d}" for n in numbers]
     raise ValueError(
-        f"{run}: its {len(ids)} test crystals are none of the official folds of {task}: prepare "
+        f"{run}: its {len(ids)} test crystals are not those of an official fold of {task}: prepare "
         f"with split=matbench and without filters, and finetune with fold=0 to {FOLDS - 1}"
     )
 

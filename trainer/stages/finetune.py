@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.names import nearest
@@ -19,6 +20,7 @@ from crysforge.trainer.base.tensors import load_into
 from crysforge.trainer.stages.base import STAGES, Saved, Stage, StageConfig, Term
 
 HEADS = ("regression", "linear", "diffusion")
+TASKS = ("regression", "classification")
 
 
 @dataclass(kw_only=True)
@@ -30,6 +32,9 @@ class FinetuneConfig(StageConfig):
     batch_size: int = 32
     lr: float = 1e-3
     grad_clip: float = 0.0
+    task: str = "regression"
+    """`regression`: squared error of standardised labels. `classification` of labels 0 and 1:
+    binary cross entropy; predictions are probabilities of 1."""
     freeze_encoder: bool = False
     """Trains the head alone; the encoder stays as it is, batch statistics too."""
     encoder_lr_scale: float = 1.0
@@ -45,6 +50,10 @@ class FinetuneConfig(StageConfig):
         super().__post_init__()
         if self.head not in HEADS:
             raise ValueError(f"unknown finetune.head {self.head!r}: {nearest(self.head, HEADS)}")
+        if self.task not in TASKS:
+            raise ValueError(f"unknown finetune.task {self.task!r}: {nearest(self.task, TASKS)}")
+        if self.task == "classification" and self.head == "diffusion":
+            raise ValueError("finetune.head=diffusion denoises a number: it does not classify")
         if self.patience < 0:
             raise ValueError(f"finetune.patience must not be negative, got {self.patience}")
         if not 0 < self.encoder_lr_scale <= 1000:
@@ -60,11 +69,14 @@ class FinetuneStage(Stage):
 
     Trained with the squared error of standardised labels; missing labels (NaN) count nothing, so
     that targets known for different crystals train together. With the diffusion head, trained with
-    the squared error of the noise in a noised label.
+    the squared error of the noise in a noised label. Classification is trained with the binary
+    cross entropy of labels 0 and 1, which are not standardised (mean 0, spread 1), and predicts
+    probabilities.
 
     Terms: `mse` (of standardised labels, over all present labels of all targets) and `mae/<target>`
-    in the target's unit; with the diffusion head `noise`, and those only in evaluation. `mean` and
-    `std` are buffers: the state dict holds all that predicting in physical units needs.
+    in the target's unit; with the diffusion head `noise`, and those only in evaluation; of
+    classification `bce` and `accuracy` over all labels, and `mae/<target>` of probabilities. `mean`
+    and `std` are buffers: the state dict holds all that predicting in physical units needs.
 
     Args:
         targets: names of the labels, in the order of the output.
@@ -96,7 +108,11 @@ class FinetuneStage(Stage):
         self.encoder = encoder.requires_grad_(not config.freeze_encoder)
         self.readout = _head(config.head, encoder.dim, targets)
         self.targets = tuple(targets)
-        self.weights = {"noise": 1.0} if config.head == "diffusion" else {"mse": 1.0}
+        self.classifies = config.task == "classification"
+        if self.classifies and not (set(mean) == {0} and set(std) == {1}):
+            raise ValueError("labels 0 and 1 of a classification are not standardised")
+        loss = "noise" if config.head == "diffusion" else "bce" if self.classifies else "mse"
+        self.weights = {loss: 1.0}
         self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32))
         self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32))
 
@@ -129,18 +145,28 @@ class FinetuneStage(Stage):
         return self
 
     def standardised(self, batch: CrystalBatch) -> Tensor:
-        """Predictions in units of the training labels' spread, fp32 [B, T]."""
+        """Predictions in units of the training labels' spread, or logits, fp32 [B, T]."""
         return self.readout(self.encoder.nodes(batch), batch).float()
 
     def predict(self, batch: CrystalBatch) -> Tensor:
-        """Predictions in physical units, fp32 [B, T]; needs no labels."""
-        return self.standardised(batch) * self.std + self.mean
+        """Predictions in physical units, or probabilities, fp32 [B, T]; needs no labels."""
+        found = self.standardised(batch)
+        return torch.sigmoid(found) if self.classifies else found * self.std + self.mean
+
+    @property
+    def monitor(self) -> str | None:
+        """Validation average whose least value's weights are kept."""
+        if self.classifies:
+            return "bce"
+        return f"mae/{self.targets[0]}" if len(self.targets) == 1 else "mse"
 
     def forward(self, batch: CrystalBatch) -> dict[str, Term]:
         labels = self.labels(batch)
         present = torch.isfinite(labels)
         target = torch.where(present, (labels - self.mean) / self.std, 0)
-        nodes, terms = self.encoder.nodes(batch), {}
+        nodes, terms = self.encoder.nodes(batch), dict[str, Term]()
+        if self.classifies:
+            return self._classified(self.readout(nodes, batch).float(), target, present)
         if isinstance(self.readout, DiffusionReadout):
             losses = self.readout.losses(nodes, target[:, 0], batch) * present[:, 0]
             terms["noise"] = Term(losses.sum(), present.sum().float())
@@ -152,6 +178,19 @@ class FinetuneStage(Stage):
         counts = present.sum(0).float()
         for i, name in enumerate(self.targets):
             terms[f"mae/{name}"] = Term(absolute[i], counts[i])
+        return terms
+
+    def _classified(self, logits: Tensor, target: Tensor, present: Tensor) -> dict[str, Term]:
+        """Terms of logits for labels 0 and 1, all [B, T]."""
+        losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * present
+        right = ((logits.detach() > 0) == (target > 0.5)) & present
+        terms = {
+            "bce": Term(losses.sum(), present.sum().float()),
+            "accuracy": Term(right.sum().float(), present.sum().float()),
+        }
+        error = ((torch.sigmoid(logits.detach()) - target) * present).abs()
+        for i, name in enumerate(self.targets):
+            terms[f"mae/{name}"] = Term(error[:, i].sum(), present[:, i].sum().float())
         return terms
 
     def labels(self, batch: CrystalBatch) -> Tensor:

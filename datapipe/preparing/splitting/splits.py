@@ -17,6 +17,7 @@ import numpy as np
 from crysforge.datapipe.common.checked import checked
 from crysforge.datapipe.common.safe_read import parse_json, read_named
 from crysforge.datapipe.preparing.splitting.balanced import Folds
+from crysforge.datapipe.preparing.splitting.pickled import pickled_ids
 from crysforge.datapipe.storage.manifest import SPLITS
 
 MAX_IDS = 1 << 30
@@ -62,7 +63,7 @@ def choose_rule(settings: Mapping[str, Any], asked: str | None, default: str) ->
     if not given <= set(RULES[rule]):
         uses = ", ".join(RULES[rule]) or "no settings"
         others = ", ".join(sorted(given - set(RULES[rule])))
-        raise ValueError(f"split={rule} goes by {uses}, not by {others}")
+        raise ValueError(f"split={rule} uses {uses}, not {others}")
     if rule == "keep" and default != "keep":
         raise ValueError(
             "split=keep needs an input with splits: a prepared data set, or a folder with tables "
@@ -148,7 +149,7 @@ def published(
         n_train = n - n_val - n_test if counts[0] is None else counts[0]
     if not n:
         raise ValueError(
-            "no record has the label that the published split goes by: name another with "
+            "no record has the label that the published split uses: name another with "
             "split_target=…, or give the table that has it as labels=TABLE"
         )
     _check_counts(n, n_train, n_val, n_test)
@@ -215,7 +216,8 @@ def by_ids(ids: Sequence[str], lists: Mapping[str, Sequence[str]]) -> np.ndarray
 
 def read_ids(path: str) -> dict[str, list[str]]:
     """Id lists from a JSON file {"train": […], "val": […], "test": […]}, or from a folder with
-    `train.txt`, `val.txt`, `test.txt`, one id a line. A missing split is empty.
+    `train.txt`, `val.txt`, `test.txt`, one id a line, or with pickled lists whose names end so
+    (`bulk_megnet_train.pkl`, …; see `pickled_ids`). A missing split is empty.
 
     Raises:
         ValueError: neither of them.
@@ -224,8 +226,17 @@ def read_ids(path: str) -> dict[str, list[str]]:
     if place.is_dir():
         files = {s: place / f"{s}.txt" for s in SPLITS}
         found = {s: _lines(f) for s, f in files.items() if f.is_file()}
+        for split in SPLITS if not found else ():
+            pickles = sorted(place.glob(f"*{split}.pkl"))
+            if len(pickles) > 1:
+                names = " and ".join(p.name for p in pickles[:2])
+                raise ValueError(f"{path} holds {names}: give a folder with one list of each split")
+            if pickles:
+                found[split] = pickled_ids(pickles[0])
         if not found:
-            raise ValueError(f"{path} holds none of train.txt, val.txt, test.txt")
+            raise ValueError(
+                f"{path} holds none of train.txt, val.txt, test.txt, and no pickled lists"
+            )
         return found
     lists = parse_json(read_named(path, "split_ids", MAX_IDS), path)
     try:

@@ -4,24 +4,67 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from crysforge import load
+from crysforge.datapipe.crystals.prototypes import prototypes
 from crysforge.datapipe.graphs.packing import build
-from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.launch import finetune
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.base.tensors import load_tensors
 from crysforge.trainer.jobs import finetuning as reports
 from crysforge.trainer.jobs import setup as jobs
+from crysforge.trainer.jobs.labels import with_label
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.logger import read_metrics
 from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
 from tests.launching import FINETUNE
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """A data set with a class of dense crystals, and labels that are none."""
+    root = tmp_path_factory.mktemp("classes") / "set"
+    targets = ("is_dense", "always", "three")
+    with DatasetWriter(root, list(targets)) as writer:
+        for i, crystal in enumerate(islice(prototypes(size=200, seed=1), 90)):
+            values = (float(crystal.targets["density"] > 2.9), 1.0, float(i % 3))
+            labels = dict(zip(targets, values, strict=True))
+            split = ("train", "train", "train", "val", "test")[i % 5]
+            writer.add(split, crystal.with_targets(labels))
+        writer.finish({})
+    return root
+
+
+def test_a_class_is_learned_and_told_by_its_probability(classes, call, tmp_path):
+    run, job = tmp_path / "run", [*FINETUNE, f"data={classes}", "finetune.task=classification"]
+    code, out, err = call(
+        "finetune", *job, f"run_dir={run}", "target=is_dense", "finetune.epochs=20"
+    )
+    assert code == 0, err
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["test"]["roc_auc"] > 0.7 and f"ROC AUC {metrics['test']['roc_auc']:.4g}" in out
+    rows = (run / "predictions_test.csv").read_text().splitlines()[1:]
+    p = np.array([float(row.split(",")[2]) for row in rows])
+    y = np.array([float(row.split(",")[1]) for row in rows])
+    assert ((p >= 0) & (p <= 1)).all()
+    assert metrics["test"]["accuracy"] == pytest.approx(((p > 0.5) == y).mean())
+    best = dict(read_metrics(run, "finetune")["val/bce"])
+    assert metrics["best_step"] == min(best, key=best.get)
+    crystals = [c for _, c in Dataset.open(classes).read(Dataset.open(classes).split_items("test"))]
+    np.testing.assert_allclose(load(run).predict(crystals), p, atol=1e-4)
+    for target, word in (("always", "are 1"), ("three", "are 0, 1, 2")):
+        code, _, err = call("finetune", *job, f"run_dir={tmp_path}/no", f"target={target}")
+        assert code == 2 and word in err
+    code, _, err = call("finetune", *job, f"run_dir={tmp_path}/no", "finetune.head=diffusion")
+    assert code == 2 and "does not classify" in err
 
 
 def test_a_size_of_cells_is_learned_and_judged_alone(data, call, tmp_path):
@@ -151,11 +194,11 @@ def test_every_target_needs_a_label_in_every_split():
     labels = {"a": np.array([1.0, np.nan, 2.0, np.nan]), "b": np.array([1.0, 3.0, np.nan, np.nan])}
     splits = {"train": np.arange(4), "test": np.array([2, 3]), "val": np.arange(0)}
     dataset = SimpleNamespace(split_items=splits.get, targets_of=labels.get)
-    assert labels.with_label(dataset, "train", ["a", "b"]).tolist() == [0, 1, 2]
-    assert labels.with_label(dataset, "val", ["a", "b"]).tolist() == []
+    assert with_label(dataset, "train", ["a", "b"]).tolist() == [0, 1, 2]
+    assert with_label(dataset, "val", ["a", "b"]).tolist() == []
     words = r"the 'test' split has a label for b: prepare .*labels=TABLE"
     with pytest.raises(ValueError, match=words):
-        labels.with_label(dataset, "test", ["a", "b"])
+        with_label(dataset, "test", ["a", "b"])
 
 
 def test_a_batch_that_fills_a_step_is_not_predicted(random_crystal):

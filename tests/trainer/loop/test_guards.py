@@ -1,4 +1,4 @@
-"""What watches over training: updates left out, spikes, hangs, signals, walltime, averages."""
+"""What watches over training: skipped updates, spikes, hangs, signals, walltime, averages."""
 
 from __future__ import annotations
 

@@ -174,16 +174,18 @@ def test_what_is_no_number_is_no_prediction_for_jarvis(odd, tmp_path):
 
 
 def test_runs_can_come_from_a_suite(folds, tmp_path, monkeypatch, capsys):
-    cells = {
+    listed = {
         f"fold={run.name}": {
-            "run": run.name, "job": "finetune", "values": {"pretraining": "ours", "fold": run.name},
+            "path": run.name,
+            "job": "finetune",
+            "values": {"pretraining": "ours", "fold": run.name},
         }
         for run in folds
     }  # fmt: skip
-    cells["none"] = {"run": "gone", "job": "finetune", "values": {"pretraining": "none"}}
-    cells["start"] = {"run": "start", "job": "pretrain", "values": {"pretraining": "ours"}}
+    listed["none"] = {"path": "gone", "job": "finetune", "values": {"pretraining": "none"}}
+    listed["start"] = {"path": "start", "job": "pretrain", "values": {"pretraining": "ours"}}
     record = {"schema": 1, "title": "Folds", "baseline": "", "factors": ["pretraining", "fold"]}
-    record["cells"] = cells
+    record["runs"] = listed
     (tmp_path / "runs" / "suite.json").write_text(json.dumps(record))
     base = ["leaderboard", "to=matbench", f"suite={tmp_path / 'runs'}"]
     base += [f"metadata.{k}={v}" for k, v in PERSON.items()]

@@ -400,6 +400,36 @@ def test_finetuned_predictions_and_errors_are_in_physical_units():
     assert terms["mse"].count == sum(counts)
 
 
+def classifier(**settings):
+    torch.manual_seed(0)
+    config = FinetuneConfig(task="classification", **settings)
+    return FinetuneStage(config, Local(), list(TARGETS), [0, 0], [1, 1])
+
+
+def test_classification_is_the_cross_entropy_of_probabilities():
+    stage = classifier()
+    batch = collate(stage, crystals(12))
+    for name, labels in batch.targets.items():
+        batch.targets[name] = torch.where(labels.isnan(), torch.nan, (labels > 0).float())
+    labels, p = stage.labels(batch), stage.predict(batch)
+    assert ((p > 0) & (p < 1)).all()
+    known = ~labels.isnan()
+    assert 0 < known.sum() < known.numel()
+    terms = stage(batch)
+    want = torch.nn.functional.binary_cross_entropy(p[known], labels[known])
+    torch.testing.assert_close(terms["bce"].total / terms["bce"].count, want)
+    right = ((p[known] > 0.5) == (labels[known] == 1)).float().mean()
+    torch.testing.assert_close(terms["accuracy"].total / terms["accuracy"].count, right)
+    for i, name in enumerate(TARGETS):
+        error = (p - labels)[known[:, i], i].abs()
+        torch.testing.assert_close(terms[f"mae/{name}"].total, error.sum())
+    assert stage.weights == {"bce": 1.0} and stage.monitor == "bce"
+    loss_of(stage, terms).backward()
+    assert all(p.grad is not None and p.grad.any() for p in stage.parameters())
+    with pytest.raises(ValueError, match="not standardised"):
+        FinetuneStage(stage.config, Local(), ["a"], [0.2], [1.0])
+
+
 def test_predicting_needs_no_labels_and_the_state_dict_carries_the_scale():
     stage, batch = make("finetune"), collate(make("finetune"), crystals())
     other = FinetuneStage(FinetuneConfig(), Local(), list(TARGETS), [0, 0], [1, 1])
