@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from crysforge.datapipe.common.config import configure
-from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.graphs.transforms import Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
+from crysforge.models.generative.guidance import Guidance
+from crysforge.models.generative.sampler import SamplingConfig
 from crysforge.models.registry import Registry
 from crysforge.trainer.base.tensors import load_into
 
@@ -109,6 +111,29 @@ class SampleRequest:
     """Atoms in a cell where no formula says; None: drawn as in training."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """One crystal that a generative stage is to make."""
+
+    name: str
+    """Id of the crystal."""
+    key: int
+    """Seed of all its draws: they are equal whatever else is made with it."""
+    numbers: tuple[int, ...] = ()
+    """Atomic numbers of its atoms; empty: the stage chooses."""
+    atoms: int = 0
+    """Atoms in its cell, where the stage chooses their elements."""
+    elements: tuple[int, ...] = ()
+    """Those that the stage may choose; empty: all."""
+
+    def __len__(self) -> int:
+        return len(self.numbers) or self.atoms
+
+
+Watch = Callable[[int, int, Callable[[], list[Crystal | BadCrystal]]], None]
+"""(steps done, steps, what the crystals are by now) → None."""
+
+
 class Stage(nn.Module):
     """Base of all stages: an encoder with an objective.
 
@@ -165,24 +190,76 @@ class Stage(nn.Module):
         load_into(stage, saved.weights(), str(saved.file))
         return stage
 
+    def look(self, crystals: Iterable[Crystal]) -> None:
+        """Notes in buffers what it needs to know of the training crystals before it learns from
+        them. Called once on every rank, with the same crystals, if it is overridden."""
+
     @property
     def generative(self) -> bool:
         """Whether it makes crystals."""
-        return type(self).sample is not Stage.sample
+        return type(self).sample is not Stage.sample or type(self).draw is not Stage.draw
 
     def sample(self, request: SampleRequest, generator: torch.Generator) -> list[Crystal]:
-        """New crystals, without gradients.
+        """New crystals, without gradients; those that came to nothing are left out.
+
+        Raises:
+            ValueError: the stage makes none, or none of the kind that is asked for.
+        """
+        from pymatgen.core import Composition
+
+        if type(self).draw is Stage.draw:
+            self.draw([])
+        numbers: list[int] = []
+        for element, count in Composition(request.formula or {}).items():
+            numbers += [element.Z] * round(count * request.formula_units)
+        keys = torch.randint(2**62, (request.count,), generator=generator)
+        sizes = [0] * request.count if numbers else self.sizes(keys)
+        wanted = [
+            Wanted(
+                name=str(i),
+                key=int(key),
+                numbers=tuple(sorted(numbers)),
+                atoms=request.atoms or size,
+            )
+            for i, (key, size) in enumerate(zip(keys, sizes, strict=True))
+        ]
+        return [c for c in self.draw(wanted) if isinstance(c, Crystal)]
+
+    def draw(
+        self,
+        wanted: Sequence[Wanted],
+        sampling: SamplingConfig | None = None,
+        guidance: Guidance | None = None,
+        watch: Watch | None = None,
+    ) -> list[Crystal | BadCrystal]:
+        """The crystals that are wanted, in order; for one that came to nothing, why.
+
+        Args:
+            sampling: instead of the settings that the stage has.
+            watch: is called after every step.
 
         Raises:
             ValueError: the stage makes none, or none of the kind that is asked for.
         """
         raise ValueError(f"stage {self.name!r} does not generate crystals")
 
+    def sizes(self, keys: Tensor) -> list[int]:
+        """Atoms in a cell for each key, distributed as those that the stage learned from.
+
+        Raises:
+            ValueError: it does not choose elements.
+        """
+        raise ValueError(f"stage {self.name!r} needs a formula: it does not choose elements")
+
 
 _OURS = ("crysdiff", "crysgnn", "crystal_twins", "crysxpp", "dpf", "finetune", "joint", "vae")
+_GENERATIVE = ("ab_initio", "csp")
 STAGES: Registry[type[Stage]] = Registry(
     "stage",
-    modules={name: f"crysforge.trainer.stages.{name}" for name in _OURS},
+    modules={
+        **{name: f"crysforge.trainer.stages.{name}" for name in _OURS},
+        **{name: f"crysforge.trainer.stages.generative.{name}" for name in _GENERATIVE},
+    },
     plugins="crysforge.stages",
 )
 

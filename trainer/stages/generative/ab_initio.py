@@ -1,0 +1,137 @@
+"""Crystals from nothing: elements, coordinates and lattice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.schema import CrystalBatch
+from crysforge.models.encoders.base import Encoder
+from crysforge.models.generative.diffusions import Gaussian
+from crysforge.models.generative.flows import MaskedDiscrete
+from crysforge.models.generative.process import Process
+from crysforge.models.generative.sampler import Fields, SamplingConfig
+from crysforge.trainer.stages.base import STAGES, Saved, Wanted
+from crysforge.trainer.stages.generative.csp import CSPConfig, CSPStage
+from crysforge.trainer.stages.generative.made import drawn_sizes
+
+TYPES = ("gaussian", "masked")
+
+
+@dataclass(kw_only=True)
+class AbInitioConfig(CSPConfig):
+    """Settings of generation; the defaults are DiffCSP's."""
+
+    coords: str = "wrapped_gaussian"
+    lattice: str = "gaussian"
+    types: str = "gaussian"
+    """Process of the elements: `gaussian` noise on their one-hot vectors (DiffCSP), or `masked`:
+    hidden, and uncovered one by one."""
+    coords_weight: float = 1.0
+    lattice_weight: float = 1.0
+    types_weight: float = 20.0
+    """Weight of the elements' error; 1 suits `masked`."""
+    sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(steps=1000, method="ancestral", corrector=0.2)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.types not in TYPES:
+            raise ValueError(f"unknown process types={self.types!r}: {nearest(self.types, TYPES)}")
+        if not self.types_weight > 0:
+            raise ValueError(f"types_weight must be positive, got {self.types_weight}")
+
+
+@STAGES.register("ab_initio")
+class AbInitioStage(CSPStage):
+    """`CSPStage` whose elements are a third field, `types`: [A, channels] or hidden numbers [A].
+
+    Raises:
+        ValueError: also an encoder whose elements are known.
+    """
+
+    Config = AbInitioConfig
+    name = "ab_initio"
+    config: AbInitioConfig
+
+    def __init__(self, config: AbInitioConfig, encoder: Encoder) -> None:
+        super().__init__(config, encoder)
+        if self.encoder.config.elements != "vector":
+            raise ValueError("stage ab_initio needs encoder.elements=vector")
+        self.types_head = nn.Linear(encoder.dim, self.channels)
+        self.weights: Mapping[str, float] = {**self.weights, "types": config.types_weight}
+
+    @property
+    def channels(self) -> int:
+        """Elements that there are."""
+        return self.encoder.config.channels
+
+    def types_process(self) -> Process:
+        if self.config.types == "gaussian":
+            return Gaussian(self.channels, self.config.timesteps)
+        return MaskedDiscrete(self.channels)
+
+    def take(self, before: Saved) -> None:
+        super().take(before)
+        if before.stage == self.name:
+            self.types_head.load_state_dict(before.weights("types_head."))
+
+    def clean(self, batch: CrystalBatch) -> Fields:
+        out = super().clean(batch)
+        if self.config.types == "gaussian":
+            one_hot = F.one_hot(batch.numbers - 1, self.channels)
+            out["types"] = one_hot.to(batch.frac_coords.dtype)
+        return out
+
+    def predict_types(self, latents: Tensor) -> Fields:
+        return {"types": self.types_head(latents)}
+
+    def sizes(self, keys: Tensor) -> list[int]:
+        return drawn_sizes(self.seen_atoms, keys)
+
+    def check_wanted(self, wanted: Sequence[Wanted]) -> None:
+        if any(w.numbers for w in wanted):
+            raise ValueError(
+                "stage ab_initio chooses elements itself: for a formula take a model of stage csp"
+            )
+        if not all(w.atoms for w in wanted):
+            raise ValueError("a cell needs at least one atom")
+
+    def given(self, wanted: Sequence[Wanted], device: torch.device) -> Fields:
+        return {}
+
+    def allow(self, predictions: Fields, wanted: Sequence[Wanted]) -> Fields:
+        barred = self._barred(wanted)
+        if barred is None or self.config.types == "gaussian":
+            return predictions
+        barred = barred.to(predictions["types"].device)
+        return {**predictions, "types": predictions["types"].masked_fill(barred, -torch.inf)}
+
+    def numbers(self, state: Fields, wanted: Sequence[Wanted]) -> Tensor:
+        types = state["types"]
+        if self.config.types == "masked":
+            return types
+        barred = self._barred(wanted)
+        if barred is not None:
+            types = types.masked_fill(barred.to(types.device), -torch.inf)
+        return types.argmax(1) + 1
+
+    def _barred(self, wanted: Sequence[Wanted]) -> Tensor | None:
+        """[A, channels] bool: elements that an atom may not be; None where all may be all."""
+        if not any(w.elements for w in wanted):
+            return None
+        out = torch.zeros(sum(map(len, wanted)), self.channels, dtype=torch.bool)
+        atom = 0
+        for one in wanted:
+            if one.elements:
+                allowed = torch.tensor(one.elements) - 1
+                out[atom : atom + len(one)] = True
+                out[atom : atom + len(one), allowed] = False
+            atom += len(one)
+        return out
