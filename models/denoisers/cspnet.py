@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from crysforge.models.denoisers.pair_layout import PairLayout, pair_sum, source_mean
 from crysforge.models.layers.basic import WideLinear
 from crysforge.models.layers.time_embedding import TIME_CHANNELS, timestep_embedding
-from crysforge.models.denoisers.pair_layout import PairLayout, pair_sum, source_mean
 from crysforge.models.ops.recompute import LinearOf, applied, linear_of
 from crysforge.models.ops.segments import crystal_mean
 
@@ -176,9 +176,7 @@ class CSPLayer(nn.Module):
         return x + self.update(torch.cat([h, mean.to(h.dtype)], dim=1))
 
 
-def pair_waves(
-    frac_coords: Tensor, frequencies: int, layout: PairLayout
-) -> tuple[Tensor, Tensor]:
+def pair_waves(frac_coords: Tensor, frequencies: int, layout: PairLayout) -> tuple[Tensor, Tensor]:
     """Cosines and sines [Q, 3F] of 2π·m·(x_j − x_i), m = 0..F−1 for each axis, from those of the
     sorted atoms' coordinates [A, 3] by the addition theorems. The angles are fp64: m·x has lost
     digits in fp32."""

@@ -1,7 +1,7 @@
 """Log-metric coordinates of packed lattices, as tensors.
 
-They are those of datapipe/crystals/lattice.py, which has their definition; the two are held together
-by a test.
+They are those of datapipe/crystals/lattice.py, which has their definition; a test holds the two
+together.
 """
 
 from __future__ import annotations
@@ -54,4 +54,3 @@ def _origin(atoms: Tensor) -> Tensor:
 def gram(lattice: Tensor) -> Tensor:
     """[B, 9], the products of the rows of [B, 3, 3]."""
     return (lattice @ lattice.mT).flatten(1)
-

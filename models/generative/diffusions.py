@@ -1,5 +1,7 @@
-"""Diffusions with a table of levels: variance-preserving Gaussian, and wrapped Gaussian on the torus
-(DDPM, Ho et al. 2020; score matching on the torus as in DiffCSP, Jiao et al. 2023)."""
+"""Diffusions with a table of levels: variance-preserving, and wrapped normal on the torus.
+
+After DDPM (Ho et al. 2020), and DiffCSP's score matching on the torus (Jiao et al. 2023).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,15 @@ import math
 import torch
 from torch import Tensor
 
-from crysforge.models.generative.process import CORRECT, NOISE, PRIOR, STEP, Move, Process, salt
+from crysforge.models.generative.process import (
+    CORRECT,
+    NOISE,
+    PRIOR,
+    STEP,
+    FieldProcess,
+    Move,
+    salt,
+)
 from crysforge.models.generative.rows import Rows
 from crysforge.models.objectives.diffusion import (
     cosine_alpha_bar,
@@ -23,7 +33,7 @@ last levels of a cosine schedule have next to none: errors of the prediction wou
 thousands there. Over a step of one level the schedule's own bound of 1e-4 holds."""
 
 
-class Gaussian(Process):
+class GaussianDiffusion(FieldProcess):
     """x_u = √ᾱ x₀ + √(1 − ᾱ) ε with the cosine schedule; the target is ε."""
 
     def __init__(self, width: int, levels: int) -> None:
@@ -61,7 +71,7 @@ class Gaussian(Process):
         return math.sqrt((1 - now / then) * (1 - then) / (1 - now))
 
 
-class WrappedGaussian(Process):
+class WrappedDiffusion(FieldProcess):
     """x_u = x₀ + σ ε modulo 1 with a geometric σ; the target is minus the score over its root mean
     square at the level."""
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crysforge.models.generative.process import NOISE, PRIOR, STEP, Move, Process, salt
+from crysforge.models.generative.process import NOISE, PRIOR, STEP, FieldProcess, Move, salt
 from crysforge.models.generative.rows import Rows
 
 
-class Linear(Process):
+class Linear(FieldProcess):
     """x_u = (1 − u) x₀ + u ε; the target is the velocity x₀ − ε, or x₀ itself.
 
     Args:
@@ -48,7 +48,7 @@ class Linear(Process):
         return x - (move.now - move.then) * gradient
 
 
-class TorusLinear(Process):
+class TorusLinear(FieldProcess):
     """The shortest way on the torus from a uniform draw; the target is its velocity, without the
     mean over the group where nobody can know that (`centred`)."""
 
@@ -72,7 +72,7 @@ class TorusLinear(Process):
         return (x - (move.now - move.then) * gradient) % 1
 
 
-class MaskedDiscrete(Process):
+class MaskedDiscrete(FieldProcess):
     """Classes 1 … `classes` that are hidden (0) with the probability of the level. The prediction
     is logits [R, classes]; a step uncovers as many as the levels say, each by a draw."""
 

@@ -43,7 +43,7 @@ class Move:
     """Whether a diffusion draws noise in a step, or follows the flow of equal marginals."""
 
 
-class Process(ABC):
+class FieldProcess(ABC):
     """A field's way between clean and prior. Levels are [R, 1] or numbers."""
 
     levels: int = 0
@@ -80,7 +80,7 @@ class Process(ABC):
         return square.sum(), square.new_full((), square.numel())
 
 
-class Fixed(Process):
+class Fixed(FieldProcess):
     """A field that is known and stays."""
 
     def prior(self, rows: Rows) -> Tensor:

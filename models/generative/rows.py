@@ -63,9 +63,7 @@ class Packing:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(
-        cls, key: Tensor, sizes: Sequence[int], dtype: torch.dtype = torch.float32
-    ) -> Packing:
+    def of(cls, key: Tensor, sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> Packing:
         """Of groups with so many members, and keys [B]."""
         each = torch.tensor(list(sizes), device=key.device)
         batch = torch.repeat_interleave(torch.arange(len(each), device=key.device), each)

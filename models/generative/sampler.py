@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from crysforge.datapipe.common.names import nearest
 from crysforge.models.generative.guidance import Guidance
-from crysforge.models.generative.process import Move, Process
+from crysforge.models.generative.process import FieldProcess, Move
 from crysforge.models.generative.rows import Packing, Rows
 
 METHODS = ("euler", "heun", "ancestral")
@@ -56,7 +57,7 @@ class SamplingConfig:
 class Field:
     """A field of a state."""
 
-    process: Process
+    process: FieldProcess
     of_members: bool
     """Whether it has a row for each member, or one for each group."""
 
@@ -105,7 +106,7 @@ def sample(
     state = {n: f.process.prior(rows[n]) for n, f in fields.items() if n not in (given or {})}
     state |= dict(given or {})
     levels = grid(sampling, fields)
-    for number, (now, then) in enumerate(zip(levels, levels[1:], strict=False)):
+    for number, (now, then) in enumerate(pairwise(levels)):
         move = Move(now, then, number, stochastic=sampling.method == "ancestral")
         moves = {n: replace(move, slope=sampling.anneal.get(n, 0.0)) for n in fields}
         state = _step(denoiser, fields, rows, state, moves, packing, sampling, guidance)

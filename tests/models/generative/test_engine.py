@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from crysforge.models.generative.diffusions import Gaussian, WrappedGaussian
+from crysforge.models.generative.diffusions import GaussianDiffusion, WrappedDiffusion
 from crysforge.models.generative.flows import Linear, MaskedDiscrete, TorusLinear
 from crysforge.models.generative.guidance import Guidance
 from crysforge.models.generative.process import Move
@@ -54,7 +54,7 @@ def check_histogram(x):
     ids=["ancestral", "corrected", "flow"],
 )
 def test_wrapped_diffusion_reaches_a_mixture_on_the_torus(sampling):
-    process = WrappedGaussian(1, 600)
+    process = WrappedDiffusion(1, 600)
 
     def exact(fields, level):
         x, index = fields["x"][:, 0], (level * 600).round().long()
@@ -89,7 +89,7 @@ def test_torus_flow_reaches_a_mixture():
 @pytest.mark.parametrize("kind", ["gaussian", "flow"])
 def test_a_normal_distribution_is_reached(kind):
     mean, spread, levels = 1.5, 0.4, 400
-    process = Gaussian(2, levels) if kind == "gaussian" else Linear(2)
+    process = GaussianDiffusion(2, levels) if kind == "gaussian" else Linear(2)
 
     def exact(fields, level):
         x, u = fields["x"], level[:, None]
@@ -150,8 +150,8 @@ def noise_of_everything(fields, level):
 
 def test_draws_belong_to_a_sample_alone():
     fields = {
-        "x": Field(WrappedGaussian(3, 50), True),
-        "y": Field(Gaussian(6, 50), False),
+        "x": Field(WrappedDiffusion(3, 50), True),
+        "y": Field(GaussianDiffusion(6, 50), False),
     }
     sampling = SamplingConfig(steps=25, method="ancestral", corrector=0.3)
 
@@ -187,7 +187,7 @@ def test_guidance_is_the_gradient_and_lowers_the_energy():
     def toward(state, level):
         return (state["x"] - 3).square().sum(1)
 
-    fields = {"x": Field(Gaussian(2, 100), False)}
+    fields = {"x": Field(GaussianDiffusion(2, 100), False)}
     sampling = SamplingConfig(steps=100, method="ancestral")
     free, guided = (
         sample(lambda f, u: {"x": f["x"]}, fields, packing(200), sampling, guidance=g)["x"]
@@ -205,7 +205,7 @@ def test_guidance_is_the_gradient_and_lowers_the_energy():
     ],
 )
 def test_settings_that_do_not_fit_are_refused(sampling, message):
-    fields = {"x": Field(Gaussian(2, 50), False)}
+    fields = {"x": Field(GaussianDiffusion(2, 50), False)}
     with pytest.raises(ValueError, match=message):
         sample(lambda f, u: f, fields, packing(2), sampling)
     with pytest.raises(ValueError, match=r"unknown sampling\.method 'hein'.*heun"):

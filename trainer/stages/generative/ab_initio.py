@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
-from crysforge.models.generative.diffusions import Gaussian
+from crysforge.models.generative.diffusions import GaussianDiffusion
 from crysforge.models.generative.flows import MaskedDiscrete
-from crysforge.models.generative.process import Process
+from crysforge.models.generative.process import FieldProcess
 from crysforge.models.generative.sampler import Fields, SamplingConfig
 from crysforge.trainer.stages.base import STAGES, Saved, Wanted
 from crysforge.trainer.stages.generative.csp import CSPConfig, CSPStage
@@ -72,9 +72,9 @@ class AbInitioStage(CSPStage):
         """Elements that there are."""
         return self.encoder.config.channels
 
-    def types_process(self) -> Process:
+    def types_process(self) -> FieldProcess:
         if self.config.types == "gaussian":
-            return Gaussian(self.channels, self.config.timesteps)
+            return GaussianDiffusion(self.channels, self.config.timesteps)
         return MaskedDiscrete(self.channels)
 
     def take(self, before: Saved) -> None:

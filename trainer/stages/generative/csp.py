@@ -16,10 +16,10 @@ from crysforge.models.denoisers.lattice_numbers import from_log_metric
 from crysforge.models.denoisers.pair_layout import PairLayout
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.encoders.cspnet import LATTICES, CSPEncoder
-from crysforge.models.generative.diffusions import Gaussian, WrappedGaussian
+from crysforge.models.generative.diffusions import GaussianDiffusion, WrappedDiffusion
 from crysforge.models.generative.flows import Linear, TorusLinear
 from crysforge.models.generative.guidance import Guidance
-from crysforge.models.generative.process import Fixed, Process
+from crysforge.models.generative.process import FieldProcess, Fixed
 from crysforge.models.generative.rows import Packing
 from crysforge.models.generative.sampler import Field, Fields, SamplingConfig, check, sample
 from crysforge.models.layers.basic import WideLinear
@@ -108,7 +108,7 @@ class CSPStage(Stage):
         for name, values in Seen.none().buffers().items():
             self.register_buffer(name, values)
 
-    def types_process(self) -> Process:
+    def types_process(self) -> FieldProcess:
         """What is done to the elements: nothing here."""
         return Fixed()
 
@@ -203,9 +203,7 @@ class CSPStage(Stage):
             return self.allow(self.predict(state, level, layout, where.ptr), wanted)
 
         given = self.given(wanted, device)
-        return crystals(
-            sample(denoise, self.fields, where, settings, given, guidance, watch=after)
-        )
+        return crystals(sample(denoise, self.fields, where, settings, given, guidance, watch=after))
 
     def check_wanted(self, wanted: Sequence[Wanted]) -> None:
         """Raises ValueError for a crystal that this stage cannot make."""
@@ -237,14 +235,16 @@ class CSPStage(Stage):
         return made(wanted, where.sizes, self.numbers(state, wanted), state["coords"], cells)
 
 
-def _coords(config: CSPConfig) -> Process:
+def _coords(config: CSPConfig) -> FieldProcess:
     if config.coords == "torus_linear":
         return TorusLinear(3)
-    return WrappedGaussian(3, config.timesteps)
+    return WrappedDiffusion(3, config.timesteps)
 
 
-def _lattice(config: CSPConfig, width: int) -> Process:
-    return Linear(width) if config.lattice == "linear" else Gaussian(width, config.timesteps)
+def _lattice(config: CSPConfig, width: int) -> FieldProcess:
+    return (
+        Linear(width) if config.lattice == "linear" else GaussianDiffusion(width, config.timesteps)
+    )
 
 
 def _levels(key: Tensor, levels: int) -> Tensor:
