@@ -86,7 +86,7 @@ class CSPLayers(nn.Module):
                 )
             else:
                 x = layer(x, waves, lattice, layout, linear)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.norm(x)
 
 
 class CSPNet(CSPLayers):

@@ -115,7 +115,7 @@ def pair_sum(
         even: [Q, D], equal for (i, j) and (j, i). odd: [Q, D], which changes sign.
         own: [D], the even part of an atom with itself.
     """
-    return _PairSum.apply(target, source, even, odd, own, layout)  # type: ignore[no-any-return]
+    return _PairSum.apply(target, source, even, odd, own, layout)
 
 
 class _PairSum(torch.autograd.Function):

@@ -105,7 +105,7 @@ class CSPEncoder(Encoder):
             ValueError: an element beyond `channels`.
         """
         if elements.is_floating_point():
-            return self.elements(elements)  # type: ignore[no-any-return]
+            return self.elements(elements)
         small = self.config.channels < MAX_Z and elements.device.type == "cpu"
         if small and type(elements) is Tensor and int(elements.max()) > self.config.channels:
             raise ValueError(

@@ -79,7 +79,7 @@ def drawn_sizes(seen_atoms: Tensor, keys: Tensor) -> list[int]:
     if share[-1] == 0:
         raise ValueError("the model has seen no crystals: give atoms=N")
     draw = keyed_uniform(keys, 1, _SIZE)[:, 0].double() * share[-1]
-    return torch.searchsorted(share, draw, right=True).tolist()  # type: ignore[no-any-return]
+    return torch.searchsorted(share, draw, right=True).tolist()
 
 
 def made(
