@@ -27,7 +27,7 @@ from crysforge.trainer.base import distributed
 from crysforge.trainer.base.command_line import parse, required, run
 from crysforge.trainer.generation.config import GenerateConfig
 from crysforge.trainer.runs.model_directory import open_model
-from crysforge.trainer.serving.generate import Job
+from crysforge.trainer.serving.generate import Generation
 from crysforge.trainer.serving.generator import Generator, generates
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     if not generates(exported.stage):
         raise ValueError(f"{config.checkpoint} is of stage {exported.stage!r}, which makes none")
     world = distributed.init()
-    job = Job.of(config, Generator(exported, world.device))
+    job = Generation.of(config, Generator(exported, world.device))
     if world.share(job.begin() if world.main else None):
         if world.main:
             print(f"all is there already: {job.output}")

@@ -39,9 +39,10 @@ def log_metric(lattice: Tensor, atoms: Tensor) -> Tensor:
 def from_log_metric(numbers: Tensor, atoms: Tensor) -> Tensor:
     """[B, 3, 3] rows in Å, in standard orientation, from [B, 6] and [B] atoms. Numbers beyond those
     of any cell are cut off, so that there is one for all."""
-    wide = numbers.double().clamp(-25, 25) * torch.tensor(SPREAD, device=numbers.device)
+    wide = numbers.double().nan_to_num().clamp(-25, 25)
+    wide = wide * wide.new_tensor(SPREAD)
     values, vectors = torch.linalg.eigh(torch.einsum("bk,kij->bij", wide, _basis(wide)))
-    scale = torch.exp(2 * (values + _origin(atoms)[:, None]))
+    scale = torch.exp(2 * (values.clamp(-6, 6) + _origin(atoms)[:, None]))
     metric = (vectors * scale[:, None]) @ vectors.mT
     return torch.linalg.cholesky((metric + metric.mT) / 2).to(numbers.dtype)
 

@@ -39,7 +39,7 @@ def frame(crystal: Crystal, info: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
+class RankedRow:
     """What ranked.csv says of a sample."""
 
     crystal: Crystal
@@ -77,7 +77,7 @@ def shortest_distance(crystal: Crystal, images: bool = True) -> float:
     return shortest
 
 
-def write_rows(folder: Path, rows: Sequence[Row]) -> None:
+def write_rows(folder: Path, rows: Sequence[RankedRow]) -> None:
     """Writes generated.extxyz, ranked.csv and cifs/: of each sample the structure as it is, as a
     CIF and a POSCAR, and brought to its symmetry at 0.1 Å."""
     with replacing(folder / EXTXYZ) as file:
@@ -126,7 +126,7 @@ def write_failed(folder: Path, failed: Iterable[tuple[dict[str, Any], BadCrystal
 
 
 @dataclass(frozen=True)
-class Sample:
+class Generated:
     """A generated crystal as it is read back."""
 
     name: str
@@ -137,7 +137,7 @@ class Sample:
     crystal: Crystal
 
 
-def read_samples(folder: Path) -> tuple[list[Sample], int]:
+def read_samples(folder: Path) -> tuple[list[Generated], int]:
     """The crystals in a folder that `generate` wrote, and how many came to nothing.
 
     Raises:
@@ -150,8 +150,8 @@ def read_samples(folder: Path) -> tuple[list[Sample], int]:
         info = atoms.info
         name = str(info.get("name", number))
         crystal = Crystal.from_ase(atoms, name)
-        texts = (str(info.get(k, "")) for k in ("formula", "target"))
-        out.append(Sample(name, *texts, int(info.get("sample", 0)), crystal))
+        formula, target = (str(info.get(k, "")) for k in ("formula", "target"))
+        out.append(Generated(name, formula, target, int(info.get("sample", 0)), crystal))
     failed = 0
     if (folder / FAILED).is_file():
         with open(folder / FAILED, encoding="utf-8", newline="") as file:

@@ -33,7 +33,7 @@ MOST_CHUNK = 1 << 28
 
 
 @dataclass(frozen=True)
-class Work:
+class Chunks:
     """Chunks that are to be made in a folder."""
 
     chunks: Sequence[Sequence[Asked]]

@@ -19,7 +19,7 @@ from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import code_version
 from crysforge.trainer.generation.config import GenerateConfig
-from crysforge.trainer.generation.files import Row, describe, write_failed, write_rows
+from crysforge.trainer.generation.files import RankedRow, describe, write_failed, write_rows
 from crysforge.trainer.generation.known import Known, composition_of
 from crysforge.trainer.generation.picture import picture
 from crysforge.trainer.generation.ranking import AGREEMENT, Judge, Ranked, ranked
@@ -33,7 +33,7 @@ from crysforge.trainer.generation.request import (
     of_targets,
     parse_units,
 )
-from crysforge.trainer.generation.work import Work
+from crysforge.trainer.generation.work import Chunks
 from crysforge.trainer.runs.model_directory import open_model
 from crysforge.trainer.serving.generator import Generator
 from crysforge.trainer.serving.predictor import Predictor
@@ -44,21 +44,21 @@ _NO_REQUEST = ("checkpoint", "output", "pictures", "force")
 
 
 @dataclass(frozen=True)
-class Job:
+class Generation:
     """One request and the model that answers it."""
 
     config: GenerateConfig
     model: Generator
     asked: list[Asked]
-    work: Work
+    work: Chunks
 
     @classmethod
-    def of(cls, config: GenerateConfig, model: Generator) -> Job:
+    def of(cls, config: GenerateConfig, model: Generator) -> Generation:
         """Raises ValueError for a request that the model cannot answer."""
         asked = _asked(config, model)
         model.require_known(asked, config.force)
         output = Path(config.output)
-        work = Work(
+        work = Chunks(
             chunks(asked, config.max_atoms),
             output / "chunks",
             model.sampling(config.sampling),
@@ -101,7 +101,7 @@ class Job:
         settings = {k: v for k, v in config.items() if k not in _NO_REQUEST}
         weights = sha256(open_model(self.config.checkpoint, self.config.stage).file)
         value = {**settings, "weights_sha256": weights}
-        return json.loads(json.dumps(value))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(value))
 
     def make(self, world: World) -> None:
         """Makes this rank's chunks."""
@@ -149,7 +149,7 @@ class Job:
             return "nobody"
         return AGREEMENT
 
-    def _rows(self, order: Sequence[Ranked]) -> list[Row]:
+    def _rows(self, order: Sequence[Ranked]) -> list[RankedRow]:
         known = None
         if self.config.reference:
             wanted = {composition_of(r.crystal) for r in order}
@@ -166,10 +166,10 @@ class Job:
                 **describe(entry.crystal),
                 "training_crystal": known.same(entry.crystal, _SAME) if known else "",
             }
-            rows.append(Row(entry.crystal, values))
+            rows.append(RankedRow(entry.crystal, values))
         return rows
 
-    def _draw(self, rows: Sequence[Row]) -> None:
+    def _draw(self, rows: Sequence[RankedRow]) -> None:
         """The best of each structure first."""
         chosen = sorted(rows, key=lambda r: (bool(r.values["same_as"]), r.values["rank"]))
         shown = [(r.crystal, _caption(r.values)) for r in chosen[: self.config.pictures]]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from crysforge.datapipe.common.config import configure
-from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
 from crysforge.models.generative.sampler import SamplingConfig, check
 from crysforge.trainer.generation.ranking import ranked
@@ -82,7 +82,7 @@ class Generator(Predictor):
             asked = of_nothing(self.maker, n, atoms, numbers_of(elements), seed)
         self.require_known(asked, force)
         settings = self.sampling(sampling or {})
-        found = {}
+        found: dict[str, Crystal | BadCrystal] = {}
         for chunk in chunks(asked, max_atoms):
             drawn = self.maker.draw([a.wanted for a in chunk], settings)
             found |= {a.wanted.name: c for a, c in zip(chunk, drawn, strict=True)}
