@@ -1,12 +1,16 @@
-"""Evaluates a suite of runs: tables with statistics, published numbers beside, figures, a report.
+"""Evaluates a suite of runs: tables with statistics, published numbers beside, figures, a report;
+or generated crystals: how near they are to what exists, how valid, how new.
 
     python launch/evaluate.py suite=DIR
     … suite=SWEEP_OUTPUT baseline=init_from=none   a sweep that submit.py ran, or any runs
     … columns=task rows=[pretraining]              a table laid out in another way
     … paper=crysldnet-unified                      published tables beside
+    python launch/evaluate.py csp=DIR reference=DATA           structures predicted for a data set
+    python launch/evaluate.py generation=DIR reference=DATA    crystals of a model's own choice
 
 Writes DIR/report: report.md, tables (Markdown, CSV, LaTeX) and figures (PNG, SVG). Runs that have
-not finished are listed and marked; evaluate again when they have. See docs/evaluation.md.
+not finished are listed and marked; evaluate again when they have. See docs/evaluation.md. Of
+generated crystals: DIR/evaluation, with tables and a line for every structure (docs/generation.md).
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ from crysforge.launch.cluster.status import run_directories
 from crysforge.launch.cluster.submission import SUFFIX, Submission
 from crysforge.trainer.base.command_line import parse, required, run
 from crysforge.trainer.evaluation.suite import SUITE, Cell, Suite
-from crysforge.trainer.reports.config import EvaluateConfig
+from crysforge.trainer.judging.config import JudgeConfig
+from crysforge.trainer.judging.report import judge_generation, judge_prediction
 from crysforge.trainer.reports.report import evaluate
 
 
@@ -48,7 +53,11 @@ def find(path: Path) -> Suite:
 
 
 def main() -> None:
-    config = parse(EvaluateConfig, __doc__)
+    config = parse(JudgeConfig, __doc__)
+    if config.csp or config.generation:
+        table = judge_prediction(config) if config.csp else judge_generation(config)
+        print(table.title, table.markdown(), sep="\n\n")
+        return
     required(config, "suite")
     report = evaluate(find(Path(config.suite)), config)
     print(report.main.title, report.main.markdown(), sep="\n\n")

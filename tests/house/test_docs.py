@@ -19,8 +19,9 @@ from crysforge.launch import analyse, demo, ensemble, export, leaderboard, predi
 from crysforge.launch.cluster.request import Request
 from crysforge.launch.cluster.suite import SuiteConfig
 from crysforge.trainer.base.command_line import from_sources, merge_sources, split_arguments
+from crysforge.trainer.generation.config import GenerateConfig
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema
-from crysforge.trainer.reports.config import EvaluateConfig
+from crysforge.trainer.judging.config import JudgeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,9 +40,10 @@ SCHEMAS = {
     "analyse": analyse.AnalyseConfig,
     "demo": demo.DemoConfig,
     "ensemble": ensemble.EnsembleConfig,
-    "evaluate": EvaluateConfig,
+    "evaluate": JudgeConfig,
     "export": export.ExportConfig,
     "finetune": FinetuneJob,
+    "generate": GenerateConfig,
     "leaderboard": leaderboard.LeaderboardConfig,
     "predict": predict.PredictConfig,
     "pretrain": pretrain_schema(),

@@ -45,6 +45,7 @@ ROOMS = [
     "trainer.analysis",
     "trainer.evaluation",
     "trainer.reports",
+    "trainer.judging",
     "launch.cluster",
     "launch",
 ]

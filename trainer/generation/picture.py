@@ -19,7 +19,7 @@ VIEW = (12.0, 24.0)
 """Degrees that crystals are turned about x and y."""
 _BOND = 1.15
 """A bond is at most so many times the sum of the covalent radii long."""
-_EDGE = 1e-3
+_EDGE = 0.03
 """Fractional distance from a face at which an atom is on it, and is shown on the other side too."""
 
 
@@ -40,6 +40,8 @@ def picture(path: Path, crystals: Sequence[tuple[Crystal, str]], columns: int = 
 
 
 def _draw(axes: Any, crystal: Crystal) -> None:
+    from pymatgen.core import Element
+
     numbers, points = _shown(crystal)
     turn = _rotation()
     corners = np.array(list(itertools.product((0, 1), repeat=3)))
@@ -51,7 +53,10 @@ def _draw(axes: Any, crystal: Crystal) -> None:
             depth = (cell[i, 2] + cell[j, 2]) / 2
             axes.plot(*cell[[i, j], :2].T, color="#777777", linewidth=0.8, zorder=depth)
     radii = covalent_radii[numbers]
+    metal = np.array([Element.from_Z(int(z)).is_metal for z in numbers])
     for i, j in itertools.combinations(range(len(numbers)), 2):
+        if metal[i] and metal[j] and not metal.all():
+            continue  # cations side by side
         if np.linalg.norm(points[i] - points[j]) < _BOND * (radii[i] + radii[j]):
             depth = (places[i, 2] + places[j, 2]) / 2
             axes.plot(*places[[i, j], :2].T, color="#b0b0b0", linewidth=2.0, zorder=depth)
@@ -77,9 +82,11 @@ def _circle(centre: Any, radius: float, colour: Any, depth: float) -> Any:
 
 
 def _shown(crystal: Crystal) -> tuple[np.ndarray, np.ndarray]:
-    """Atomic numbers and places in Å of the cell's atoms, those on its faces on both sides."""
+    """Atomic numbers and places in Å of the cell's atoms, those on its faces on both sides. The
+    origin, which means nothing, is put at the first of the largest atoms."""
+    corner = crystal.frac_coords[np.argmax(covalent_radii[crystal.numbers])]
     numbers, frac = [], []
-    for z, x in zip(crystal.numbers.astype(int), crystal.frac_coords, strict=True):
+    for z, x in zip(crystal.numbers.astype(int), (crystal.frac_coords - corner) % 1, strict=True):
         sides = [[v, v + 1] if v < _EDGE else [v, v - 1] if v > 1 - _EDGE else [v] for v in x]
         for place in itertools.product(*sides):
             numbers.append(z)
