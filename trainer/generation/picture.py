@@ -64,13 +64,13 @@ def _draw(axes: Any, crystal: Crystal) -> None:
         circle = _circle(place[:2], 0.45 * radius, jmol_colors[z], place[2])
         axes.add_patch(circle)
     reach = max(np.abs(cell[:, :2]).max(), np.abs(places[:, :2]).max()) + 1
-    axes.set_xlim(-reach, reach)
+    axes.set_xlim(-1.35 * reach, reach)  # room for the legend
     axes.set_ylim(-reach, reach)
     axes.set_aspect("equal")
     for row, z in enumerate(sorted(set(numbers.tolist()))):
         y = reach * (0.92 - 0.16 * row)
-        axes.add_patch(_circle((-0.94 * reach, y), 0.05 * reach, jmol_colors[z], 1e3))
-        axes.text(-0.84 * reach, y, chemical_symbols[z], fontsize=7, va="center", zorder=1e3)
+        axes.add_patch(_circle((-1.27 * reach, y), 0.05 * reach, jmol_colors[z], 1e3))
+        axes.text(-1.17 * reach, y, chemical_symbols[z], fontsize=7, va="center", zorder=1e3)
 
 
 def _circle(centre: Any, radius: float, colour: Any, depth: float) -> Any:

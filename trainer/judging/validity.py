@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
@@ -82,7 +83,9 @@ def _valid(formula: tuple[tuple[int, int], ...], name: str) -> bool:
     states = [table.get(z, ()) for z, _ in formula]
     if math.prod(map(len, states)) > MOST_COMBINATIONS:
         return False
-    negativity = [e.X for e in elements]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # not every element has one
+        negativity = [e.X for e in elements]
     return any(
         sum(s * n for s, (_, n) in zip(charges, formula, strict=True)) == 0
         and _ordered(charges, negativity)
