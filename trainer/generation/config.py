@@ -52,6 +52,8 @@ class GenerateConfig:
     """Data set in which samples are looked for; default none."""
     trajectory: int = 0
     """Snapshots of every sample's way that are written too."""
+    cifs: int = 1000
+    """Samples whose structures are written as files of their own, in order of ranked.csv."""
     pictures: int = 12
     """Crystals on the picture sheet; 0: none."""
     force: bool = False
@@ -61,7 +63,7 @@ class GenerateConfig:
         asked = [name for name in ("formula", "input", "n") if getattr(self, name)]
         if len(asked) > 1:
             raise ValueError(f"give one of formula, input and n, not {' and '.join(asked)}")
-        for name, least in (("samples", 1), ("max_atoms", 1), ("n", 0), ("count", 0)):
+        for name, least in (("samples", 1), ("max_atoms", 1), ("n", 0), ("count", 0), ("cifs", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("trajectory", "pictures"):

@@ -77,9 +77,11 @@ def shortest_distance(crystal: Crystal, images: bool = True) -> float:
     return shortest
 
 
-def write_rows(folder: Path, rows: Sequence[RankedRow]) -> None:
-    """Writes generated.extxyz, ranked.csv and cifs/: of each sample the structure as it is, as a
-    CIF and a POSCAR, and brought to its symmetry at 0.1 Å."""
+def write_rows(folder: Path, rows: Sequence[RankedRow], structures: int | None = None) -> None:
+    """Writes generated.extxyz, ranked.csv and cifs/: of each of the first samples (all, unless
+    `structures` says how many) the structure as it is, as a CIF and a POSCAR, and brought to its
+    symmetry at 0.1 Å."""
+    chosen = rows[:structures]
     with replacing(folder / EXTXYZ) as file:
         for row in rows:
             info = {k: row.values.get(k, "") for k in ("name", "formula", "z", "rank", "target")}
@@ -87,11 +89,12 @@ def write_rows(folder: Path, rows: Sequence[RankedRow]) -> None:
     with replacing(folder / RANKED) as file:
         line = row_writer(file)
         line(COLUMNS)
-        for row in rows:
-            values = {**row.values, "file": f"cifs/{row.stem}.cif"}
+        for number, row in enumerate(rows):
+            file_name = f"cifs/{row.stem}.cif" if number < len(chosen) else ""
+            values = {**row.values, "file": file_name}
             line([values.get(name, "") for name in COLUMNS])
     make_directory(folder / "cifs")
-    for row in rows:
+    for row in chosen:
         write_structure(folder / "cifs" / row.stem, row.crystal)
 
 

@@ -39,7 +39,7 @@ from crysforge.trainer.serving.generator import Generator
 from crysforge.trainer.serving.predictor import Predictor
 
 REQUEST, REPORT = "request.json", "report.json"
-_NO_REQUEST = ("checkpoint", "output", "pictures", "force")
+_NO_REQUEST = ("checkpoint", "output", "pictures", "cifs", "force")
 """Settings that do not change what is made."""
 
 
@@ -119,7 +119,7 @@ class Generation:
         agree = not any(a.target for a in self.asked)  # what is evaluated is not compared here
         order = ranked(good, judge, agree)
         rows = self._rows(order)
-        write_rows(self.output, rows)
+        write_rows(self.output, rows, self.config.cifs)
         write_failed(self.output, ((_question(a), error) for a, error in failed))
         if self.config.pictures and rows:
             self._draw(rows)

@@ -253,7 +253,7 @@ class Stage(nn.Module):
 
 
 _OURS = ("crysdiff", "crysgnn", "crystal_twins", "crysxpp", "dpf", "finetune", "joint", "vae")
-_GENERATIVE = ("ab_initio", "csp")
+_GENERATIVE = ("ab_initio", "crysldm", "crysldm_vae", "csp")
 STAGES: Registry[type[Stage]] = Registry(
     "stage",
     modules={

@@ -62,15 +62,15 @@ class AbInitioStage(CSPStage):
 
     def __init__(self, config: AbInitioConfig, encoder: Encoder) -> None:
         super().__init__(config, encoder)
-        if self.encoder.config.elements != "vector":
-            raise ValueError("stage ab_initio needs encoder.elements=vector")
-        self.types_head = nn.Linear(encoder.dim, self.channels)
+        if self.trunk.config.elements != "vector":
+            raise ValueError(f"stage {self.name} needs encoder.elements=vector")
+        self.types_head = nn.Linear(self.trunk.dim, self.channels)
         self.weights: Mapping[str, float] = {**self.weights, "types": config.types_weight}
 
     @property
     def channels(self) -> int:
-        """Elements that there are."""
-        return self.encoder.config.channels
+        """Numbers of `types`, one for each element."""
+        return self.trunk.config.channels
 
     def types_process(self) -> FieldProcess:
         if self.config.types == "gaussian":
@@ -98,7 +98,8 @@ class AbInitioStage(CSPStage):
     def check_wanted(self, wanted: Sequence[Wanted]) -> None:
         if any(w.numbers for w in wanted):
             raise ValueError(
-                "stage ab_initio chooses elements itself: for a formula take a model of stage csp"
+                f"stage {self.name} chooses elements itself: for a formula take a model of stage "
+                "csp"
             )
         if not all(w.atoms for w in wanted):
             raise ValueError("a cell needs at least one atom")
@@ -107,31 +108,27 @@ class AbInitioStage(CSPStage):
         return {}
 
     def allow(self, predictions: Fields, wanted: Sequence[Wanted]) -> Fields:
-        barred = self._barred(wanted)
-        if barred is None or self.config.types == "gaussian":
+        if self.config.types == "gaussian":
             return predictions
-        barred = barred.to(predictions["types"].device)
-        return {**predictions, "types": predictions["types"].masked_fill(barred, -torch.inf)}
+        return {**predictions, "types": only_allowed(predictions["types"], wanted)}
 
     def numbers(self, state: Fields, wanted: Sequence[Wanted]) -> Tensor:
         types = state["types"]
         if self.config.types == "masked":
             return types
-        barred = self._barred(wanted)
-        if barred is not None:
-            types = types.masked_fill(barred.to(types.device), -torch.inf)
-        return types.argmax(1) + 1
+        return only_allowed(types, wanted).argmax(1) + 1
 
-    def _barred(self, wanted: Sequence[Wanted]) -> Tensor | None:
-        """[A, channels] bool: elements that an atom may not be; None where all may be all."""
-        if not any(w.elements for w in wanted):
-            return None
-        out = torch.zeros(sum(map(len, wanted)), self.channels, dtype=torch.bool)
-        atom = 0
-        for one in wanted:
-            if one.elements:
-                allowed = torch.tensor(one.elements) - 1
-                out[atom : atom + len(one)] = True
-                out[atom : atom + len(one), allowed] = False
-            atom += len(one)
-        return out
+
+def only_allowed(scores: Tensor, wanted: Sequence[Wanted]) -> Tensor:
+    """Scores of elements [A, channels], minus infinity for those that an atom may not be."""
+    if not any(w.elements for w in wanted):
+        return scores
+    barred = torch.zeros(scores.shape, dtype=torch.bool)
+    atom = 0
+    for one in wanted:
+        if one.elements:
+            allowed = torch.tensor(one.elements) - 1
+            barred[atom : atom + len(one)] = True
+            barred[atom : atom + len(one), allowed] = False
+        atom += len(one)
+    return scores.masked_fill(barred.to(scores.device), -torch.inf)

@@ -89,12 +89,13 @@ class CSPStage(Stage):
         if not isinstance(encoder, CSPEncoder):
             name = encoder.section["name"]
             raise ValueError(f"stage {self.name} needs encoder.name=cspnet, not {name!r}")
-        kind = encoder.config.lattice
+        self.config, self.encoder = config, encoder
+        trunk = self.make_trunk()
+        kind = trunk.config.lattice
         if kind == "matrix" and config.lattice == "linear":
             raise ValueError("lattice=linear needs encoder.lattice=log_metric")
-        self.config, self.encoder = config, encoder
-        self.coords_head = WideLinear(encoder.dim, 3, bias=False)
-        self.lattice_head = WideLinear(encoder.dim, LATTICES[kind], bias=False)
+        self.coords_head = WideLinear(trunk.dim, 3, bias=False)
+        self.lattice_head = WideLinear(trunk.dim, LATTICES[kind], bias=False)
         self.weights: Mapping[str, float] = {
             "coords": config.coords_weight,
             "lattice": config.lattice_weight,
@@ -107,6 +108,15 @@ class CSPStage(Stage):
         check(config.sampling, self.fields)
         for name, values in Seen.none().buffers().items():
             self.register_buffer(name, values)
+
+    def make_trunk(self) -> CSPEncoder:
+        """The network that sees noisy states: here the encoder itself."""
+        return self.encoder
+
+    @property
+    def trunk(self) -> CSPEncoder:
+        """What `make_trunk` made."""
+        return self.encoder
 
     def types_process(self) -> FieldProcess:
         """What is done to the elements: nothing here."""
@@ -161,11 +171,11 @@ class CSPStage(Stage):
 
     def predict(self, state: Fields, level: Tensor, layout: PairLayout, ptr: Tensor) -> Fields:
         """Predictions of the fields that move, from a state at levels [B]."""
-        nodes = self.encoder.embed(state["types"])
-        latents = self.encoder.denoise(nodes, state["coords"], state["lattice"], level, layout)
+        nodes = self.trunk.embed(state["types"])
+        latents = self.trunk.denoise(nodes, state["coords"], state["lattice"], level, layout)
         latents = latents.to(state["coords"].dtype)
         lattice = self.lattice_head(crystal_mean(latents, ptr))
-        if self.encoder.config.lattice == "matrix":  # turns with the lattice
+        if self.trunk.config.lattice == "matrix":  # turns with the lattice
             lattice = (lattice.view(-1, 3, 3) @ state["lattice"].view(-1, 3, 3)).flatten(1)
         out = {"coords": self.coords_head(latents), "lattice": lattice}
         return out | self.predict_types(latents)
