@@ -133,9 +133,9 @@ class _PairSum(torch.autograd.Function):
     ) -> Tensor:
         ctx.layout = layout
         out = target.new_empty(layout.pairs, target.shape[1])
-        out[layout.forward] = even + odd
-        out[layout.backward] = even - odd
-        out[layout.own] = own
+        out.index_copy_(0, layout.forward, even + odd)
+        out.index_copy_(0, layout.backward, even - odd)
+        out.index_copy_(0, layout.own, own.expand(len(layout.own), -1))
         at, by = layout.atoms_of_each(target), layout.atoms_of_each(source)
         for part, to, come in zip(layout.of_each(out), at, by, strict=True):
             part += to[:, :, None]
@@ -150,8 +150,10 @@ class _PairSum(torch.autograd.Function):
         parts = layout.of_each(grad)
         target = torch.cat([p.sum(2).flatten(0, 1) for p in parts])
         source = torch.cat([p.sum(1).flatten(0, 1) for p in parts])
-        there, back = grad[layout.forward], grad[layout.backward]
-        return target, source, there + back, there - back, grad[layout.own].sum(0), None
+        there, back, own = (
+            grad.index_select(0, where) for where in (layout.forward, layout.backward, layout.own)
+        )
+        return target, source, there + back, there - back, own.sum(0), None
 
 
 def source_mean(x: Tensor, layout: PairLayout) -> Tensor:

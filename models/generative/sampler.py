@@ -154,6 +154,6 @@ def _step(
         found = {n: (p + ahead[n]) / 2 if fields[n].process.flow else p for n, p in found.items()}
     new = moved(state, found)
     if guidance is not None:
-        for name, gradient in guidance.gradients(state, now).items():
+        for name, gradient in guidance.gradients(state, now, packing).items():
             new[name] = fields[name].process.push(new[name], gradient, moves[name])
     return new

@@ -5,8 +5,38 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from crysforge.datapipe.common.names import nearest
 from crysforge.trainer.generation.ranking import AGREEMENT
 from crysforge.trainer.generation.request import numbers_of, parse_units
+
+DIRECTIONS = ("down", "toward", "up")
+
+
+@dataclass(kw_only=True)
+class GuidanceConfig:
+    """Pushes samples by a property that a finetuned CSPNet predicts."""
+
+    checkpoint: str = ""
+    """Finetuned run (encoder `cspnet`, `head=regression` or `linear`); empty: no guidance."""
+    target: str = ""
+    """Its property; default the only one."""
+    direction: str = "down"
+    """Where to: `up`, `down`, or `toward` a value."""
+    value: float | None = None
+    """That value, in the property's unit."""
+    strength: float = 1.0
+    """How strongly: factor on the gradient of the property over its spread in training."""
+
+    def __post_init__(self) -> None:
+        if self.direction not in DIRECTIONS:
+            raise ValueError(
+                f"unknown guidance.direction {self.direction!r}: "
+                f"{nearest(self.direction, DIRECTIONS)}"
+            )
+        if (self.direction == "toward") != (self.value is not None):
+            raise ValueError("guidance.value goes with guidance.direction=toward")
+        if not 0 < self.strength < 1e6:
+            raise ValueError(f"guidance.strength must be positive, got {self.strength}")
 
 
 @dataclass(kw_only=True)
@@ -43,6 +73,8 @@ class GenerateConfig:
     sampling: dict[str, Any] = field(default_factory=dict)
     """How samples are drawn, where it is to differ from the model's own settings: `steps`,
     `method`, `corrector`, `anneal`."""
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """A property that samples are pushed by."""
     max_atoms: int = 2048
     """Atoms of a chunk, which is made at once. Other chunks give the same samples to rounding."""
     judge: str = AGREEMENT

@@ -26,7 +26,7 @@ SAME = Matcher(stol=0.3, ltol=0.2, angle_tol=5.0)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judged:
     """What is said of one crystal. A check that fails is a no; `why` names it."""
 
     name: str
@@ -41,7 +41,7 @@ class Verdict:
         return self.composition and self.structure
 
 
-def verdict(crystal: Crystal, states: str) -> Verdict:
+def judged_one(crystal: Crystal, states: str) -> Judged:
     """Of one crystal, whatever it is."""
     why, found = [], {}
     for name, check in (("composition", partial(composition_valid, states=states)),
@@ -52,13 +52,13 @@ def verdict(crystal: Crystal, states: str) -> Verdict:
             found[name] = False
             why.append(f"{name}: {type(error).__name__}: {error}")
     elements = len(np.unique(crystal.numbers))
-    return Verdict(crystal.id, **found, density=density(crystal), elements=elements,
+    return Judged(crystal.id, **found, density=density(crystal), elements=elements,
                    why="; ".join(why))  # fmt: skip
 
 
-def verdicts(crystals: Iterable[Crystal], states: str, workers: int) -> list[Verdict]:
+def judged_all(crystals: Iterable[Crystal], states: str, workers: int) -> list[Judged]:
     """Of all, in order, by several processes."""
-    with Workers(partial(verdict, states=states), workers) as pool:
+    with Workers(partial(judged_one, states=states), workers) as pool:
         return list(pool.map(crystals))
 
 
@@ -89,7 +89,7 @@ def _same(other: Reduced, new: Reduced) -> bool:
 def table(
     crystals: Sequence[Crystal],
     failed: int,
-    found: Sequence[Verdict],
+    found: Sequence[Judged],
     reference: Sequence[Crystal],
     training: Known,
 ) -> Table:

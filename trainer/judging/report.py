@@ -16,8 +16,8 @@ from crysforge.trainer.generation.files import Generated, read_samples
 from crysforge.trainer.generation.known import Known, composition_of
 from crysforge.trainer.judging.baselines import BASELINES, Baselines
 from crysforge.trainer.judging.config import JudgeConfig
+from crysforge.trainer.judging.novelty import judged_all
 from crysforge.trainer.judging.novelty import table as novelty_table
-from crysforge.trainer.judging.novelty import verdicts
 from crysforge.trainer.judging.prediction import Answer, Question, answers, coverage, rows, table
 from crysforge.trainer.reports.formats import Table
 
@@ -83,7 +83,7 @@ def judge_generation(config: JudgeConfig) -> Table:
     folder, data = Path(config.generation), Dataset.open(config.reference)
     samples, failed = read_samples(folder)
     crystals = [s.crystal for s in samples]
-    found = verdicts(crystals, config.oxidation, config.workers)
+    found = judged_all(crystals, config.oxidation, config.workers)
     training = Known.of(data, {composition_of(c) for c in crystals}, ["train"])
     items = data.read(data.split_items(config.split).tolist())
     reference = [c for _, c in items if isinstance(c, Crystal)]

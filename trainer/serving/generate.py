@@ -36,6 +36,7 @@ from crysforge.trainer.generation.request import (
 from crysforge.trainer.generation.work import Chunks
 from crysforge.trainer.runs.model_directory import open_model
 from crysforge.trainer.serving.generator import Generator
+from crysforge.trainer.serving.guiding import guidance
 from crysforge.trainer.serving.predictor import Predictor
 
 REQUEST, REPORT = "request.json", "report.json"
@@ -106,7 +107,9 @@ class Generation:
     def make(self, world: World) -> None:
         """Makes this rank's chunks."""
         make_directory(self.work.folder)
-        self.work.make(self.model.maker, world.rank, world.size, progress=world.main)
+        settings = self.config.guidance
+        guide = guidance(settings, self.model.maker) if settings.checkpoint else None
+        self.work.make(self.model.maker, world.rank, world.size, guide, progress=world.main)
 
     def finish(self) -> dict[str, Any]:
         """Ranks what was made and writes it; the report."""

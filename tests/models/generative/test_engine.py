@@ -169,22 +169,22 @@ def test_draws_belong_to_a_sample_alone():
 
 
 def test_guidance_is_the_gradient_and_lowers_the_energy():
-    def energy(state, level):
+    def energy(state, level, where):
         return (state["x"] - 3).square().sum(1) * state["y"][:, 0].cos()
 
     state = {"x": torch.randn(5, 2).double(), "y": torch.randn(5, 1).double()}
     level, small = torch.ones(5).double(), 1e-6
-    found = Guidance(energy, 2.0, ["x", "y"]).gradients(state, level)
+    found = Guidance(energy, 2.0, ["x", "y"]).gradients(state, level, packing(5))
     for name in state:
         for column in range(state[name].shape[1]):
             up, down = (dict(state), dict(state))
             step = torch.zeros_like(state[name])
             step[:, column] = small
             up[name], down[name] = state[name] + step, state[name] - step
-            slope = (energy(up, level) - energy(down, level)) / (2 * small)
+            slope = (energy(up, level, None) - energy(down, level, None)) / (2 * small)
             torch.testing.assert_close(found[name][:, column], 2 * slope, rtol=1e-5, atol=1e-6)
 
-    def toward(state, level):
+    def toward(state, level, where):
         return (state["x"] - 3).square().sum(1)
 
     fields = {"x": Field(GaussianDiffusion(2, 100), False)}

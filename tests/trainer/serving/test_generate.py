@@ -132,6 +132,35 @@ def test_a_table_a_data_set_and_a_judge(made, data, call, tmp_path):
     assert all(r["scored_by"].endswith("energy") for r in rows)
 
 
+def test_guidance_moves_the_property(made, data, call, tmp_path):
+    """Density follows from the volume, which is easily pushed."""
+    a, b = an_element(made)[:2]
+    finetune = [
+        "finetune.epochs=20", "loader.workers=0", f"init_from={made}/csp", f"data={data}",
+        "target=density", f"run_dir={tmp_path}/density",
+    ]  # fmt: skip
+    code, _, err = call("finetune", *finetune)
+    assert code == 0, err
+    model, volumes = load(tmp_path / "density"), {}
+    job = [f"checkpoint={made}/csp", f"formula={a}{b}2", "samples=8", "pictures=0"]
+    guide = [f"guidance.checkpoint={tmp_path}/density", "guidance.strength=2"]
+    for direction in ("up", "down"):
+        out = tmp_path / direction
+        code, _, err = call(
+            "generate", *job, *guide, f"guidance.direction={direction}", f"output={out}"
+        )
+        assert code == 0, err
+        frames = [Structure.from_file(p) for p in sorted(out.glob("cifs/*0?.cif"))]
+        volumes[direction] = float(np.mean(model.predict(frames)))
+    assert volumes["up"] > volumes["down"]
+    report = json.loads((tmp_path / "up" / "report.json").read_text())
+    assert report["guidance"]["strength"] == 2
+    code, _, err = call("generate", *job, f"guidance.checkpoint={made}/csp", f"output={out}2")
+    assert code == 2 and "no finetuned cspnet" in err
+    code, _, err = call("generate", *job, *guide, "guidance.direction=toward", f"output={out}3")
+    assert code == 2 and "guidance.value goes with" in err
+
+
 @pytest.fixture
 def generation(made, tmp_path):
     """The same work in any folder: several chunks."""
