@@ -128,6 +128,7 @@ class Generation:
             self._draw(rows)
         sampling = self.work.sampling
         report = {
+            **self._request(),
             "asked": len(self.asked),
             "made": len(good),
             "failed": len(failed),
@@ -139,7 +140,6 @@ class Generation:
             "device": str(self.model.device),
             "stage": self.model.maker.name,
             "code": code_version(),
-            **{k: v for k, v in self._request().items() if k != "sampling"},
         }
         write_json(self.output / REPORT, report)
         remove_tree(self.work.folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,11 +34,7 @@ def generates(stage: str) -> bool:
 
 
 class Generator(Predictor):
-    """Makes crystals with a generative model, and embeds with its trunk.
-
-    Attributes:
-        maker: the stage.
-    """
+    """Makes crystals with a generative model, and embeds with its trunk."""
 
     def __init__(
         self,
@@ -46,8 +43,12 @@ class Generator(Predictor):
         max_pairs: int = MAX_PAIRS,
     ) -> None:
         super().__init__(exported, device, max_pairs)
-        self.maker = exported.build_stage().to(self.device)
-        self.encoder = self.maker.encoder
+        self._exported = exported
+
+    @cached_property
+    def maker(self) -> Stage:
+        """The stage that makes crystals."""
+        return self._exported.build_stage().to(self.device)
 
     def generate(
         self,
@@ -107,7 +108,7 @@ class Generator(Predictor):
         Raises:
             ValueError: an unknown setting, or one that does not fit the model.
         """
-        own = dataclasses.asdict(self.maker.config.sampling)
+        own = dataclasses.asdict(self.maker.own_sampling())
         settings = configure(SamplingConfig, {**own, **changed}, "sampling")
         check(settings, self.maker.fields)  # type: ignore[arg-type]
         return settings

@@ -243,6 +243,11 @@ class Stage(nn.Module):
         """
         raise ValueError(f"stage {self.name!r} does not generate crystals")
 
+    def own_sampling(self) -> SamplingConfig:
+        """How samples are drawn unless somebody says otherwise."""
+        settings: SamplingConfig = self.config.sampling
+        return settings
+
     def sizes(self, keys: Tensor) -> list[int]:
         """Atoms in a cell for each key, distributed as those that the stage learned from.
 

@@ -272,3 +272,24 @@ def test_a_run_that_makes_nothing(runs, call, tmp_path):
     code, _, err = call("generate", *job)
     assert code == 2 and "makes none" in err
     assert generate.GenerateConfig().samples == 20
+
+
+def test_the_latent_flow_of_crysldnet_makes_crystals(data, call, tmp_path, runs):
+    job = [
+        "--config=pretrain/latent_flow", "encoder.tiny=true", "vae.max_steps=2",
+        "vae.batch_size=16", "joint.max_steps=2", "joint.batch_size=16", "joint.dit.width=16",
+        "joint.dit.layers=1", "joint.dit.heads=2", "loader.workers=0", "trainer.precision=fp32",
+        f"data={data}", f"run_dir={tmp_path}/run",
+    ]  # fmt: skip
+    code, _, err = call("pretrain", *job)
+    assert code == 0, err
+    made = [f"checkpoint={tmp_path}/run", "n=3", "sampling.steps=3", "pictures=0"]
+    code, _, err = call("generate", *made, "atoms=4", f"output={tmp_path}/o")
+    assert code == 0, err
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert report["stage"] == "joint" and report["made"] + report["failed"] == 3
+    code, _, err = call("generate", *made, f"output={tmp_path}/p")
+    assert code == 2 and "give atoms=N" in err
+    plain = [f"checkpoint={runs}/pre", *made[1:], "atoms=4", f"output={tmp_path}/q"]
+    code, _, err = call("generate", *plain)
+    assert code == 2 and "has no heads for atoms, coords, lattice" in err

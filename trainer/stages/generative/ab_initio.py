@@ -18,7 +18,7 @@ from crysforge.models.generative.process import FieldProcess
 from crysforge.models.generative.sampler import Fields, SamplingConfig
 from crysforge.trainer.stages.base import STAGES, Saved, Wanted
 from crysforge.trainer.stages.generative.csp import CSPConfig, CSPStage
-from crysforge.trainer.stages.generative.made import drawn_sizes
+from crysforge.trainer.stages.made import drawn_sizes
 
 TYPES = ("gaussian", "masked")
 

@@ -30,7 +30,7 @@ from crysforge.trainer.stages.generative.crysldm_vae import (
     natural_edge,
     posterior,
 )
-from crysforge.trainer.stages.generative.made import made
+from crysforge.trainer.stages.made import made
 
 LOOKED_AT = 512
 """Crystals whose latents say how wide latents are."""

@@ -21,7 +21,7 @@ from crysforge.models.objectives.vae import LOGVAR_RANGE, Gaussian
 from crysforge.models.ops.keyed_random import derive
 from crysforge.models.ops.segments import crystal_mean
 from crysforge.trainer.stages.base import STAGES, Stage, StageConfig, Term
-from crysforge.trainer.stages.generative.made import Seen
+from crysforge.trainer.stages.made import Seen
 
 _NOISE = 0xD1  # salt
 

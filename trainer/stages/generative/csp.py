@@ -26,7 +26,7 @@ from crysforge.models.layers.basic import WideLinear
 from crysforge.models.ops.keyed_random import derive, keyed_uniform
 from crysforge.models.ops.segments import crystal_mean
 from crysforge.trainer.stages.base import STAGES, Saved, Stage, StageConfig, Term, Wanted, Watch
-from crysforge.trainer.stages.generative.made import Seen, made
+from crysforge.trainer.stages.made import Seen, made
 
 COORDS = ("torus_linear", "wrapped_gaussian")
 LATTICE = ("linear", "gaussian")
