@@ -28,6 +28,8 @@ CHUNK = {
     }],
 }  # fmt: skip
 """What a chunk's file holds."""
+VOLUMES, LONGEST, FLATTEST = (1.0, 2000.0), 300.0, 0.02
+"""Å³ per atom, Å of an edge, and volume over the product of the edges, of a cell that is none."""
 MOST_CHUNK = 1 << 28
 """Bytes of the largest one."""
 
@@ -89,7 +91,7 @@ class Chunks:
             record = read_mapping(path, CHUNK, MOST_CHUNK)
             seconds += record["seconds"]
             for row in record["crystals"]:
-                out[row["name"]] = _crystal(row)
+                out[row["name"]] = unless_absurd(_crystal(row))
         return out, seconds
 
 
@@ -98,6 +100,21 @@ def _row(name: str, crystal: Crystal | BadCrystal) -> dict[str, Any]:
         return {"name": name, "error": str(crystal)}
     arrays = ("numbers", "frac_coords", "lattice")
     return {"name": name, **{a: getattr(crystal, a).tolist() for a in arrays}}
+
+
+def unless_absurd(crystal: Crystal | BadCrystal) -> Crystal | BadCrystal:
+    """The crystal, if its cell could be one; else what is wrong with it. A bad model makes cells
+    that symmetry searches take hours for, or never come back from."""
+    if isinstance(crystal, BadCrystal):
+        return crystal
+    edges = np.linalg.norm(crystal.lattice, axis=1)
+    each = crystal.volume / len(crystal)
+    if not VOLUMES[0] <= each <= VOLUMES[1]:
+        return BadCrystal(f"the cell has {each:.3g} Å³ per atom", "absurd cell")
+    if edges.max() > LONGEST or crystal.volume < FLATTEST * edges.prod():
+        shown = " × ".join(f"{x:.3g}" for x in edges)
+        return BadCrystal(f"the cell is flat or too long: {shown} Å, {crystal.volume:.3g} Å³")
+    return crystal
 
 
 def _crystal(row: dict[str, Any]) -> Crystal | BadCrystal:

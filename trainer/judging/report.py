@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from crysforge.datapipe.common.files import make_directory, replacing, write_json
+from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.datapipe.common.tables import row_writer
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.storage.dataset import Dataset
@@ -110,7 +110,7 @@ def _output(config: JudgeConfig, folder: Path) -> Path:
 def _about(config: JudgeConfig, folder: Path) -> dict[str, Any]:
     """What the numbers are of."""
     report = folder / "report.json"
-    known = json.loads(report.read_text("utf-8")) if report.is_file() else {}
+    known = read_mapping(report) if report.is_file() else {}
     kept = ("calls_per_sample", "seconds_sampling", "sampling", "made", "failed", "weights_sha256")
     return {
         "reference": config.reference,

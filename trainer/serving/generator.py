@@ -23,6 +23,7 @@ from crysforge.trainer.generation.request import (
     outside,
     parse_units,
 )
+from crysforge.trainer.generation.work import unless_absurd
 from crysforge.trainer.runs.model_directory import Exported
 from crysforge.trainer.serving.predictor import Predictor
 from crysforge.trainer.stages.base import STAGES, Stage
@@ -86,7 +87,9 @@ class Generator(Predictor):
         found: dict[str, Crystal | BadCrystal] = {}
         for chunk in chunks(asked, max_atoms):
             drawn = self.maker.draw([a.wanted for a in chunk], settings)
-            found |= {a.wanted.name: c for a, c in zip(chunk, drawn, strict=True)}
+            found |= {
+                a.wanted.name: c for a, c in zip(chunk, map(unless_absurd, drawn), strict=True)
+            }
         made = [(a, found[a.wanted.name]) for a in asked]
         good = [(a, c) for a, c in made if isinstance(c, Crystal)]
         if rank and formula:

@@ -14,9 +14,10 @@ from ase.io import read
 from pymatgen.core import Structure
 
 from crysforge import load
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.launch import generate, pretrain
 from crysforge.trainer.generation.config import GenerateConfig
-from crysforge.trainer.generation.work import Chunks
+from crysforge.trainer.generation.work import Chunks, unless_absurd
 from crysforge.trainer.serving.generate import Generation
 
 SMALL = ["loader.workers=0", "encoder.width=16", "encoder.layers=1", "encoder.frequencies=4"]
@@ -106,6 +107,21 @@ def test_the_model_chooses(made, call, tmp_path):
     assert report["made"] + report["failed"] == 5
     code, _, err = call("generate", *job[:1], "formula=NaCl", f"output={tmp_path}/no")
     assert code == 2
+
+
+@pytest.mark.parametrize(
+    "cell, why",
+    [
+        (np.diag([400.0, 0.1, 0.5]), "flat or too long"),
+        (0.5 * np.eye(3), "Å³ per atom"),
+        (99 * np.eye(3), "Å³ per atom"),
+        (np.array([[4, 0, 0], [0, 4, 0], [900, 0, 4.0]]), "flat or too long"),
+        (4 * np.eye(3), ""),
+    ],
+)
+def test_absurd_cells_are_no_crystals(cell, why):
+    found = unless_absurd(Crystal.create("a", [11], [[0, 0, 0]], cell))
+    assert isinstance(found, BadCrystal) == bool(why) and (not why or why in str(found))
 
 
 def test_a_table_a_data_set_and_a_judge(made, data, call, tmp_path):
