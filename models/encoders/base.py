@@ -44,6 +44,7 @@ class Encoder(nn.Module):
 _OURS = {
     "alignn": "alignn",
     "cgcnn": "cgcnn",
+    "cspnet": "cspnet",
     "dimenet++": "dimenet",
     "ecomformer": "ecomformer",
     "equiformer": "equiformer",

@@ -207,8 +207,8 @@ def test_rotation_translation_and_images_change_nothing(name, kind):
 @EVERY
 def test_another_basis_of_the_lattice_changes_nothing(name):
     encoder, c = tiny(name), crystal("irregular")
-    if encoder.graph.lattice_edges == "matformer":
-        pytest.skip("the lattice edges follow the given basis")
+    if encoder.graph.lattice_edges == "matformer" or name == "cspnet":
+        pytest.skip("lattice edges, or waves along the axes, follow the given basis")
     basis = np.array([[1, 0, 0], [1, 1, 0], [0, -1, 1]])
     other = Crystal.create("b", c.numbers, c.frac_coords @ np.linalg.inv(basis), basis @ c.lattice)
     close(encoder(build([other], encoder.graph)), encoder(build([c], encoder.graph)), 1e-4)
