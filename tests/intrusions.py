@@ -332,6 +332,27 @@ def links_in_a_run(scene: Scene) -> None:
     refused(words, run.start, "a: 1\n", identity, "auto")
 
 
+def links_in_a_suite(scene: Scene) -> None:
+    """Where its report goes, and where a submission writes."""
+    if scene.dice.random() < 0.5:
+        root = arms_and_seeds(scene.place("suite"), {"none": 0.2, "a": 0.1}, seeds=(0, 1))
+        (root / "report").symlink_to(scene.guard.outside)
+        refused("leads out of", report_of, root)
+        return
+    folder = submission(scene, "a", "runs/a", "1")
+    part = scene.dice.choice(["cells", "logs", "events", "events/a", "code-2", "logs/1_0_log.out"])
+    (folder / part).parent.mkdir(exist_ok=True)
+    (folder / part).symlink_to(scene.guard.outside)
+
+    def submit() -> None:
+        found = Submission.read(folder)
+        with found.alone():
+            found.add("b", str(folder.parent / "b"), {}, {})
+            found.snapshot()
+
+    refused("is a symbolic link", submit)
+
+
 def shared_cache(scene: Scene) -> None:
     directory = scene.place("cache")
     directory.mkdir()
@@ -486,12 +507,12 @@ def markup_in_a_report(scene: Scene) -> None:
 def names_that_are_paths(scene: Scene) -> None:
     """Targets become names of figures."""
     name = scene.dice.choice(["../../../outside/x", "a/b", "..", "x" * 400, "a:b*?"])
-    from crysforge.trainer.serving.ensemble import Predictions, _report
+    from crysforge.trainer.serving.ensemble import MemberPredictions, _report
 
     path = scene.place("ensemble")
     path.mkdir()
     rng = np.random.default_rng(0)
-    found = {"val": Predictions(["a", "b", "c"], rng.random((3, 2)), rng.random((2, 3, 2)))}
+    found = {"val": MemberPredictions(["a", "b", "c"], rng.random((3, 2)), rng.random((2, 3, 2)))}
     _report(path, found, np.ones(2), [name, "b"], ["eV", "$x$"])
     assert len(list(path.iterdir())) == 5
 
@@ -531,6 +552,7 @@ ATTACKS = [
     Attack("job ids are options of Slurm's commands", jobs_that_are_options),
     Attack("a checkpoint is altered, and its marker emptied", checkpoint_without_hashes),
     Attack("links in a run that is continued", links_in_a_run),
+    Attack("links in a suite or submission that is gone on with", links_in_a_suite),
     Attack("copies and links in a cache that others write to", shared_cache),
     Attack("pipes, links and directories in place of files", no_regular_files),
     Attack("ids and names are formulas of a spreadsheet", formulas_in_tables),

@@ -40,6 +40,8 @@ from tests.distributed.faults import Server  # noqa: E402
 from tests.distributed.trials import KINDS, Bench  # noqa: E402
 
 BEGIN, END = "<!-- table: python tests/reliability.py -->\n", "<!-- end of table -->\n"
+KEY = ("attack", "number", "fault", "seed")
+"""What tells results apart."""
 ATTACKED = "<!-- table: python tests/reliability.py attacks=true -->\n"
 
 
@@ -79,7 +81,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return list({(t.get("attack"), t.get("number", t.get("seed"))): t for t in lines}.values())
+    return list({tuple(t.get(key) for key in KEY): t for t in lines}.values())
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from crysforge.datapipe.common.escape import markdown
 from crysforge.datapipe.common.files import replacing_directory, write_text
+from crysforge.datapipe.common.places import inside
 from crysforge.datapipe.common.safe_names import slugs
 from crysforge.trainer.base.tensors import code_version
 from crysforge.trainer.evaluation.compare import (
@@ -64,8 +65,8 @@ def evaluate(suite: Suite, config: EvaluateConfig) -> Report:
         ValueError: nothing has finished, an unknown factor, value or paper, or an output that
             holds something else.
     """
-    output = Path(config.output) if config.output else suite.root / "report"
-    if output.exists() and not (output / REPORT).is_file():
+    output = Path(config.output) if config.output else inside(suite.root, "report")
+    if output.exists() and not _is_report(output):
         raise ValueError(f"{output} is there and is no report: give another output=DIR")
     if config.baseline:
         suite.compare_with(config.baseline)
@@ -103,6 +104,13 @@ def evaluate(suite: Suite, config: EvaluateConfig) -> Report:
         text = _text(suite, tables, drawn, notes, known, config, len(suite.evaluated), len(without))
         write_text(work / REPORT, text)
     return Report(output, main, len(without))
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a directory holds a report, and nothing else that would be lost."""
+    if not (path / REPORT).is_file():
+        return False
+    return {p.name for p in path.iterdir()} <= {REPORT, "tables", "figures"}
 
 
 def _draw(
