@@ -8,8 +8,8 @@ from pathlib import Path
 
 from crysforge.datapipe.common.escape import markdown
 from crysforge.datapipe.common.files import replacing_directory, write_text
+from crysforge.datapipe.common.places import inside
 from crysforge.datapipe.common.safe_names import slugs
-from crysforge.datapipe.common.safe_read import inside
 from crysforge.trainer.base.tensors import code_version
 from crysforge.trainer.evaluation.compare import (
     Arm,
