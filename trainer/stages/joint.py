@@ -71,6 +71,8 @@ class JointConfig(PretrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mask_ratio(self.mask_ratio)
+        if self.latent_dim is not None and self.latent_dim < 1:
+            raise ValueError(f"latent_dim must be at least 1, got {self.latent_dim}")
         if self.retain_decoder and not self.reconstruct.active():
             raise ValueError("joint.retain_decoder=true needs a positive weight in reconstruct")
 

@@ -225,9 +225,9 @@ def test_a_supercell_has_the_latents_of_the_cell(name):
     close(encoder(build([other], encoder.graph)), torch.cat([expected] * 2), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["alignn", "cgcnn"])
-def test_a_supercell_is_the_same_where_own_images_count_once(name):
-    encoder = build_encoder({"name": name, "tiny": True, "own_images_once": True}).eval()
+@pytest.mark.parametrize("nearest", ["alignn", "cgcnn"])
+def test_a_supercell_is_the_same_where_own_images_count_once(nearest):
+    encoder = build_encoder({"name": nearest, "tiny": True, "own_images_once": True}).eval()
     one = Crystal.create("1", [29], [[0, 0, 0]], 3 * np.eye(3))
     twice = Crystal.create("2", [29, 29], [[0, 0, 0], [0, 0.5, 0]], np.diag([3.0, 6.0, 3.0]))
     close(encoder(build([twice], encoder.graph))[0], encoder(build([one], encoder.graph))[0], 1e-5)
