@@ -81,6 +81,8 @@ class JointStage(Stage):
             encoder.dim, config.reconstruct, masked_only=config.mask_ratio > 0
         )
         self.weights = {"flow": 1.0, **config.reconstruct.active()}
+        process = Linear(encoder.dim, predicts_clean=True, centred=True)
+        self.fields = {"latents": Field(process, True)}
         self.register_buffer("first_variance", torch.zeros(()))  # 0: not seen yet
 
     def transform(self) -> Transform | None:
@@ -101,11 +103,6 @@ class JointStage(Stage):
         }
 
     # Sampling: the heads that are kept turn latents that the flow makes into crystals
-
-    @property
-    def fields(self) -> dict[str, Field]:
-        """What is sampled: the atoms' latents."""
-        return {"latents": Field(Linear(self.encoder.dim, predicts_clean=True, centred=True), True)}
 
     def own_sampling(self) -> SamplingConfig:
         return SamplingConfig(steps=100)
