@@ -163,8 +163,8 @@ def parse_units(text: str) -> list[int]:
     """
     out: list[int] = []
     for part in str(text).split(","):
-        low, _, high = part.strip().partition("-")
-        if not low.isdigit() or (high and not high.isdigit()):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
             raise ValueError(f"z={text} is no number of formula units: give 4, 1-4 or 1,2,4")
         out += range(int(low), int(high or low) + 1)
     if not out or min(out) < 1:

@@ -156,7 +156,8 @@ def claim(
     run: RunDirectory, world: World, config_yaml: str, identity: Mapping[str, Any], resume: str
 ) -> dict[str, Any]:
     """Rank 0 claims the run directory; every rank gets its run.json, and sees it where it is."""
-    record = run.start(config_yaml, identity, resume) if world.main else {}
+    defaults = {name: settings_of(STAGES[name].Config()) for name in identity if name in STAGES}
+    record = run.start(config_yaml, identity, resume, defaults) if world.main else {}
     record = world.share(record)
     same_file(world.meeting, run.path / "run.json")
     return record

@@ -20,6 +20,7 @@ from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import code_version
 from crysforge.trainer.generation.config import GenerateConfig
 from crysforge.trainer.generation.files import RankedRow, describe, write_failed, write_rows
+from crysforge.trainer.generation.guiding import guidance
 from crysforge.trainer.generation.known import Known, composition_of
 from crysforge.trainer.generation.picture import picture
 from crysforge.trainer.generation.ranking import AGREEMENT, Judge, Ranked, ranked
@@ -36,7 +37,6 @@ from crysforge.trainer.generation.request import (
 from crysforge.trainer.generation.work import Chunks
 from crysforge.trainer.runs.model_directory import open_model
 from crysforge.trainer.serving.generator import Generator
-from crysforge.trainer.serving.guiding import guidance
 from crysforge.trainer.serving.predictor import Predictor
 
 REQUEST, REPORT = "request.json", "report.json"

@@ -113,5 +113,5 @@ class Generator(Predictor):
         """
         own = dataclasses.asdict(self.maker.own_sampling())
         settings = configure(SamplingConfig, {**own, **changed}, "sampling")
-        check(settings, self.maker.fields)  # type: ignore[arg-type]
+        check(settings, self.maker.fields)
         return settings

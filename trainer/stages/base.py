@@ -24,7 +24,7 @@ from crysforge.datapipe.graphs.transforms import Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.generative.guidance import Guidance
-from crysforge.models.generative.sampler import SamplingConfig
+from crysforge.models.generative.sampler import Field, SamplingConfig
 from crysforge.models.registry import Registry
 from crysforge.trainer.base.tensors import load_into
 from crysforge.trainer.stages.made import SampleRequest, Wanted, Watch
@@ -141,6 +141,8 @@ class Stage(nn.Module):
     config: Any
     weights: Mapping[str, float]
     """Terms that enter the loss, with their weights."""
+    fields: Mapping[str, Field]
+    """What `draw` samples, if the stage makes crystals so."""
 
     def transform(self) -> Transform | None:
         """What the loader does to a crystal before and after its graph is built."""

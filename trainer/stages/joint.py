@@ -113,6 +113,8 @@ class JointStage(Stage):
         self.weights = {"flow": 1.0, **config.reconstruct.active()}
         if retained:
             self.weights["kl"] = config.kl_weight
+        process = Linear(encoder.dim, predicts_clean=True, centred=True)
+        self.fields = {"latents": Field(process, True)}
         self.register_buffer("first_variance", torch.zeros(()))  # 0: not seen yet
 
     def transform(self) -> Transform | None:
@@ -168,11 +170,6 @@ class JointStage(Stage):
         return {self.robust: means["loss"] - flow + share}
 
     # Sampling: the heads that are kept turn latents that the flow makes into crystals
-
-    @property
-    def fields(self) -> dict[str, Field]:
-        """What is sampled: the atoms' latents."""
-        return {"latents": Field(Linear(self.encoder.dim, predicts_clean=True, centred=True), True)}
 
     def own_sampling(self) -> SamplingConfig:
         return SamplingConfig(steps=100)
