@@ -44,9 +44,11 @@ class Encoder(nn.Module):
 _OURS = {
     "alignn": "alignn",
     "cgcnn": "cgcnn",
+    "cogn": "cogn",
     "dimenet++": "dimenet",
     "ecomformer": "ecomformer",
     "equiformer": "equiformer",
+    "gatgnn": "gatgnn",
     "icomformer": "icomformer",
     "matformer": "matformer",
     "megnet": "megnet",
