@@ -54,8 +54,9 @@ def main() -> None:
     device = device_of(config.device)
     kernels.enable(device)
     print(threads.describe())
-    encoder = open_model(config.checkpoint, config.stage).build_encoder().to(device)
-    analyse(encoder, Dataset.open(config.data), config, config.output, config.checkpoint)
+    stage = open_model(config.checkpoint, config.stage).build_stage().to(device)
+    data = Dataset.open(config.data)
+    analyse(stage.encoder, data, config, config.output, config.checkpoint, stage)
     text = (Path(config.output) / "analysis.md").read_text(encoding="utf-8")
     print(text + f"\nanalysis: {config.output}")
 

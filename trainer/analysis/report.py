@@ -13,7 +13,7 @@ from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder
 from crysforge.trainer.analysis.config import AnalysisConfig
-from crysforge.trainer.analysis.geometry import invariance, smoothness
+from crysforge.trainer.analysis.geometry import Denoised, invariance, smoothness
 from crysforge.trainer.analysis.health import collapse, variance_over_training
 from crysforge.trainer.analysis.information import mutual_information
 from crysforge.trainer.analysis.latents import Latents, latents, sample
@@ -21,6 +21,8 @@ from crysforge.trainer.analysis.maps import latent_map, projector
 from crysforge.trainer.analysis.page import page
 from crysforge.trainer.analysis.probes import reconstruction
 from crysforge.trainer.figures.style import STYLE, TRAIN, VAL, new_figure, save_png
+from crysforge.trainer.stages.base import Stage
+from crysforge.trainer.stages.joint import JointStage
 
 
 def analyse(
@@ -29,12 +31,15 @@ def analyse(
     config: AnalysisConfig,
     output: str | Path,
     run: str = "",
+    stage: Stage | None = None,
 ) -> dict[str, Any]:
     """Makes the analyses and writes analysis.json, analysis.md, PNG figures and projector/ into a
     directory that appears when it is complete.
 
     Args:
         run: the encoder's run, whose log says how the latents' variance went.
+        stage: the whole stage that the encoder is of; of stage 2 the denoised latents are looked at
+            too.
 
     Raises:
         ValueError: `output` exists, an unknown target, or an empty split.
@@ -59,6 +64,9 @@ def analyse(
             _variance_figure(curves, work / "variance.png")
         if "invariance" in config.analyses:
             out["invariance"] = invariance(encoder, crystals[:200], config.seed)
+            if isinstance(stage, JointStage):
+                several = [c for c in crystals[:200] if len(c) > 1]
+                out["invariance_denoised"] = invariance(Denoised(stage), several, config.seed)
         if "collapse" in config.analyses:
             out["collapse"] = collapse(found)
         if "map" in config.analyses:

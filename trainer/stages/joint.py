@@ -14,7 +14,7 @@ from crysforge.datapipe.graphs.transforms import MaskAtoms, Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.denoisers.dit import DiT, DiTConfig
 from crysforge.models.encoders.base import Encoder
-from crysforge.models.objectives.flow import flow_losses
+from crysforge.models.objectives.flow import centred_noise, flow_losses
 from crysforge.models.objectives.vae import (
     DecoderConfig,
     Posterior,
@@ -132,6 +132,18 @@ class JointStage(Stage):
             z, kl = latents.sample(posterior_noise(batch, latents.mean.shape[1])), latents.kl()
             terms["kl"] = Term(kl.sum(), kl.new_full((), len(kl)))
         return terms | {name: Term(*pair) for name, pair in self.heads(z, batch).items()}
+
+    def denoised(self, batch: CrystalBatch, t: float = 0.5) -> Tensor:
+        """What the denoiser makes of the latents at a time, [A, D]; the noise follows from the
+        crystals' keys."""
+        z1 = self.encoder(batch).float()
+        if self.config.latent_norm:
+            z1 = F.layer_norm(z1, z1.shape[1:])
+        noise = centred_noise(batch.rng_key, batch.batch, batch.ptr, z1.shape[1])
+        times = z1.new_full((batch.num_crystals,), t)
+        state = (1 - t) * noise + t * z1
+        sizes = batch.atoms_per_crystal or None
+        return self.denoiser(state, times, batch.batch, batch.ptr, sizes)
 
     def take(self, before: Saved) -> None:
         """The bottleneck and the heads of stage 1, where they are retained.
