@@ -46,7 +46,7 @@ def stage_curves(
     curves: Mapping[str, Sequence[tuple[int, float]]], ylabel: str, path: Path
 ) -> None:
     """Losses of one stage of several runs over the optimiser's steps, on a log scale."""
-    import matplotlib
+    import matplotlib.ticker
 
     with matplotlib.rc_context(STYLE):
         figure = new_figure(4.0)
@@ -56,6 +56,10 @@ def stage_curves(
             k = i % len(COLORS)
             axes.plot(x, y, color=COLORS[k], linestyle=DASHES[k], label=plain_text(name))
         axes.set(xlabel="optimiser step", ylabel=ylabel, yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter("{x:g}")
+        axes.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))
         axes.legend(fontsize="small")
         save(figure, path)
 
