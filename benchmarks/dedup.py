@@ -40,7 +40,7 @@ from benchmarks.tables import markdown
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.preparing.duplicates.decide import Decide, Formulas
 from crysforge.datapipe.preparing.duplicates.matcher import Match, Matcher, Reduced
-from crysforge.datapipe.preparing.duplicates.records import Duplicates, Reference, Task
+from crysforge.datapipe.preparing.duplicates.records import Duplicates, FormulaTask, Reference
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import SPLITS
 from crysforge.trainer.base.command_line import parse, required
@@ -189,7 +189,9 @@ def measure(new: Dataset, known: Dataset | None, work: Sequence[Sets]) -> dict[s
             }
         found["tested"] |= duplicates(items, fits, within)
         with clock("prepare"):
-            _, outcome = decide(Task(str(number), items, [others] if others is not None else []))
+            _, outcome = decide(
+                FormulaTask(str(number), items, [others] if others is not None else [])
+            )
         found["prepare"] |= {match["item"] for match in outcome.matches}
         count += len(c) + (len(d) if known else 0)
         pairs += len(todo)

@@ -37,7 +37,7 @@ class AnalyseConfig(AnalysisConfig):
     data: str = ""
     """Prepared data set."""
     output: str = ""
-    """Directory to write; it must not exist."""
+    """Directory to write; it must not exist, unless this command has made it."""
     device: str = "cpu"
     """Where to run: cpu, cuda, cuda:1."""
 
@@ -47,16 +47,18 @@ def main() -> None:
     required(config, "checkpoint", "data", "output")
     from crysforge.datapipe.storage.dataset import Dataset
     from crysforge.models import kernels
-    from crysforge.trainer.analysis.report import analyse
+    from crysforge.trainer.analysis.report import analyse, analysed_before, asked
     from crysforge.trainer.base.distributed import device_of
     from crysforge.trainer.runs.model_directory import open_model
 
     device = device_of(config.device)
     kernels.enable(device)
     print(threads.describe())
-    stage = open_model(config.checkpoint, config.stage).build_stage().to(device)
-    data = Dataset.open(config.data)
-    analyse(stage.encoder, data, config, config.output, config.checkpoint, stage)
+    model, dataset = open_model(config.checkpoint, config.stage), Dataset.open(config.data)
+    request = asked(config, model, dataset, config.checkpoint)
+    if not analysed_before(config.output, request):
+        stage = model.build_stage().to(device)
+        analyse(stage, dataset, config, config.output, config.checkpoint, request)
     text = (Path(config.output) / "analysis.md").read_text(encoding="utf-8")
     print(text + f"\nanalysis: {config.output}")
 

@@ -79,7 +79,7 @@ def main() -> None:
     )  # fmt: skip
 
     step(3, f"finetuning on {TARGET}, from scratch and from the pretrained encoder")
-    cells = {}
+    metrics = {}
     for fraction in config.fractions:
         for start, source in (("scratch", "none"), ("pretrained", str(pre))):
             path = out / f"{start}-{fraction:g}"
@@ -88,7 +88,7 @@ def main() -> None:
                 f"init_from={source}", f"target={TARGET}", f"label_fraction={fraction:g}",
                 f"run_dir={path}",
             )  # fmt: skip
-            cells[fraction, start] = read_mapping(path / "metrics.json", METRICS)
+            metrics[fraction, start] = read_mapping(path / "metrics.json", METRICS)
 
     step(4, "predicting with the finetuned model")
     predictions = out / "predictions.csv"
@@ -98,11 +98,11 @@ def main() -> None:
         "overwrite=true",
     )  # fmt: skip
 
-    unit = next(iter(cells.values()))["units"][TARGET]
+    unit = next(iter(metrics.values()))["units"][TARGET]
     print(f"\nTest MAE of {TARGET} ({unit}) on synthetic crystals")
     print(f"{'labels':>8} {'mean':>10} {'ridge':>10} {'scratch':>10} {'pretrained':>11}")
     for fraction in config.fractions:
-        one, two = cells[fraction, "scratch"], cells[fraction, "pretrained"]
+        one, two = metrics[fraction, "scratch"], metrics[fraction, "pretrained"]
         simple = one["baselines"][TARGET]
         print(
             f"{one['labels']:>8} {simple['mean']:>10.3f} {simple['ridge']:>10.3f} "

@@ -31,7 +31,7 @@ class EnsembleConfig:
     runs: list[str] = field(default_factory=list)
     """Finished finetunings."""
     output: str = ""
-    """Directory to write; it must not exist."""
+    """Directory to write; it must not exist, unless this command has made it."""
 
 
 def main() -> None:

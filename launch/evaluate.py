@@ -23,12 +23,12 @@ from crysforge.datapipe.common import threads
 
 threads.choose()
 
+from crysforge.launch.cluster.planning.suite import prepared
 from crysforge.launch.cluster.status import run_directories
 from crysforge.launch.cluster.submission import SUFFIX, Submission
-from crysforge.launch.cluster.suite import prepared
 from crysforge.trainer.base.command_line import find_config, parse, required
 from crysforge.trainer.base.script import run
-from crysforge.trainer.evaluation.suite import SUITE, Cell, Suite
+from crysforge.trainer.evaluation.suite import SUITE, Suite, SuiteRun
 from crysforge.trainer.reports.config import EvaluateConfig
 
 
@@ -38,11 +38,13 @@ def find(path: Path) -> Suite:
         return Suite.read(path)
     submission = Submission.find(path)
     if submission is not None:
-        cells = [
-            Cell(name, submission.output(name), cell.get("job", submission.job), cell["values"])
-            for name, cell in submission.cells.items()
+        submitted = [
+            SuiteRun(
+                name, submission.output(name), planned.get("job", submission.job), planned["values"]
+            )
+            for name, planned in submission.runs.items()
         ]
-        return Suite.of_values(path.with_name(path.name.removesuffix(SUFFIX)), cells)
+        return Suite.of_values(path.with_name(path.name.removesuffix(SUFFIX)), submitted)
     if path.is_dir() and (runs := run_directories(path)):
         return Suite.of_runs(path, runs)
     raise ValueError(

@@ -32,7 +32,7 @@ class ExportConfig:
     checkpoint: str = ""
     """Run, or model directory."""
     output: str = ""
-    """Directory to write; it must not exist."""
+    """Directory to write; it must not exist, unless this command has made it."""
     stage: str = ""
     """Stage of a pretraining run; default its last finished one."""
     tag: str = ""

@@ -33,10 +33,11 @@ from crysforge.trainer.base.signals import StopRequest
 from crysforge.trainer.base.tensors import copied_state
 from crysforge.trainer.jobs import finetuning as reports
 from crysforge.trainer.jobs import setup as jobs
+from crysforge.trainer.jobs import starting
 from crysforge.trainer.jobs.labels import chosen_items
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.loop.fit import fit
-from crysforge.trainer.loop.session import Result, Session
+from crysforge.trainer.loop.session import FitResult, Session
 from crysforge.trainer.runs.checkpoint import RunDirectory
 from crysforge.trainer.runs.facts import job_facts
 from crysforge.trainer.runs.model_directory import describe_stage, export_stage
@@ -58,7 +59,7 @@ def main() -> None:
     world = distributed.init(config.trainer.timeout_s, job_facts(config, dataset.manifest))
     threads.leave_cores(config.loader.workers)
     print(f"{world.describe()}; {threads.describe()}")
-    start = jobs.starting_lineage(config, dataset)
+    start = starting.starting_lineage(config, dataset)
     stage, scaler = jobs.finetune_stage(config, dataset, items["train"])
     streams = [
         jobs.make_stream(
@@ -103,7 +104,7 @@ def main() -> None:
     data["labels"] = len(items["train"])
     describe_stage(directory.path / "finetune", stage, data, scaler, start)
     began = time.monotonic()
-    stage, result = stage.to(world.device), Result()
+    stage, result = stage.to(world.device), FitResult()
     if learns:
         train, validation = streams
         _, result = fit(

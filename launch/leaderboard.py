@@ -4,7 +4,7 @@
         metadata.team_name=… metadata.project_url=… metadata.author_email=…
     python launch/leaderboard.py to=matbench runs=[FOLD0,…,FOLD4] output=DIR metadata.authors=… \\
         metadata.algorithm=… metadata.algorithm_long=…
-    … suite=DIR 'where={task: phonons, pretraining: CrysLDNet}'   the cells of a suite as runs
+    … suite=DIR 'where={task: phonons, pretraining: CrysLDNet}'   the runs of a suite
 
 JARVIS: one run for each property, trained on its published split. Matbench: the five official
 folds of each task (prepare … split=matbench, finetune … fold=0 to 4; see
@@ -26,7 +26,7 @@ from crysforge.datapipe.common import threads
 threads.choose()
 
 from crysforge.datapipe.common.names import nearest
-from crysforge.datapipe.common.safe_read import inside
+from crysforge.datapipe.common.places import inside
 from crysforge.trainer.base.command_line import parse, required
 from crysforge.trainer.base.script import run
 from crysforge.trainer.evaluation.suite import SUITE, read_suite
@@ -46,9 +46,9 @@ class LeaderboardConfig:
     suite: str = ""
     """Instead of runs: a suite's output."""
     where: dict[str, Any] = field(default_factory=dict)
-    """Values of factors that the suite's cells must have."""
+    """Values of factors that the suite's runs must have."""
     output: str = ""
-    """Directory to write; it must not exist."""
+    """Directory to write; it must not exist, unless this command has made it."""
     dataset: str = "dft_3d"
     """JARVIS's name of the data set."""
     version: str = "8-18-2021"
@@ -64,7 +64,7 @@ def main() -> None:
         raise ValueError(f"unknown leaderboard to={config.to!r}: {nearest(config.to, BOARDS)}")
     if bool(config.runs) == bool(config.suite):
         raise ValueError("give runs=[RUN,…] or suite=DIR")
-    runs = config.runs or cells(Path(config.suite), config.where)
+    runs = config.runs or runs_of(Path(config.suite), config.where)
     if config.to == "jarvis":
         for name in jarvis(runs, config.output, config.metadata, config.dataset, config.version):
             print(name)
@@ -74,21 +74,21 @@ def main() -> None:
     print(f"written to {config.output}")
 
 
-def cells(suite: Path, where: dict[str, Any]) -> list[str]:
+def runs_of(suite: Path, where: dict[str, Any]) -> list[str]:
     """Runs of the finetunings of a suite that have these values.
 
     Raises:
-        ValueError: no suite, an unknown factor, or no such cell.
+        ValueError: no suite, an unknown factor, or no such run.
     """
     record = read_suite(suite / SUITE)
     for factor in where:
         if factor not in record["factors"]:
             raise ValueError(f"unknown factor {factor!r}: {nearest(factor, record['factors'])}")
     found = [
-        str(inside(suite, cell["run"]))
-        for cell in record["cells"].values()
-        if cell["job"] == "finetune"
-        and all(str(cell["values"].get(k)) == str(v) for k, v in where.items())
+        str(inside(suite, found["path"]))
+        for found in record["runs"].values()
+        if found["job"] == "finetune"
+        and all(str(found["values"].get(k)) == str(v) for k, v in where.items())
     ]
     if not found:
         raise ValueError(f"{suite} has no finetuning with {where}")

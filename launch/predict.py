@@ -24,7 +24,7 @@ from crysforge.datapipe.common import threads
 
 threads.choose()
 
-from crysforge.datapipe.common.streams import is_stream
+from crysforge.datapipe.common.places import is_stream
 from crysforge.trainer.base.command_line import parse, required
 from crysforge.trainer.base.script import run
 from crysforge.trainer.serving.config import PredictConfig

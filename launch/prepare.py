@@ -130,7 +130,7 @@ def bake_graphs() -> None:
     required(config, "bake", "encoders", "output")
     from crysforge.datapipe.preparing.bake import bake
     from crysforge.datapipe.preparing.write import summary
-    from crysforge.trainer.jobs.setup import graph_of
+    from crysforge.trainer.jobs.starting import graph_of
 
     announce(config)
     manifest = Manifest.load(config.bake)

@@ -27,6 +27,7 @@ from crysforge.trainer.base.command_line import parse, required, to_yaml
 from crysforge.trainer.base.script import CONTINUES, run
 from crysforge.trainer.base.signals import StopRequest
 from crysforge.trainer.jobs import setup as jobs
+from crysforge.trainer.jobs import starting
 from crysforge.trainer.jobs.schemas import pretrain_schema
 from crysforge.trainer.loop.fit import fit
 from crysforge.trainer.loop.memory import memory_text
@@ -60,8 +61,8 @@ def main() -> None:
     print(f"{world.describe()}; {threads.describe()}", flush=True)
 
     before = open_model(config.init_from, config.init_stage) if config.init_from else None
-    encoder = jobs.starting_encoder(config, dataset)
-    start = jobs.starting_lineage(config, dataset)
+    encoder = starting.starting_encoder(config, dataset)
+    start = starting.starting_lineage(config, dataset)
     data = jobs.learned_from(dataset, dataset.split_items("train"), start, read=False)
     directory = RunDirectory(config.run_dir)
     if not config.dry_run:
@@ -76,7 +77,7 @@ def main() -> None:
             if world.main:
                 print(f"{name}: already finished, taken from {directory.path / name}", flush=True)
             continue
-        jobs.seed_everything(config.seed, name)
+        starting.seed_everything(config.seed, name)
         stage = STAGES[name](section, encoder)
         if before is not None:
             stage.take(before)

@@ -40,9 +40,9 @@ from crysforge.launch.cluster.executors import (
     slurm_executor,
     submit_slurm,
 )
-from crysforge.launch.cluster.jobs import Cell, groups, settings_of, waves
-from crysforge.launch.cluster.request import Request
-from crysforge.launch.cluster.submission import Submission, new_attempt
+from crysforge.launch.cluster.planning.jobs import PlannedRun, groups, settings_of, waves
+from crysforge.launch.cluster.planning.request import Request
+from crysforge.launch.cluster.submission import Submission, new_entry
 from crysforge.launch.cluster.worker import Task
 from crysforge.trainer.base.script import CONTINUES, run
 
@@ -63,36 +63,36 @@ def main() -> None:
         return
     if config.collect:
         path, rows, done = status.collect(config.collect)
-        print(f"{done} of {rows} cells have results: {path}")
+        print(f"{done} of {rows} runs have results: {path}")
         return
     if config.cancel:
         print(f"{status.cancel(config.cancel)} jobs ended")
         return
 
-    cells = request.cells()
+    runs = request.runs()
     submission, bill = request.submission(), None
     if request.suite:
         from crysforge.trainer.jobs.cost import Bill
 
         own = request.suite.config
-        configs = {cell.name: (cell.job, cell.config) for cell in cells}
+        configs = {planned.name: (planned.job, planned.config) for planned in runs}
         bill = Bill(configs, own.hardware, own.rates)
     if config.dry_run:
-        show(request, submission, request.left(submission, cells), bill)
+        show(request, submission, request.left(submission, runs), bill)
         return
     with submission.alone():
-        submit(request, request.submission(), cells, bill)  # as it is now
+        submit(request, request.submission(), runs, bill)  # as it is now
 
 
 def submit(
-    request: Request, submission: Submission, cells: list[Cell], bill: Bill | None = None
+    request: Request, submission: Submission, runs: list[PlannedRun], bill: Bill | None = None
 ) -> None:
     """Submits what has not finished, or runs it here.
 
     Raises:
-        ValueError: cells that were run here did not finish; the cluster refuses.
+        ValueError: runs on this machine did not finish; the cluster refuses.
     """
-    config, left = request.config, request.left(submission, cells)
+    config, left = request.config, request.left(submission, runs)
     request.record()
     if not left:
         print("nothing to submit")
@@ -101,7 +101,7 @@ def submit(
         print("\n".join(bill.total([c.name for c in left])))
     code = ROOT if config.cluster == "debug" else submission.snapshot()
     tasks = dict(zip((c.name for c in left), request.tasks(submission, left, code), strict=True))
-    submission.attempts.append(new_attempt(config.cluster, code, {}))
+    submission.history.append(new_entry(config.cluster, code, {}))
     submission.write()
     if config.cluster == "slurm":
         queue(request, submission, left, tasks, code)
@@ -110,22 +110,22 @@ def submit(
     print(status.table(status.of_submission(submission)))
     if unfinished:
         names = ", ".join(unfinished)
-        raise ValueError(f"{len(unfinished)} of {len(tasks)} cells did not finish: {names}")
+        raise ValueError(f"{len(unfinished)} of {len(tasks)} runs did not finish: {names}")
 
 
 def show(
-    request: Request, submission: Submission, left: list[Cell], bill: Bill | None = None
+    request: Request, submission: Submission, left: list[PlannedRun], bill: Bill | None = None
 ) -> None:
-    """Prints the scripts that would be submitted, the cells and what those of a suite cost."""
-    code = submission.folder / f"code-{len(submission.attempts) + 1}"
+    """Prints the scripts that would be submitted, the runs and what those of a suite cost."""
+    code = submission.folder / f"code-{len(submission.history) + 1}"
     for group in groups(left):
         if request.config.cluster == "slurm":
             own = settings_of(request.config, group[0].job, group[0].after)
             executor = slurm_executor(own, request.output.name, submission.folder, code)
             print(script(executor, len(group)))
-        for cell in group:
-            price = f" ({bill.line(cell.name)})" if bill else ""
-            print(f"# {cell.name}: {cell.job} → {cell.output}{price}")
+        for planned in group:
+            price = f" ({bill.line(planned.name)})" if bill else ""
+            print(f"# {planned.name}: {planned.job} → {planned.output}{price}")
     if bill:
         print("\n".join(f"# {line}" for line in bill.total([c.name for c in left])))
 
@@ -133,23 +133,23 @@ def show(
 def queue(
     request: Request,
     submission: Submission,
-    left: list[Cell],
+    left: list[PlannedRun],
     tasks: Mapping[str, Task],
     code: Path,
 ) -> None:
-    """Submits cells to Slurm: those that are alike and wait for the same as one array."""
+    """Submits runs to Slurm: those that are alike and wait for the same as one array."""
     for group in groups(left):
         waits_for = [
             submission.job_id(name)[1] for name in group[0].after if not submission.finished(name)
         ]
         own = settings_of(request.config, group[0].job, waits_for)
         executor = slurm_executor(own, request.output.name, submission.folder, code)
-        ids = submit_slurm(executor, [tasks[cell.name] for cell in group])
-        submission.attempts[-1]["ids"].update(ids)
+        ids = submit_slurm(executor, [tasks[planned.name] for planned in group])
+        submission.history[-1]["ids"].update(ids)
         submission.write()
         job = next(iter(ids.values())).split("_")[0]
         after = f", after {', '.join(group[0].after)}" if waits_for else ""
-        print(f"submitted {len(group)} cell(s) as job {job}{after}")
+        print(f"submitted {len(group)} run(s) as job {job}{after}")
     print(f"status:  python launch/submit.py status={request.output}")
     print(f"logs:    {submission.folder / 'logs'}")
 
@@ -157,27 +157,27 @@ def queue(
 def run_all(
     config: SubmitConfig,
     submission: Submission,
-    left: list[Cell],
+    left: list[PlannedRun],
     tasks: Mapping[str, Task],
     code: Path,
 ) -> list[str]:
-    """Runs cells on this machine; returns those that did not finish, or whose turn never came."""
+    """Carries runs out on this machine; returns those that did not finish or start."""
 
-    def started(cell: str, id: str) -> None:
-        submission.attempts[-1]["ids"][cell] = id
+    def started(name: str, id: str) -> None:
+        submission.history[-1]["ids"][name] = id
         submission.write()
 
     unfinished: list[str] = []
     for wave in waves(left):
         ready = [c for c in wave if all(map(submission.finished, c.after))]
-        for cell in wave:
-            if cell not in ready:
-                print(f"{cell.name}: left out, since {', '.join(cell.after)} did not finish")
-                unfinished.append(cell.name)
-        todo = [tasks[cell.name] for cell in ready]
+        for planned in wave:
+            if planned not in ready:
+                print(f"{planned.name}: left out, since {', '.join(planned.after)} did not finish")
+                unfinished.append(planned.name)
+        todo = [tasks[planned.name] for planned in ready]
         if config.cluster == "debug":
             for task in todo:
-                started(task.cell, "debug")
+                started(task.name, "debug")
             unfinished += run_here(todo, submission.folder)
         else:
             own = settings_of(config, wave[0].job)

@@ -91,7 +91,8 @@ def symbols() -> Cases:
     found: Cases = {}
     for text in (
         "F m -3 m", "Fm3m", "F 4/m -3 2/m", "FM-3M", "f m -3 m", "F_m_-3_m", "F m 3 m", "Fm-3m S",
-        "Fm-3m (No. 225)", "F m -3 m (225)", "F m -3 m :1", "F m -3 m {no remark}",
+        "Fm-3m (No. 225)", "F m -3 m (225)", "F m -3 m :1", "F m -3 m {no remark}", "Fm3-m", "225",
+        "No. 225", "Oh5", "O_h^5",
         "F m 3\u0305 m", "F m \\bar{3} m", "F m \u22123 m",
     ):  # fmt: skip
         found[text] = block(symbol(text), A, NACL), SALT

@@ -27,6 +27,7 @@ NO_TYPES = """
 NH4 CO3 PO4 NO3 CN OH OH2 H2O ND4 BH4 CH3 SO4 CO NO Vac Va X M Wat Dum NH3 D2O AsO4 Q1 T A
 """
 NO_LABELS = """
+Mg/Fe Ca,Sr (Mg,Fe) AlSi1 FeMg2 Mg|Fe1 Fe0.5Mg0.5
 Ow1 Vac1 VA1 H2O1 OH1 OS1 CO3 NH4 T1 X1 M1 Wat1 WAT CN1 Uk1 LP1 Cav1 Du1 1 Void OW Hw1 Vc1
 """
 
@@ -83,6 +84,7 @@ def elements() -> Cases:
         ("Ca1", "Ca"), ("Co1", "Co"), ("Ho1", "Ho"), ("W1", "W"), ("Fe3+1", "Fe"), ("7Li1", "Li"),
         ("LI1", "Li"), ("MG", "Mg"), ("Os1", "Os"), ("SiA", "Si"), ("K1'", "K"), ("H*251", "H"),
         ("boron2a", None), ("C1A", "C"), ("O1W", "O"),
+        ("FeOct", "Fe"), ("CuII", "Cu"), ("Fe1B", "Fe"), ("FeTd2", "Fe"),
     ):  # fmt: skip
         rows = sites(f"{name} 0 0 0", "Cl1 .5 .5 .5", types=False)
         found[f"label {name}"] = block(CUBE, rows), f"{element}1 Cl1|221" if element else "refuse"
@@ -165,6 +167,8 @@ def facts() -> Cases:
         "an element too many": (salt(formula("Na Cl O")), "refuse"),
         "an element missing": (salt(formula("Na")), "refuse"),
         "density": (salt(f"{density} 4.3\n"), "refuse"),
+        "density, of a cell in pm": (
+            block(cell(564.02), FM3M, NACL, f"{density} 2.165\n"), "refuse"),
         "density, rounded": (salt(f"{density} 2.2\n"), SALT),
         "density in kg/m3": (salt(f"{density} 2165\n"), SALT),
         "density in words": (salt(f"{density} ?\n{measured} 'not measured'\n"), SALT),

@@ -71,19 +71,19 @@ def finetuned(
 
 
 def suite(
-    root: Path, cells: Mapping[str, Mapping[str, Any]], factors: Sequence[str], **more
+    root: Path, runs: Mapping[str, Mapping[str, Any]], factors: Sequence[str], **more
 ) -> Path:
-    """suite.json over runs in `root` named like their cells; `job` and `run` may be among a cell's
+    """suite.json over runs in `root` named like them; `job` and `path` may be among a run's
     values."""
     record = {"schema": 1, "title": "A suite", "baseline": "pretraining=none", "paper": None}
     record["factors"] = list(factors)
-    record["cells"] = {
+    record["runs"] = {
         name: {
-            "run": values.get("run", name),
+            "path": values.get("path", name),
             "job": values.get("job", "finetune"),
-            "values": {k: v for k, v in values.items() if k not in ("run", "job")},
+            "values": {k: v for k, v in values.items() if k not in ("path", "job")},
         }
-        for name, values in cells.items()
+        for name, values in runs.items()
     }
     root.mkdir(parents=True, exist_ok=True)
     write_json(root / "suite.json", {**record, **more})
@@ -94,10 +94,10 @@ def arms_and_seeds(
     root: Path, arms: Mapping[str, float], seeds: Sequence[int] = (0, 1, 2), **run: Any
 ) -> Path:
     """A suite of arms told apart by `pretraining`, each with an error of its own."""
-    cells = {}
+    runs = {}
     for arm, error in arms.items():
         for seed in seeds:
             name = f"{arm}-{seed}"
             finetuned(root / name, error * (1 + 0.02 * seed), seed, **run)
-            cells[name] = {"pretraining": arm, "seed": seed}
-    return suite(root, cells, ["pretraining", "seed"])
+            runs[name] = {"pretraining": arm, "seed": seed}
+    return suite(root, runs, ["pretraining", "seed"])

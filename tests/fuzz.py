@@ -28,7 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from crysforge.trainer.base.command_line import parse, run  # noqa: E402
+from crysforge.trainer.base.command_line import parse  # noqa: E402
+from crysforge.trainer.base.script import run  # noqa: E402
 from crysforge.trainer.base.tensors import code_version  # noqa: E402
 from tests.guarded import Breach, Guard  # noqa: E402
 from tests.intrusions import ATTACKS, Scene, mount  # noqa: E402

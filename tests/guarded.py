@@ -74,7 +74,9 @@ class Guard:
         self.box.mkdir()
         self.outside.mkdir()
         self.secret.write_text(SECRET)
-        for name in ("thesis-backup.tar", "notes.tmp", "old.partial", "vae-00000001/keep.txt"):
+        for name in (
+            "thesis-backup.tar", "notes.tmp", "old.partial", "vae-00000001/keep.txt", "report.md",
+        ):  # fmt: skip
             path = self.outside / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(f"{name} of the user")

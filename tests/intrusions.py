@@ -38,9 +38,9 @@ from crysforge.datapipe.preparing.edit_configs import (
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.remote import Access
 from crysforge.launch.analyse import AnalyseConfig
+from crysforge.launch.cluster.planning.suite import SuitePlan
 from crysforge.launch.cluster.status import cancel, collect, statuses, table
 from crysforge.launch.cluster.submission import Submission
-from crysforge.launch.cluster.suite import Suite
 from crysforge.launch.ensemble import EnsembleConfig
 from crysforge.launch.evaluate import find
 from crysforge.launch.export import ExportConfig
@@ -201,11 +201,11 @@ def suite_puts_a_place_together(scene: Scene) -> None:
         suite["include"] = [path.name]
     path.write_text(yaml.safe_dump(suite))
     try:
-        cells = Suite([str(path)], []).cells
+        runs = SuitePlan([str(path)], []).runs
     except ValueError as error:
         assert "\n" not in str(error).split("data sets are missing")[0]
     else:
-        assert not [c for c in cells if "pipe:" in json.dumps(c.config)]
+        assert not [c for c in runs if "pipe:" in json.dumps(c.config)]
 
 
 def pickle_in_place_of(scene: Scene) -> None:
@@ -251,7 +251,7 @@ def manifest_names_a_file(scene: Scene) -> None:
 
 def paths_lead_out(scene: Scene) -> None:
     outside = scene.guard.outside
-    way = scene.dice.choice(["suite", "link", "stage", "ensemble", "submission", "cell", "board"])
+    way = scene.dice.choice(["suite", "link", "stage", "ensemble", "submission", "run", "board"])
     out = scene.dice.choice(["../../outside", str(outside), "a/../../../outside"])
     if way in ("suite", "link"):
         root = arms_and_seeds(scene.place("suite"), {"none": 0.2, "a": 0.1}, seeds=(0,))
@@ -259,7 +259,7 @@ def paths_lead_out(scene: Scene) -> None:
         if way == "link":
             (root / "away").symlink_to(outside)
             out = "away"
-        record["cells"]["none-0"]["run"] = out
+        record["runs"]["none-0"]["path"] = out
         write_json(root / "suite.json", record)
         refused("suite.json is damaged" if way == "suite" else "leads out of", find, root)
     elif way == "stage":
@@ -273,7 +273,7 @@ def paths_lead_out(scene: Scene) -> None:
             (root / str(i)).symlink_to(outside)
         write_json(root / "ensemble.json", {"schema": 1, "members": 2, "scale": [1.0]})
         refused("leads out of", load, root)
-    elif way in ("submission", "cell"):
+    elif way in ("submission", "run"):
         folder = submission(scene, "a" if way == "submission" else out, out, "1")
         refused("submission.json is damaged", Submission.find, folder)
     else:
@@ -284,14 +284,14 @@ def paths_lead_out(scene: Scene) -> None:
         refused("is no field of JARVIS", jarvis, [run], scene.place("out"), about)
 
 
-def submission(scene: Scene, cell: str, output: str, id: str) -> Path:
+def submission(scene: Scene, name: str, output: str, id: str) -> Path:
     """A folder of a submission that a stranger made."""
     folder = scene.place("runs.submit")
     folder.mkdir()
-    ids = {"cluster": "slurm", "time": 1, "code": "code-1", "commit": "", "ids": {cell: id}}
-    record = {"schema": 1, "job": "finetune", "attempts": [ids]}
+    ids = {"cluster": "slurm", "time": 1, "code": "code-1", "commit": "", "ids": {name: id}}
+    record = {"schema": 1, "job": "finetune", "history": [ids]}
     output = output if output.startswith("/") else f"../{output}"
-    record["cells"] = {cell: {"output": output, "values": {}, "job": "finetune"}}
+    record["runs"] = {name: {"output": output, "values": {}, "job": "finetune"}}
     write_json(folder / "submission.json", record)
     return folder
 
@@ -319,15 +319,38 @@ def checkpoint_without_hashes(scene: Scene) -> None:
 
 def links_in_a_run(scene: Scene) -> None:
     root = scene.copy(RUN)
-    victim = scene.dice.choice(["checkpoints", "events", "vae", "run.json", "checkpoints/x"])
-    target = scene.guard.outside if victim != "run.json" else scene.guard.secret
+    folders = ["checkpoints", "events", "vae", "checkpoints/x"]
+    victim = scene.dice.choice([*folders, "run.json", "config.yaml", "owner.json"])
+    target = scene.guard.outside if victim in folders else scene.guard.secret
     shutil.rmtree(root / "checkpoints", ignore_errors=victim == "checkpoints")
     (root / victim).parent.mkdir(exist_ok=True)
     (root / victim).unlink(missing_ok=True)
     (root / victim).symlink_to(target)
     run = RunDirectory(root)
     identity = json.loads((RUN / "run.json").read_text())["identity"]
-    refused("link out of", run.start, "a: 1\n", identity, "auto")
+    words = "is a symbolic link" if victim != "run.json" else "link out of"
+    refused(words, run.start, "a: 1\n", identity, "auto")
+
+
+def links_in_a_suite(scene: Scene) -> None:
+    """Where its report goes, and where a submission writes."""
+    if scene.dice.random() < 0.5:
+        root = arms_and_seeds(scene.place("suite"), {"none": 0.2, "a": 0.1}, seeds=(0, 1))
+        (root / "report").symlink_to(scene.guard.outside)
+        refused("leads out of", report_of, root)
+        return
+    folder = submission(scene, "a", "runs/a", "1")
+    part = scene.dice.choice(["cells", "logs", "events", "events/a", "code-2", "logs/1_0_log.out"])
+    (folder / part).parent.mkdir(exist_ok=True)
+    (folder / part).symlink_to(scene.guard.outside)
+
+    def submit() -> None:
+        found = Submission.read(folder)
+        with found.alone():
+            found.add("b", str(folder.parent / "b"), {}, {})
+            found.snapshot()
+
+    refused("is a symbolic link", submit)
 
 
 def shared_cache(scene: Scene) -> None:
@@ -468,11 +491,11 @@ def markup_in_a_report(scene: Scene) -> None:
         record = json.loads((root / "suite.json").read_text())
         record["title"] = word
         record["factors"].append(word)
-        for cell in record["cells"].values():
-            cell["values"][word] = word if cell["values"]["seed"] else 1
-        record["cells"] = {f"{word} {k}": v for k, v in record["cells"].items()}
-        record["cells"][f"{word} gone"] = {
-            "run": "gone", "job": "finetune", "values": {"pretraining": word, "seed": 0, word: 1},
+        for run in record["runs"].values():
+            run["values"][word] = word if run["values"]["seed"] else 1
+        record["runs"] = {f"{word} {k}": v for k, v in record["runs"].items()}
+        record["runs"][f"{word} gone"] = {
+            "path": "gone", "job": "finetune", "values": {"pretraining": word, "seed": 0, word: 1},
         }  # fmt: skip
         write_json(root / "suite.json", record)
         texts.append([t for t in shape(report_of(root)) if t not in ("tr", "td", "th")])
@@ -529,6 +552,7 @@ ATTACKS = [
     Attack("job ids are options of Slurm's commands", jobs_that_are_options),
     Attack("a checkpoint is altered, and its marker emptied", checkpoint_without_hashes),
     Attack("links in a run that is continued", links_in_a_run),
+    Attack("links in a suite or submission that is gone on with", links_in_a_suite),
     Attack("copies and links in a cache that others write to", shared_cache),
     Attack("pipes, links and directories in place of files", no_regular_files),
     Attack("ids and names are formulas of a spreadsheet", formulas_in_tables),

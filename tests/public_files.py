@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--show", default="other", choices=["right", "refused", "other"])
+    parser.add_argument("--markdown", action="store_true", help="end with a table")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -50,6 +51,15 @@ def main() -> None:
         print(f"\n{format_name}: {sum(found.values())} structures")
         for verdict, count in found.most_common():
             print(f"  {count:5d} {verdict}")
+    if options.markdown:
+        print("\n| | structures | right | refused with a reason | unconfirmed |")
+        print("|---|---|---|---|---|")
+        for format_name, found in counts.items():
+            by = Counter[str]()
+            for verdict, count in found.items():
+                by[verdict.split(":")[0]] += count
+            cells = [found.total(), by["right"], by["refused"], by["other"]]
+            print(f"| {format_name} | {' | '.join(f'{n:,}' for n in cells)} |")
 
 
 def kind(path: Path) -> str:

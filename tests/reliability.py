@@ -6,6 +6,7 @@ docs/reliability.md; and attacks through every reader, whose table is in docs/se
     python tests/reliability.py trials=0                   the tables of what was tried so far
     python tests/reliability.py trials=0 attacks=true      each attack as often as it is to be tried
     python tests/reliability.py trials=0 attacks=true fault=twice minutes=15
+    … again=true                                           what was tried with another commit, too
     python tests/reliability.py intrusions=100 cases=10000 through readers, so often; the fuzzer
 
 Every trial is a line of the results file; one that failed names what was wrong, and its run stays
@@ -14,10 +15,12 @@ where it was. The last line of the output is a summary in JSON.
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +31,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from crysforge.trainer.base.command_line import parse, run  # noqa: E402
+from crysforge.trainer.base.command_line import parse  # noqa: E402
+from crysforge.trainer.base.script import run  # noqa: E402
 from tests import security  # noqa: E402
 from tests.attacks import ATTACKS  # noqa: E402
 from tests.distributed.conftest import write_data  # noqa: E402
@@ -36,6 +40,8 @@ from tests.distributed.faults import Server  # noqa: E402
 from tests.distributed.trials import KINDS, Bench  # noqa: E402
 
 BEGIN, END = "<!-- table: python tests/reliability.py -->\n", "<!-- end of table -->\n"
+KEY = ("attack", "number", "fault", "seed")
+"""What tells results apart."""
 ATTACKED = "<!-- table: python tests/reliability.py attacks=true -->\n"
 
 
@@ -50,6 +56,8 @@ class Config:
     first: int = 0
     """Number of the first fault to try: several calls at a time share the work and the results
     file."""
+    again: bool = False
+    """Whether to try anew what was tried with another commit."""
     minutes: float = 1e9
     """Starts no more trials after so many minutes."""
     fault: str = ""
@@ -69,10 +77,29 @@ class Config:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The trials so far."""
+    """The trials so far; of one that was tried again, the last."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return list({tuple(t.get(key) for key in KEY): t for t in lines}.values())
+
+
+@functools.cache
+def commit() -> str:
+    """The code that is tried."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def known(config: Config, tried: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What need not be tried."""
+    return [t for t in tried if not config.again or t.get("commit") == commit()]
+
+
+def of_which_code(tried: list[dict[str, Any]]) -> str:
+    """A sentence on the commits that were tried."""
+    named = sum("commit" in t for t in tried)
+    return f"\n{named} of these {len(tried)} name their commit; the others are of earlier ones.\n"
 
 
 def table(trials: list[dict[str, Any]]) -> str:
@@ -91,7 +118,7 @@ def table(trials: list[dict[str, Any]]) -> str:
             f"| {kind.name} | {len(own)} | {sum(t['recovered'] for t in own)} "
             f"| {statistics.median(lost):g} | {max(lost)} | {exact} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + of_which_code(trials)
 
 
 def attack_table(tried: list[dict[str, Any]]) -> str:
@@ -101,7 +128,7 @@ def attack_table(tried: list[dict[str, Any]]) -> str:
         own = [t for t in tried if t["attack"] == attack.name]
         if own:
             lines.append(f"| {attack.name} | {len(own)} | {sum(t['held'] for t in own)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + of_which_code(tried)
 
 
 def insert(page: str, text: str, begin: str = BEGIN) -> str:
@@ -113,13 +140,13 @@ def insert(page: str, text: str, begin: str = BEGIN) -> str:
 def note(path: Path, result: dict[str, Any]) -> None:
     """Adds a line to a results file."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
+        file.write(json.dumps({**result, "commit": commit()}) + "\n")
 
 
 def try_faults(config: Config, bench: Bench, done: list[dict[str, Any]], end: float) -> None:
     """Does the trials that are not done yet, and adds them."""
     kinds = [k for k in KINDS if config.fault in k.name]
-    seeds = {t["seed"] for t in done}
+    seeds = {t["seed"] for t in known(config, done)}
     todo = [s for s in range(config.first, config.trials) if s not in seeds]
     for seed in (s for s in todo if KINDS[s % len(KINDS)] in kinds):
         if time.monotonic() > end:
@@ -128,7 +155,6 @@ def try_faults(config: Config, bench: Bench, done: list[dict[str, Any]], end: fl
         weights = [1 / job.size**2 for job in kind.jobs]  # those on two ranks take long
         (job,) = random.Random(seed).choices(kind.jobs, weights)
         trial = bench.trial(kind, job, seed)
-        done.append(trial)
         note(Path(config.results), trial)
         verdict = "recovered" if trial["recovered"] else trial["problem"]
         print(
@@ -140,10 +166,10 @@ def try_faults(config: Config, bench: Bench, done: list[dict[str, Any]], end: fl
 
 def try_attacks(config: Config, bench: Bench, done: list[dict[str, Any]], end: float) -> None:
     """Does the attacks that are not done yet, and adds them."""
-    known = {(t["attack"], t["number"]) for t in done}
+    before = {(t["attack"], t["number"]) for t in known(config, done)}
     todo = [(a, n) for a in ATTACKS if config.fault in a.name for n in range(a.times)]
     for attack, number in todo:
-        if (attack.name, number) in known:
+        if (attack.name, number) in before:
             continue
         if time.monotonic() > end:
             break
@@ -156,7 +182,6 @@ def try_attacks(config: Config, bench: Bench, done: list[dict[str, Any]], end: f
             shutil.rmtree(folder)
         except AssertionError as error:
             result |= {"held": False, "problem": str(error)[-2000:]}
-        done.append(result)
         note(Path(config.attack_results), result)
         verdict = result.get("problem", "held")
         print(f"{number} {attack.name}: {verdict}, {time.monotonic() - began:.0f} s", flush=True)
@@ -173,7 +198,7 @@ def main() -> None:
         raise ValueError(f"no fault is called {config.fault!r}: {'; '.join(names)}")
     done, attacked = read(Path(config.results)), read(Path(config.attack_results))
     end = time.monotonic() + 60 * config.minutes
-    if config.attacks or len(done) < config.trials:
+    if config.attacks or config.again or len(done) < config.trials:
         folder = Path(config.folder or tempfile.mkdtemp(prefix="reliability-"))
         data = folder / "prototypes"
         if not data.is_dir():
@@ -183,6 +208,7 @@ def main() -> None:
             try_faults(config, bench, done, end)
             if config.attacks:
                 try_attacks(config, bench, attacked, end)
+    done, attacked = read(Path(config.results)), read(Path(config.attack_results))
     text, more = table(done), attack_table(attacked)
     if config.page:
         page = Path(config.page)

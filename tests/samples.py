@@ -30,10 +30,10 @@ from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.sources import read_crystals
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.remote import Access
-from crysforge.launch.cluster.request import Request
+from crysforge.launch.cluster.planning.request import Request
+from crysforge.launch.cluster.planning.suite import SuitePlan
+from crysforge.launch.cluster.planning.sweep import read_sweep
 from crysforge.launch.cluster.status import cancel, collect, statuses, table
-from crysforge.launch.cluster.suite import Suite
-from crysforge.launch.cluster.sweep import read_sweep
 from crysforge.launch.evaluate import find
 from crysforge.trainer.base.command_line import parse
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema
@@ -129,7 +129,7 @@ def a_submission(root: Path, scene: Scene) -> None:
     folder = submission(scene, "a", "runs/a", "1")
     folder.rename(root)
     (root / "events" / "a").mkdir(parents=True)
-    event = {"event": "start", "time": 1.0, "job": "1", "turn": 0, "node": "n", "progress": ""}
+    event = {"event": "start", "time": 1.0, "job": "1", "attempt": 0, "node": "n", "progress": ""}
     ended = {**event, "event": "failed", "rank": 0, "code": 1}
     (root / "events" / "a.jsonl").write_text(f"{json.dumps(event)}\n{json.dumps(ended)}\n")
     (root / "events" / "a" / "rank-0000.jsonl").write_text(json.dumps(ended) + "\n")
@@ -172,7 +172,7 @@ def read_a_config(root: Path, scene: Scene) -> None:
         lambda: read_ids(str(root / "ids.json")),
         lambda: read_sweep(str(root / "sweep.yaml")),
         lambda: Request.parse(["job=pretrain", f"site={root / 'site.yaml'}"], ""),
-        lambda: Suite([str(root / "suite.yaml")], []),
+        lambda: SuitePlan([str(root / "suite.yaml")], []),
     ):
         with contextlib.suppress(ValueError):
             read()

@@ -10,10 +10,10 @@ Every pretraining and finetuning of a suite is run, of one or two tasks and one 
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,7 +22,7 @@ import numpy as np
 from crysforge.datapipe.crystals.prototypes import prototypes
 from crysforge.datapipe.storage.dataset import DatasetWriter
 from crysforge.launch.cluster.code import ROOT
-from crysforge.launch.cluster.suite import Suite
+from crysforge.trainer.base.command_line import read_yaml
 
 SUITES = {
     "jarvis": ["only.task=[JARVIS MBJ gap]", "only.seed=[0]"],
@@ -51,29 +51,37 @@ SMALL = {
 """Settings that make the runs small, by job."""
 
 
-def data_set(root: Path, labels: list[str], shares: tuple[str, ...], seed: int) -> None:
-    """A stand-in data set, labelled with what follows from the structure."""
-    if (root / "manifest.json").is_file():
-        return
-    rng = np.random.default_rng(seed)
-    with DatasetWriter(root, labels) as writer:
-        for i, crystal in enumerate(prototypes(size=200, seed=seed)):
-            if len(crystal) <= 12 or i % 4 == 0:
-                own = next(iter(crystal.targets.values()))
-                values = {name: own + 0.1 * float(rng.normal()) for name in labels}
-                writer.add(shares[i % len(shares)], crystal.with_targets(values))
-        writer.finish({})
+def merged(file: Path) -> dict[str, Any]:
+    """What a suite's file says, with those that it includes."""
+    own = read_yaml(file)
+    out: dict[str, Any] = {}
+    for part in [*(merged(file.parent / name) for name in own.get("include", [])), own]:
+        for key in ("data", "runs"):
+            out[key] = out.get(key, {}) | part.get(key, {})
+        out["labels"] = [*out.get("labels", []), *part.get("labels", [])]
+    texts = [own.get("settings", {}), *own.get("runs", {}).values()]
+    texts += [v for f in own.get("factors", {}).values() if isinstance(f, dict) for v in f.values()]
+    for one in texts:
+        settings = {**one, **one.get("settings", {})} if isinstance(one, dict) else {}
+        out["labels"] += [settings["target"]] if "target" in settings else []
+    return out
 
 
-def make_data(folder: Path, suite: Suite) -> None:
-    """The data sets that a suite's cells need, with their labels."""
-    labels: dict[str, set[str]] = {}
-    for cell in suite.cells:
-        names = labels.setdefault(Path(cell.config["data"]).name, set())
-        names |= {cell.config["target"]} if "target" in cell.config else set()
-    for i, (name, targets) in enumerate(labels.items()):
+def make_data(folder: Path, plan: dict[str, Any]) -> None:
+    """Stand-in data sets; labels, under all names, are what follows from the structure."""
+    labels = list(dict.fromkeys(plan["labels"]))
+    for seed, name in enumerate(plan["data"]):
+        if (folder / name / "manifest.json").is_file():
+            continue
         shares = ("test",) if name == "oqmd_exp" else ("train", "train", "train", "val", "test")
-        data_set(folder / name, sorted(targets), shares, i)
+        rng = np.random.default_rng(seed)
+        with DatasetWriter(folder / name, labels) as writer:
+            for i, crystal in enumerate(prototypes(size=200, seed=seed)):
+                if len(crystal) <= 12 or i % 4 == 0:
+                    own = next(iter(crystal.targets.values()))
+                    values = {label: own + 0.1 * float(rng.normal()) for label in labels}
+                    writer.add(shares[i % len(shares)], crystal.with_targets(values))
+            writer.finish({})
 
 
 def run(script: str, *args: str) -> None:
@@ -82,53 +90,19 @@ def run(script: str, *args: str) -> None:
     importlib.import_module(f"crysforge.launch.{script}").main()
 
 
-def settings_of(file: Path, folder: Path, name: str) -> list[str]:
-    """Overrides that make a suite small."""
-    chosen = [f"output={folder}/runs/{name}", f"data_dir={folder}/data", *SUITES[name]]
-    text = "\n".join(p.read_text() for p in [file, *(file.parent / "parts").glob("*.yaml")])
-    runs = re.findall(r"^  ([^\s:#][^:\n]*):(?=[^\n]*\bdata: |\n +(?:job|data):)", text, re.M)
-    own = merged_runs(file)
-    for key in dict.fromkeys(runs):
-        if key in own:
-            job = own[key].get("job", "pretrain")
-            chosen += [f"runs.{key}.settings.{setting}" for setting in SMALL[job]]
-    return [*chosen, *(f"settings.{setting}" for setting in SMALL["finetune"])]
-
-
-def merged_runs(file: Path) -> dict:
-    """`runs` of a suite, with those of the files that it includes."""
-    from crysforge.launch.cluster.suite import _with_included
-    from crysforge.trainer.base.command_line import merge_sources
-
-    return merge_sources(_with_included(str(file))).get("runs", {})
-
-
 def small_suite(name: str, folder: Path) -> Path:
     """Runs a suite in small, and evaluates it; returns its report."""
     file = ROOT / "configs" / "suites" / f"{name}.yaml"
-    overrides = settings_of(file, folder, name)
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    for missing in merge_data(file):
-        (folder / "data" / missing).mkdir(exist_ok=True)
-        if not (folder / "data" / missing / "manifest.json").is_file():
-            (folder / "data" / missing / "manifest.json").write_text("{}")
-    suite = Suite([str(file)], overrides)
-    for missing in merge_data(file):
-        manifest = folder / "data" / missing / "manifest.json"
-        if manifest.read_text() == "{}":
-            manifest.unlink()
-            manifest.parent.rmdir()
-    make_data(folder / "data", suite)
-    run("submit", f"suite={file}", "cluster=debug", *overrides)
-    run("evaluate", f"suite={folder}/runs/{name}", "space_groups=false", "resamples=200")
-    return folder / "runs" / name / "report"
-
-
-def merge_data(file: Path) -> list[str]:
-    """Names of a suite's data sets."""
-    from crysforge.launch.cluster.suite import prepared
-
-    return list(prepared(str(file), "data"))
+    plan, data = merged(file), folder / name / "data"
+    make_data(data, plan)
+    chosen = [f"output={folder}/{name}/runs", f"data_dir={data}", *SUITES[name]]
+    chosen += [f"settings.{setting}" for setting in SMALL["finetune"]]
+    for key, start in plan["runs"].items():
+        settings = SMALL[start.get("job", "pretrain")]
+        chosen += [f"runs.{key}.settings.{setting}" for setting in settings]
+    run("submit", f"suite={file}", "cluster=debug", *chosen)
+    run("evaluate", f"suite={folder}/{name}/runs", "space_groups=false", "resamples=200")
+    return folder / name / "runs" / "report"
 
 
 def main() -> None:
@@ -138,8 +112,8 @@ def main() -> None:
         report = small_suite(name, folder)
         print(f"{name}: {report} after {time.monotonic() - began:.0f} s", flush=True)
     if "ablations" in names:
-        run("analyse", f"checkpoint={folder}/runs/ablations/CrysLDNet",
-            f"data={folder}/data/jarvis_slme", f"output={folder}/analysis", "count=30",
+        run("analyse", f"checkpoint={folder}/ablations/runs/CrysLDNet",
+            f"data={folder}/ablations/data/jarvis_slme", f"output={folder}/analysis", "count=30",
             "fit_count=60", "seeds=1", "max_pairs=500")  # fmt: skip
 
 

@@ -47,6 +47,7 @@ class Block:
                     if tag in self.places or tag in self.pairs:
                         self.repeated.add(tag)
                     self.places[tag] = number, column
+        self._known = {*self.pairs, *self.places}
 
     def _repeat(self, tag: str, value: str) -> None:
         """A tag that comes again: what is no value does not count."""
@@ -67,7 +68,9 @@ class Block:
         Raises:
             BadCrystal: one of them has several.
         """
-        found = []
+        found: list[str] = []
+        if self._known.isdisjoint(tags):
+            return found
         for tag in tags:
             raw = self.pairs.get(tag)
             if raw is None:
@@ -93,6 +96,8 @@ class Block:
         Raises:
             BadCrystal: the tag occurs twice.
         """
+        if self._known.isdisjoint(tags):
+            return []
         for tag in tags:
             if (place := self.places.get(tag)) is not None:
                 self._check(tag)

@@ -184,7 +184,7 @@ def judge(facts: StatedFacts, atoms: Mapping[int, int], volume: float) -> Verdic
             verdict.content = True
     density = mass * _PER_CM3 / volume
     for tag, value, error in facts.densities:
-        if min(abs(value - density), abs(value / 1000 - density)) > error:
+        if all(abs(value * u - density) > error * u for u in (1, 1e-3)):  # or in kg/m³
             verdict.problems.append(
                 f"{tag} is {value:g} g/cm³, the atoms {in_words(atoms)} make {density:.3g} g/cm³"
             )
@@ -232,6 +232,7 @@ def judge_multiplicity(given: list[str], found: list[int], group: SymmetryGroup)
     return f"the multiplicity of site {place + 1} is {given[place]}, it has {found[place]} images"
 
 
+@lru_cache(maxsize=512)
 def lattice_points(group: SymmetryGroup) -> float:
     """How many times the conventional cell of a group's type is as large as the cell it is in."""
     settings = settings_of_number(group.number)

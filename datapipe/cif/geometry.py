@@ -83,9 +83,10 @@ def impossible_pair(crystal: Crystal) -> tuple[int, int, float] | None:
         return None
     gap = crystal.frac_coords[:, None] - crystal.frac_coords
     gap -= np.rint(gap)
-    square = np.square(gap @ crystal.lattice).sum(-1)
+    square = squares(gap, crystal.lattice)
     radii = _IMPOSSIBLE * covalent_radii[crystal.numbers]
-    near = square < np.square(radii[:, None] + radii)
+    least = radii[:, None] + radii
+    near = square < least * least
     if np.count_nonzero(near) == len(crystal):  # each to itself
         return None
     np.fill_diagonal(square, np.inf)
@@ -125,6 +126,12 @@ def _is_closed(crystal: Crystal, setting: Setting) -> bool:
         if not hit.any(1).all():
             return False
     return True
+
+
+def squares(gap: np.ndarray, cell: np.ndarray) -> np.ndarray:
+    """[n, m] squared lengths in Å² of differences [n, m, 3] of fractional coordinates."""
+    vectors = gap.reshape(-1, 3) @ cell
+    return np.einsum("ix,ix->i", vectors, vectors).reshape(gap.shape[:-1])
 
 
 def nearest_distances(crystal: Crystal) -> np.ndarray:

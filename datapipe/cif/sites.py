@@ -9,6 +9,7 @@ from gemmi import cif
 
 from crysforge.datapipe.cif.blocks import NULLS, QUOTES, Block
 from crysforge.datapipe.cif.checks import Doubt
+from crysforge.datapipe.cif.geometry import squares
 from crysforge.datapipe.cif.groups.operations import SymmetryGroup
 from crysforge.datapipe.crystals.crystal import BadCrystal
 from crysforge.datapipe.crystals.limits import check_images
@@ -221,7 +222,7 @@ def expand(sites: Sites, group: SymmetryGroup, cell: np.ndarray) -> tuple[np.nda
     images = _images(sites.frac, group)
     delta = images - sites.frac[:, None]
     delta -= np.rint(delta)
-    square = np.square(delta @ cell).sum(-1)
+    square = squares(delta, cell)
     near = square < _APART**2
     if np.count_nonzero(near) == n:  # each is its own image alone
         return np.repeat(np.arange(n), m), images.reshape(-1, 3)

@@ -13,6 +13,7 @@ _LONGEST_LIVED = 99
 
 _START = re.compile(r"^[\d^()\[\]{}]*([A-Za-z]+)(.*)$", re.S)
 _CHARGE = re.compile(r"[^A-Za-z]*|[({].*[)}]|[\d+-]*_.*", re.S)
+_SECOND = re.compile(r"[/,;|&\s]\W*([A-Z][a-z]?)|([A-Z][a-z])(?![a-z])")
 _WATER = re.compile(r"H[23]O\W*\d*", re.I)
 
 
@@ -51,6 +52,7 @@ def species_of(label: str, type_symbol: str, allowed: frozenset[int] | None) -> 
         kept = tuple(z for z in numbers if allowed is None or z in allowed)
         return Species(kept, False, words, words)
     numbers, sure = _readings(label, allowed)
+    sure = sure and not _names_another(label)
     if allowed is not None:
         kept = tuple(z for z in numbers if z in allowed)
         sure = sure and kept[:1] == numbers[:1]
@@ -89,6 +91,14 @@ def _readings(label: str, allowed: frozenset[int] | None) -> tuple[tuple[int, ..
     if two is not None and (proper or one is None):
         return found, len(letters) == 2 or letters[2].isupper()
     return found, False
+
+
+def _names_another(label: str) -> bool:
+    """Whether a label names a second element, as that of a mixed site does: `Mg/Fe`, `(Ca,Sr)`,
+    `AlSi1`. One capital alone is the letter of a site."""
+    match = _START.match(label)
+    found = _SECOND.findall(label, match.start(1) + 1) if match else []
+    return any(NUMBERS.get(a or b, _LONGEST_LIVED + 1) <= _LONGEST_LIVED for a, b in found)
 
 
 def _letters(label: str) -> str:

@@ -54,6 +54,7 @@ _NUMBER = (
 )
 _SCHOENFLIES = ("_space_group_name_schoenflies", "_symmetry_space_group_name_schoenflies")
 _DIGITS = re.compile(r"^\D{0,5}(\d{1,3})(?:\s*:?\s*([12HRhr]))?$")
+_BARE_NUMBER = re.compile(r"\s*(?:no\.?|#)?\s*\d{1,3}\s*", re.I)
 _CODE = ("_space_group_it_coordinate_system_code", "_symmetry_it_coordinate_system_code")
 
 
@@ -107,18 +108,29 @@ def symmetry_of(block: Block) -> Symmetry:
         centring = _triplets(block, _MAGNETIC_CENTRING)
     else:
         operations = _triplets(block, _OPERATIONS)
+    symbols, numbers, schoenflies = _sorted(block.values(*_SYMBOL))
     return _resolve(
         operations,
         centring,
         magnetic,
         tuple(block.values(*_HALL)),
-        tuple(block.values(*_SYMBOL)),
+        symbols,
         tuple(block.values(*_REFERENCE)),
-        tuple(block.values(*_NUMBER)),
-        tuple(block.values(*_SCHOENFLIES)),
+        (*block.values(*_NUMBER), *numbers),
+        (*block.values(*_SCHOENFLIES), *schoenflies),
         block.value(*_CODE) or "",
         block.value(*_MAGNETIC_NAME) or "",
     )
+
+
+def _sorted(symbols: list[str]) -> tuple[tuple[str, ...], ...]:
+    """Hermann-Mauguin symbols, and numbers and Schoenflies symbols that stand in their place."""
+    numbers = [s for s in symbols if _BARE_NUMBER.fullmatch(s)]
+    others = [s for s in symbols if s not in numbers]
+    schoenflies = [
+        s for s in others if not settings_of_symbol(s) and number_of_schoenflies(s) is not None
+    ]
+    return tuple(s for s in others if s not in schoenflies), tuple(numbers), tuple(schoenflies)
 
 
 def _triplets(block: Block, tags: tuple[str, ...]) -> tuple[str, ...]:

@@ -52,3 +52,21 @@ def empty_directory(path: Path) -> None:
     for entry in path.iterdir():
         if entry.name not in _LOCKS:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def refuse_links_out(root: Path, but: str = "\0") -> None:
+    """Raises ValueError for a link in a directory that leads out of it: what is read, written and
+    removed there must be its own.
+
+    Args:
+        but: what is in directories whose names begin so is not looked at.
+    """
+    root = root.resolve()
+    for folder, directories, files in os.walk(root):
+        for path in (Path(folder, name) for name in (*directories, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise ValueError(
+                    f"{path} is a symbolic link out of {root}, where it would write: put what it "
+                    "leads to in its place"
+                )
+        directories[:] = [name for name in directories if not name.startswith(but)]

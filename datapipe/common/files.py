@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from crysforge.datapipe.common.places import is_stream, open_stream
 from crysforge.datapipe.common.safe_read import parse_json
-from crysforge.datapipe.common.streams import is_stream, open_stream
 from crysforge.datapipe.common.temporary import filling, name_beside, new_file
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -153,19 +153,29 @@ def make_directory(path: Path, parents: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(path: str | os.PathLike) -> Iterator[Path]:
+def new_directory(path: str | os.PathLike, again: bool = False) -> Iterator[Path]:
     """A directory that appears when the block ends: it is filled under another name beside, and of
     a block that fails nothing stays.
+
+    Args:
+        again: whether one is well that is there and holds just what the block makes, as the same
+            command does that was killed when its work was done.
 
     Raises:
         ValueError: `path` exists.
         OSError: it has appeared since.
     """
     path = Path(path)
-    if path.exists() or path.is_symlink():
+    there = path.exists() or path.is_symlink()
+    if there and not (again and path.is_dir() and not path.is_symlink()):
         raise ValueError(f"{path} exists: choose another output")
     with filling(path, "partial") as work:
         yield work
+        if there:
+            if not _same(work, path):
+                raise ValueError(f"{path} exists: choose another output")
+            remove_tree(work)
+            return
         _sync_tree(work)
         work.rename(path)
         sync_directory(path.parent)
@@ -229,6 +239,19 @@ def hash_of(stream: IO[bytes]) -> tuple[str, int]:
         digest.update(block)
         size += len(block)
     return digest.hexdigest(), size
+
+
+def _same(made: Path, there: Path) -> bool:
+    """Whether two directories hold the same; of the second, which may be any, only the names are
+    looked at where these differ."""
+    names = {p.relative_to(made): p.is_dir() for p in made.rglob("*")}
+    found = set()
+    for path in there.rglob("*"):
+        name = path.relative_to(there)
+        if path.is_symlink() or names.get(name) != path.is_dir():
+            return False
+        found.add(name)
+    return found == names.keys() and sha256(made) == sha256(there)
 
 
 def _refuse_unless_file(path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from crysforge.datapipe.common.checked import checked
+from crysforge.datapipe.common.places import own_file
 
 MAX_TEXT = 1 << 20
 """Bytes of the longest file of values, unless its reader says otherwise."""
@@ -26,32 +27,6 @@ MAX_DEPTH = 32
 MAX_VALUES = 100_000
 """Values that aliases may make of a file."""
 _YAML = (".yaml", ".yml")
-
-
-def own_file(path: Path) -> Path:
-    """The path of a file, after checking that the file is where the path says.
-
-    Raises:
-        ValueError: it does not exist, is no regular file, or is a link that leads out of its
-            directory.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
-        raise ValueError(
-            f"{path} is a link out of its directory and is not followed: put a copy of the file in "
-            "its place"
-        )
-    return path
-
-
-def inside(root: Path, name: str) -> Path:
-    """What is at a relative path below a directory. Raises ValueError if it, or a link on the way,
-    leads out."""
-    path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{path} leads out of {root}: put a copy there")
-    return path
 
 
 def read_named(path: str | Path, what: str = "file", limit: int = MAX_TEXT) -> bytes:

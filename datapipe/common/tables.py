@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from crysforge.datapipe.common.escape import cell, from_cell
-from crysforge.datapipe.common.safe_read import own_file
+from crysforge.datapipe.common.places import own_file
 
 MAX_TABLE = 1 << 30
 """Bytes of the longest file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import resource
@@ -195,6 +196,7 @@ def _serve(
     parent.end_with_me()
     parents.close()  # else this process would keep its own pipe open
     threads.single()
+    gc.freeze()  # what was there before need not be looked through again and again
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("SIGPROF", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)

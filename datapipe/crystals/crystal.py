@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -166,12 +167,23 @@ def _volume(rows: list[list[float]]) -> float:
     return a * (e * i - f * h) + b * (f * g - d * i) + c * (d * h - e * g)
 
 
+def plane_distances(lattice: np.ndarray) -> list[float]:
+    """Å between neighbouring lattice planes that two of the cell vectors (rows) span."""
+    rows = lattice.tolist()
+    volume = abs(_volume(rows))
+    found = []
+    for (a, b, c), (d, e, f) in ((rows[1], rows[2]), (rows[2], rows[0]), (rows[0], rows[1])):
+        found.append(volume / math.hypot(b * f - c * e, c * d - a * f, a * e - b * d))
+    return found
+
+
 def in_standard_orientation(lattice: np.ndarray, volume: float | None = None) -> np.ndarray:
     """Rows [3, 3] of a cell, turned so that a is along x and b in the xy plane, and right-handed:
     the lower-triangular Cholesky factor of its metric, or where that would lose digits, since the
     cell is very skewed or flat, that of QR. `volume` in Å³, where it is known."""
-    volume = abs(_volume(lattice.tolist())) if volume is None else volume
-    if volume > 0.01 * np.prod(np.linalg.norm(lattice, axis=1)):
+    rows = lattice.tolist()
+    volume = abs(_volume(rows)) if volume is None else volume
+    if volume > 0.01 * math.prod(math.hypot(*row) for row in rows):
         return np.linalg.cholesky(lattice @ lattice.T)
     upper = np.linalg.qr(lattice.T, mode="r")
     return (upper * np.sign(np.diagonal(upper))[:, None]).T

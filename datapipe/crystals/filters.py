@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 import numpy as np
 from ase.data import atomic_masses, atomic_numbers, chemical_symbols
 
-from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal, plane_distances
 from crysforge.datapipe.crystals.pair_bound import PairBound, compact_cell
 
 Range = list[float | None]
@@ -128,18 +128,18 @@ def closest_pair(crystal: Crystal, cutoff: float) -> tuple[int, int, float] | No
     """
     if cutoff <= 0:
         return None
-    heights = 1 / np.linalg.norm(np.linalg.inv(crystal.lattice), axis=0)
-    reach = np.floor(cutoff / heights + 0.5)
+    reach = tuple(math.floor(cutoff / h + 0.5) for h in plane_distances(crystal.lattice))
     n = len(crystal)
-    if max(n, 20) ** 2 * np.prod(2 * reach + 1) > _MANY_PAIRS:
+    if max(n, 20) ** 2 * math.prod(2 * r + 1 for r in reach) > _MANY_PAIRS:
         return _close_pair_of_many(crystal, cutoff)
-    images = np.array(list(itertools.product(*(np.arange(-r, r + 1) for r in reach))))
+    images = _images(reach)
     best: tuple[int, int, float] | None = None
     block = max(1, _PAIRS_AT_ONCE // (n * len(images)))
     for start in range(0, n, block):
         step = crystal.frac_coords[start : start + block, None] - crystal.frac_coords[None]
         step -= np.floor(step + 0.5)
-        moved = (step[:, :, None] + images) @ crystal.lattice
+        steps = step[:, :, None]
+        moved = (steps + images if len(images) > 1 else steps) @ crystal.lattice
         square = np.einsum("ijkc,ijkc->ijk", moved, moved)
         rows = np.arange(len(step))
         square[rows, start + rows, len(images) // 2] = np.inf  # an atom and itself
@@ -148,6 +148,12 @@ def closest_pair(crystal: Crystal, cutoff: float) -> tuple[int, int, float] | No
             i, j, _ = np.unravel_index(int(square.argmin()), square.shape)
             best = (min(start + int(i), int(j)), max(start + int(i), int(j)), math.sqrt(least))
     return best
+
+
+@lru_cache(maxsize=1000)
+def _images(reach: tuple[int, ...]) -> np.ndarray:
+    """[k, 3] cells up to so many away along each vector; that in the middle is the cell itself."""
+    return np.array(list(itertools.product(*(range(-r, r + 1) for r in reach))))
 
 
 def _close_pair_of_many(crystal: Crystal, cutoff: float) -> tuple[int, int, float] | None:

@@ -120,7 +120,8 @@ def pack(
 
 
 def unpack(batch: CrystalBatch) -> list[Crystal]:
-    """The crystals of a batch, clean and with their labels: the inverse of `pack`, to float32."""
+    """The crystals of a batch, clean and with their labels: the inverse of `pack` to float32, so
+    that distances of a graph made of them anew may be two float32 steps off."""
     ends = batch.ptr.tolist()
     numbers, frac, lattice = (
         x.cpu().double().numpy() for x in (batch.numbers, batch.frac_coords, batch.lattice)

@@ -35,9 +35,9 @@ class LoaderConfig:
     """Memory of a rank for graphs that are kept from epoch to epoch."""
     max_pairs: int = MAX_PAIRS
     """Pairs of atoms, or images of atoms, that are looked at for the graph of one crystal; one that
-    needs more is passed over."""
+    needs more is skipped."""
     max_bad: int = 100
-    """Unusable crystals that a rank passes over before it stops."""
+    """Unusable crystals that a rank skips before it stops."""
     tries: int = 5
     """Attempts at reading a file from a URL."""
     timeout_s: float = 300.0

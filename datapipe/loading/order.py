@@ -3,6 +3,16 @@
 A run goes through positions 0, 1, 2, …; epoch e of n crystals is the positions e·n … (e+1)·n - 1.
 Positions go round the L lanes. What stands at a position depends on the selection, the seed, the
 shuffle window and L alone, so the state of a run is the number of positions it has consumed.
+
+Eight crystals a … h in L = 2 lanes, steps of 4, 2 ranks, shuffle=0:
+
+    lane 0          a b c d                  each lane has a part of the shuffled crystals;
+    lane 1          e f g h                  rank 0 owns lane 0, rank 1 owns lane 1
+    position        0 1 2 3   4 5 6 7        the lanes take it by turns
+    crystal         a e b f   c g d h
+    step            0         1
+    rank 0 reads    a   b     c   d
+    rank 1 reads      e   f     g   h
 """
 
 from __future__ import annotations
@@ -15,24 +25,12 @@ from typing import Any
 import numpy as np
 
 from crysforge.datapipe.loading.epoch import Epoch
+from crysforge.datapipe.loading.lanes import default_lanes, share
 
-MAX_LANES = 64
 READ_AHEAD = 64
 """Crystals of a lane that are read together where nothing is shuffled."""
 _CHUNK = 1 << 18
 """Positions that are looked at together when a budget is checked."""
-
-
-def default_lanes(batch_size: int) -> int:
-    """Largest divisor of the batch size up to 64: then every step takes equally many crystals
-    from every lane."""
-    return max(d for d in range(1, min(batch_size, MAX_LANES) + 1) if batch_size % d == 0)
-
-
-def share(part: int, parts: int, start: int, stop: int) -> tuple[int, int]:
-    """Part `part` of `parts` nearly equal contiguous pieces of start … stop - 1."""
-    size = stop - start
-    return start + size * part // parts, start + size * (part + 1) // parts
 
 
 class OverLimit(ValueError):

@@ -18,10 +18,10 @@ from crysforge.datapipe.graphs.transforms import Transform
 from crysforge.datapipe.loading.config import LoaderConfig, estimate_edges
 from crysforge.datapipe.loading.order import OverLimit, Plan
 from crysforge.datapipe.loading.worker import (
-    Failure,
     Part,
     Quarantined,
     Reader,
+    WorkerFailure,
     as_is,
     begin_worker,
     from_wire,
@@ -185,7 +185,7 @@ class Stream:
             self.close()
             raise
 
-    def _parts(self) -> Iterator[Part | Failure]:
+    def _parts(self) -> Iterator[Part | WorkerFailure]:
         """What the workers make, their parts of a step one after another."""
         if self.config.workers == 0:
             return iter(self._reader)
@@ -207,11 +207,11 @@ class Stream:
         seconds each. Another iteration starts new ones."""
         self._loader = None
 
-    def _joined(self, group: list[Part | Failure]) -> CrystalBatch:
+    def _joined(self, group: list[Part | WorkerFailure]) -> CrystalBatch:
         """The workers' parts of a step as one batch."""
         batches, ends = [], set()
         for part in group:
-            if isinstance(part, Failure):
+            if isinstance(part, WorkerFailure):
                 raise part.error()
             self._quarantine(part.bad)
             ends.add(part.end)
@@ -227,7 +227,7 @@ class Stream:
             if entry.item not in self._bad_items:
                 self._bad_items.add(entry.item)
                 self.quarantined.append(entry)
-                log.warning("passed over a crystal: %s", entry.reason)
+                log.warning("skipped a crystal: %s", entry.reason)
         if len(self.quarantined) > self.config.max_bad:
             raise ValueError(
                 f"{len(self.quarantined)} crystals could not be used, more than "

@@ -66,7 +66,7 @@ class Part:
 
 
 @dataclass
-class Failure:
+class WorkerFailure:
     """Why a worker stopped."""
 
     message: str
@@ -109,7 +109,7 @@ class Reader(IterableDataset):
         self._kept: dict[int, Found] | None = {} if keep else None
         self._graphs = _Cache(cache_bytes)
 
-    def __iter__(self) -> Iterator[Part | Failure]:
+    def __iter__(self) -> Iterator[Part | WorkerFailure]:
         worker = get_worker_info()
         if worker is None:
             yield from self._parts(0, 1)
@@ -118,10 +118,10 @@ class Reader(IterableDataset):
             for part in self._parts(worker.id, worker.num_workers):
                 yield part.to_wire()
         except ValueError as error:
-            yield Failure(str(error), is_bug=False)
+            yield WorkerFailure(str(error), is_bug=False)
         except Exception as error:
             text = traceback.format_exc()
-            yield Failure(
+            yield WorkerFailure(
                 f"the loader failed: {type(error).__name__}: {error}\n{text}", is_bug=True
             )
 

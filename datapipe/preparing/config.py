@@ -63,7 +63,7 @@ class PrepareConfig(ReadingConfig):
     """JSON file {train: [ids], val: …, test: …}, or folder of train.txt, val.txt, test.txt, or of
     pickled lists (`…train.pkl`, …), of which ids are read and nothing is run."""
     split_target: str | None = None
-    """Label that published-123 goes by; None: the only target."""
+    """Label that published-123 uses; None: the only target."""
     fold: int | None = None
     """Matbench's official fold to test on, 0 to 4; None: all of them, as folds."""
     seed: int = 123

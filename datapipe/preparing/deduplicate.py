@@ -1,4 +1,4 @@
-"""`prepare` without duplicates: parse, search, write what is left, and report what is not.
+"""`prepare` with deduplication: parse, find duplicates, write the rest, write a report.
 
 What is parsed, and what is decided, is kept in `.NAME.dedup` beside the output until the data set
 is complete. So the same call goes on after a kill; a call with other settings or files starts anew.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from ase.data import chemical_symbols
 from tqdm import tqdm
 
 from crysforge.datapipe.common.workers import Workers
+from crysforge.datapipe.crystals.cells import cells_of, extensive_of
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.filters import density
 from crysforge.datapipe.crystals.symmetry import space_group
@@ -52,6 +54,10 @@ class Statistics:
     space_groups: dict[float, np.ndarray]
     graphs: list[dict[str, Any]]
     damaged: int
+    folds: int = 0
+    """Number of folds; then `splits` says nothing."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """How it was made, from the manifest."""
 
 
 def statistics(config: InspectConfig) -> Statistics:
@@ -86,6 +92,8 @@ def statistics(config: InspectConfig) -> Statistics:
         space_groups={s: g.astype(int) for s, g in zip(config.symprec, groups, strict=True)},
         graphs=list(dataset.manifest.graphs.values()),
         damaged=int((kinds == 0).sum()),
+        folds=dataset.folds,
+        provenance=dataset.manifest.provenance,
     )
 
 
@@ -113,7 +121,8 @@ def describe(found: Statistics) -> str:
     """Statistics as text."""
     n = len(found.atoms)
     splits = ", ".join(f"{found.splits[s]} {s}" for s in SPLITS)
-    lines = [f"{n} crystals: {splits}"]
+    splits = f"{found.folds} folds" if found.folds else splits
+    lines = [f"{n} crystals: {splits}", *_made(found.provenance)]
     if found.damaged:
         lines.append(f"{found.damaged} of them cannot be read: see verify=DIR")
     for spec in found.graphs:
@@ -142,6 +151,27 @@ def describe(found: Statistics) -> str:
         often = ", ".join(f"{group}: {count}" for group, count in counts.most_common(10))
         lines += ["", f"space groups at {symprec:g} Å: {len(counts)} different; most often {often}"]
     return "\n".join(lines)
+
+
+def _made(provenance: Mapping[str, Any]) -> list[str]:
+    """Which cells the crystals are in, how they were read and split, as far as it is known."""
+    reduced = (provenance.get("cell") or {}).get("reduced")
+    cells = f"cells: {cells_of(provenance)}"
+    cells += f", {reduced} of them reduced" if reduced else ""
+    if names := extensive_of(provenance):
+        cells += f"; {', '.join(names)} went with the number of atoms"
+    lines = [cells]
+    if "checks" in provenance:
+        dropped = sum(provenance.get("dropped", {}).values())
+        warned = provenance.get("warned", 0)
+        lines.append(
+            f"read with checks={provenance['checks']}: {provenance['kept']} of "
+            f"{provenance['records']} records kept, {dropped} dropped, {warned} with a warning"
+        )
+    if "rule" in (split := provenance.get("split") or {}):
+        more = (f"{k}={v}" for k, v in split.items() if k in ("split_by", "seed", "stratified_by"))
+        lines.append(" ".join([f"split: {split['rule']}", *more]))
+    return lines
 
 
 def _row(name: str, values: np.ndarray) -> tuple[str, ...]:

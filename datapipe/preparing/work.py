@@ -186,7 +186,7 @@ class Work:
         if self.rule == "published-123":
             if config.split_target is None and len(config.targets) != 1:
                 raise ValueError(
-                    "split=published-123 goes by which records have a label: name it with "
+                    "split=published-123 depends on which records have a label: name it with "
                     "split_target=…, one of "
                     + (", ".join(config.targets) or "the labels of the input")
                 )

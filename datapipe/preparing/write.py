@@ -25,7 +25,7 @@ from crysforge.datapipe.preparing.splitting.balanced import Folds
 from crysforge.datapipe.preparing.splitting.clusters import in_words
 from crysforge.datapipe.preparing.work import Work
 from crysforge.datapipe.sources import Failure, Raw
-from crysforge.datapipe.sources.join import tables_with
+from crysforge.datapipe.sources.join import remedy
 from crysforge.datapipe.sources.values import is_labelled, is_number
 from crysforge.datapipe.storage.dataset import DatasetWriter
 from crysforge.datapipe.storage.manifest import SPLITS, Manifest
@@ -227,6 +227,7 @@ def _provenance(work: Work, scan: _Scan, writer: DatasetWriter, counts: _Counts)
         "split": work.split_settings(),
         "cell": {**work.cells().describe(), "reduced": counts.reduced},
         **({"extensive": list(extensive)} if (extensive := work.extensive()) else {}),
+        "checks": config.checks,
         "filters": dict(describe(config.filters)),
         "records": len(scan.ids),
         "kept": len(writer),
@@ -291,8 +292,8 @@ def _without_target(work: Work, name: str, fields: Iterable[str]) -> str:
     text += f"{nearest(name, fields)}; " if fields else "its records have no labels; "
     if work.config.labels:
         return text + f"nor has labels={work.config.labels}"
-    beside = [t for _, path, _ in work.inputs for t in tables_with(name, Path(path))]
-    if beside:
-        return text + f"{beside[0].name} has it: give labels={beside[0]}"
+    for _, path, _ in work.inputs:
+        if beside := remedy(name, Path(path)):
+            return text + beside
     text += "if it is in a table of its own, give labels=TABLE"
     return text if fields else f"{text} (a column of ids or file names, and one called {name!r})"

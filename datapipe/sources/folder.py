@@ -78,6 +78,7 @@ def read_folder(path: Path, options: Options) -> Iterator[Raw]:
     names = Names(ids, files.aliases)
     tables, used = ([], set()) if options.labels else choose_tables(files, names, options)
     _tell(files, {*structures, *used}, options)
+    _tell_of_split_folders(files, structures, [t.split for t in tables], options)
     if not tables:
         for name, payload in files.payloads():
             yield Raw(ids[name], files.where(name), payload)
@@ -123,16 +124,29 @@ def list_files(
 
 
 def _tell(files: Files, used: set[str], options: Options) -> None:
-    """Notes what is passed over."""
+    """Notes what is not read."""
     labels = Path(options.labels or "").resolve()
     others = [n for n in files.names if n not in used and (files.path / n).resolve() != labels]
     for what, names in (("other file", others), ("pipe or device", files.no_files)):
         if names:
-            options.note(f"passed over {_listed(what, names)}")
+            options.note(f"not read: {_listed(what, names)}")
     if files.links:
         options.note(f"{_listed('link', files.links)} to what is read anyway: it is read once")
     if files.left_out:
         options.note(f"not followed: {_outside(files)}")
+
+
+def _tell_of_split_folders(
+    files: Files, names: Sequence[str], given: Sequence[str | None], options: Options
+) -> None:
+    """Notes that folders called train and test say nothing here."""
+    if options.prefix or any(given) or not files.path.is_dir():
+        return
+    inside = dict.fromkeys(n.split("/")[0] for n in names if "/" in n)
+    found = {split_of(f"{folder}.csv"): folder for folder in inside}
+    if "train" in found and len(found.keys() - {None}) > 1:
+        how = " ".join(f"{s}={files.path / f}" for s, f in found.items() if s)
+        options.note(f"the folders in it are read as one set; to have them as splits, give {how}")
 
 
 def _outside(files: Files) -> str:

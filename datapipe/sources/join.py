@@ -11,7 +11,7 @@ from crysforge.datapipe.sources.base import TABLES, Look, Options, Raw
 from crysforge.datapipe.sources.delimited import same_column
 from crysforge.datapipe.sources.file_names import Names
 from crysforge.datapipe.sources.labels import LabelTable, read_table
-from crysforge.datapipe.sources.texts import open_text
+from crysforge.datapipe.sources.texts import SAVE_AS_TEXT, WORKBOOKS, open_text
 from crysforge.datapipe.sources.values import is_labelled
 
 
@@ -81,6 +81,17 @@ def _told(table: LabelTable, used: int, count: int) -> str:
     if spare:
         text += f"; {len(spare):,} of its rows name none, such as {spare[0]!r}"
     return text
+
+
+def remedy(name: str, path: Path) -> str:
+    """What to give so that an input has a label that is in a file beside it, or in it: a table
+    with a column of this name, or perhaps a workbook. Empty where there is neither."""
+    if tables := tables_with(name, path):
+        return f"{tables[0].name} has it: give labels={tables[0]}"
+    folders = [path.parent, *([path] if path.is_dir() else [])]
+    files = [f.name for folder in folders for f in sorted(folder.iterdir())]
+    books = [n for n in files if n.lower().endswith(WORKBOOKS)]
+    return f"if {books[0]} has it, {SAVE_AS_TEXT} as labels=TABLE" if books else ""
 
 
 def tables_with(name: str, path: Path) -> list[Path]:

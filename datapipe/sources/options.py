@@ -20,7 +20,7 @@ class ReadingConfig:
     input: str = ""
     """File, archive, folder or data set with the crystals; or "prototypes" (synthetic)."""
     format: str = "auto"
-    """Reader or data set by name; "auto" goes by what the input looks like."""
+    """Reader or data set by name; "auto" chooses by what is in the input."""
     id_column: str | None = None
     """Column or field of the id, that of a table of labels too; None guesses."""
     structure_column: str | None = None

@@ -39,15 +39,18 @@ def parse(payload: Payload, checks: str = "strict") -> Crystal:
         BadCrystal: for whatever reason it cannot be made; says which.
     """
     kind, data = payload
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return _TEXTS[kind](data, checks) if kind in _TEXTS else _PARSERS[kind](data)
-        except (BadCrystal, MemoryError):
-            raise
-        except Exception as error:  # foreign parsers raise anything on malformed text
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise BadCrystal(f"cannot read the structure: {reason[:200]}", "unreadable") from None
+    try:
+        if kind in _TEXTS:
+            with np.errstate(all="ignore"):
+                return _TEXTS[kind](data, checks)
+        with warnings.catch_warnings():  # of foreign parsers; takes its time
+            warnings.simplefilter("ignore")
+            return _PARSERS[kind](data)
+    except (BadCrystal, MemoryError):
+        raise
+    except Exception as error:  # foreign parsers raise anything on malformed text
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadCrystal(f"cannot read the structure: {reason[:200]}", "unreadable") from None
 
 
 def _atomic_number(symbol: Any) -> int:

@@ -11,6 +11,7 @@ from crysforge.datapipe.cif.formula import NUMBERS
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 
 _COMMENT = re.compile(r"[!#].*")
+_DECIMAL = re.compile(r"[+-]?\d+,\d+(?:[eEdD][+-]?\d+)?")
 _SYMBOL = re.compile(r"([A-Za-z]{1,2})(?:_[A-Za-z0-9_.]+)?(?:/[0-9a-fA-F]*)?")
 _TITLE = re.compile(r"([A-Z][a-z]?)(\d*)")
 _LEAST = 8
@@ -169,7 +170,9 @@ def _symbol(word: str) -> str:
 
 
 def _words(line: str) -> list[str]:
-    return _COMMENT.sub("", line).replace(",", " ").split()
+    """What commas and spaces separate; a decimal comma stays, and makes no number."""
+    words = _COMMENT.sub("", line).split()
+    return " ".join(w if _DECIMAL.fullmatch(w) else w.replace(",", " ") for w in words).split()
 
 
 def _is_position(line: str) -> bool:

@@ -1,11 +1,11 @@
 """Copies of shards on a local disk, shared by all processes of a machine.
 
-A copy is named by its size and sha256 and gets its name when both are found right, so a name is a
-promise, whatever URL it came from; where others can write as well, it is checked again. Everything
-else is file locks, which the system drops when a process dies: who downloads holds its file
-exclusively, who reads holds it shared, and only what nobody holds is removed, the longest unused
-first, when there is no room. Where the file system has no locks, who downloads names itself beside
-its file, and what was opened within an hour is in use.
+A copy is renamed to its final name, its size and sha256, only after both match, so any file with a
+final name is valid, whatever URL it came from; where others can write as well, it is checked again.
+Everything else is file locks, which the system drops when a process dies: who downloads holds its
+file exclusively, who reads holds it shared, and only what nobody holds is removed, the longest
+unused first, when there is no room. Where the file system has no locks, who downloads names itself
+beside its file, and what was opened within an hour is in use.
 """
 
 from __future__ import annotations
@@ -176,6 +176,7 @@ class ShardCache:
                 total -= size if _remove_unused(path) else 0
 
 
+_FLAGS = {"rb": os.O_RDONLY, "r+b": os.O_RDWR, "ab": os.O_WRONLY | os.O_APPEND | os.O_CREAT}
 _SEEN: dict[str, tuple[int, ...]] = {}
 """Copies by hash that this process has read as a whole, as they were then."""
 
@@ -204,16 +205,19 @@ def _digest(file: BinaryIO) -> str:
 
 
 def _open(path: Path, mode: str) -> BinaryIO:
-    """Opens a file, to read (`rb`) or append (`ab`), where others may have put a link or a pipe in
-    its place."""
-    flags = os.O_RDONLY if mode == "rb" else os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    """Opens a file, to read (`rb`), append (`ab`) or lock (`r+b`), where others may have put a link
+    or a pipe in its place, or another file of ours under a second name."""
+    flags = _FLAGS[mode] | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, flags, 0o666)
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode) and (mode == "rb" or found.st_nlink < 2):
+            return typing.cast(BinaryIO, open(descriptor, mode))
+        os.close(descriptor)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
-        raise ValueError(f"{path} is no file but a link or pipe: somebody tampers there") from None
-    return typing.cast(BinaryIO, open(descriptor, mode))
+    raise ValueError(f"{path} is no file of its own but a link or pipe: somebody tampers there")
 
 
 def _place(file: BinaryIO, path: Path) -> Path:
@@ -241,9 +245,9 @@ def _remove_unused(path: Path) -> bool:
 def _open_to_lock(path: Path) -> BinaryIO:
     """NFS locks only what is open for writing; what others have written is not ours to open so."""
     try:
-        return open(path, "r+b")
+        return _open(path, "r+b")
     except PermissionError:
-        return open(path, "rb")
+        return _open(path, "rb")
 
 
 def check(path: Path, shard: Shard) -> None:

@@ -29,7 +29,7 @@ _NO_RECORD = (
     TypeError,
     ValueError,
 )
-"""What a header that is none, or says nonsense, may raise."""
+"""Exceptions that a malformed header can raise."""
 
 INDEX = "index.safetensors"
 COLUMNS = {"atoms": "i", "volume": "f", "offset": "q", "crc32": "I", "targets": "d"}

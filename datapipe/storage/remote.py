@@ -102,7 +102,7 @@ def open_file(
     most: int = MAX_BYTES,
 ) -> BinaryIO:
     """File `name` of the data set at `root`, opened for reading bytes; a remote one is copied to
-    the temporary directory, whence it goes when it is closed.
+    the temporary directory, and the copy is deleted when it is closed.
 
     Args:
         check: raises ValueError if a copy is not what it should be.
@@ -190,7 +190,7 @@ def download(
                 tries = f" (try {tried} of {access.tries})" if tried > 1 else ""
                 raise OSError(f"cannot read {url}{tries}: {reason}") from error
         wait = min(FIRST_WAIT * 2 ** (tried - 1), LONGEST_WAIT)
-        wait *= random.SystemRandom().uniform(0.5, 1.0)  # seeded generators are not ours to use
+        wait *= random.SystemRandom().uniform(0.5, 1.0)  # leaves the global RNG state alone
         log.warning("cannot read %s (%s), trying again in %.1f s", url, reason, wait)
         time.sleep(wait)
 

@@ -1,10 +1,9 @@
-"""Settings of `submit`: what a job asks of its cluster, and what a suite is."""
+"""Settings of `submit`: what a job asks of its cluster."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 from crysforge.datapipe.common.names import nearest
 
@@ -37,13 +36,13 @@ class SubmitConfig:
     job: str = ""
     """What to run: pretrain, finetune, prepare or predict."""
     suite: str = ""
-    """Instead of a job: a suite's YAML file (launch/cluster/suite.py); other settings go to it."""
+    """Instead of a job: a suite's YAML file (docs/evaluation.md); other settings go to it."""
     cluster: str = "slurm"
     """`slurm`; `local`: processes on this machine, waits for them; `debug`: in this process."""
     name: str = ""
     """Name of the job on the cluster; default that of its output."""
     nodes: int = 1
-    """Machines per cell."""
+    """Machines per run."""
     tasks_per_node: int | None = None
     """Processes per machine; default one for each GPU, or one."""
     gpus: int = 0
@@ -53,7 +52,7 @@ class SubmitConfig:
     mem: str | None = None
     """Memory per machine, as sbatch takes it: 64G."""
     time: str | None = None
-    """Time limit of one turn, as sbatch takes it: 90 (minutes), 12:00:00, 2-00. At its end the
+    """Time limit of one attempt, as sbatch takes it: 90 (minutes), 12:00:00, 2-00. At its end the
     job saves, is queued again and continues."""
     partition: str | None = None
     """Slurm partition."""
@@ -66,21 +65,21 @@ class SubmitConfig:
     slurm: dict[str, str] = field(default_factory=dict)
     """Any other sbatch option: `slurm.reservation=NAME`, `slurm.exclusive=true`."""
     sweep: str = ""
-    """Grid `[target=[a,b],seed=[0,1]]`, or YAML file with a grid or a list of cells."""
+    """Grid `[target=[a,b],seed=[0,1]]`, or YAML file with a grid or a list of runs."""
     array_parallelism: int | None = None
-    """Cells that run at a time; default all on Slurm, one on this machine."""
+    """Most runs at a time; default all on Slurm, one on this machine."""
     max_requeues: int = 1000
-    """Turns a cell may be given after its first."""
+    """Attempts a run may be given after its first."""
     max_crashes: int = 3
-    """Crashes in a row without progress after which a cell is given another turn."""
+    """Crashes in a row without progress after which a run is given another attempt."""
     dry_run: bool = False
     """Show what would be submitted (the sbatch script), and stop."""
     status: str = ""
     """Instead of a job: show the state of the submission of this output, or of runs."""
     collect: str = ""
-    """Instead of a job: gather the metrics.json of all its cells into one CSV."""
+    """Instead of a job: gather the metrics.json of all its runs into one CSV."""
     cancel: str = ""
-    """Instead of a job: end all its cells that run or wait."""
+    """Instead of a job: end all its jobs that run or wait."""
 
     def __post_init__(self) -> None:
         if self.cluster not in CLUSTERS:
@@ -117,7 +116,7 @@ class SubmitConfig:
 
     @property
     def processes(self) -> int:
-        """Processes of one cell."""
+        """Processes of one run."""
         assert self.tasks_per_node is not None
         return self.nodes * self.tasks_per_node
 
@@ -133,7 +132,7 @@ def minutes(text: str) -> int:
     `2-00:30`, `2-00:30:00`.
 
     Raises:
-        ValueError: any other text, or no time at all.
+        ValueError: any other text, or a time that is not positive.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not match:
@@ -148,73 +147,5 @@ def minutes(text: str) -> int:
         hours, (mins, seconds) = 0, [*parts, 0][:2]
     total = -(-(((int(days or 0) * 24 + hours) * 60 + mins) * 60 + seconds) // 60)
     if total < 1:
-        raise ValueError(f"time={text!r} is no time at all")
+        raise ValueError(f"time must be positive, got {text!r}")
     return total
-
-
-@dataclass(kw_only=True)
-class DataSource:
-    """A prepared data set that a suite needs."""
-
-    path: str = ""
-    """Directory or URL; default its name in `data_dir`."""
-    source: str = ""
-    """Where the crystals come from and the command that prepares them."""
-
-
-@dataclass(kw_only=True)
-class StartRun:
-    """A run that cells, or other runs, start from."""
-
-    job: str = "pretrain"
-    """`pretrain` or `finetune`."""
-    data: str = ""
-    """Name of a data set."""
-    config: list[str] = field(default_factory=list)
-    """Config files."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Settings on top of them."""
-    per: list[str] = field(default_factory=list)
-    """Factors for each of whose values the run is made anew."""
-
-
-@dataclass(kw_only=True)
-class SuiteConfig:
-    """Settings of a suite."""
-
-    title: str = ""
-    """What is compared."""
-    include: list[str] = field(default_factory=list)
-    """Suite files to start from, relative to the one that includes them."""
-    output: str = ""
-    """Directory of all runs."""
-    baseline: str = ""
-    """`FACTOR=VALUE` that others are compared with."""
-    replicate: Any = None
-    """Factors whose values are repetitions of the same: one, or a list."""
-    paper: str = ""
-    """Name of the published table to show beside (launch/evaluate.py)."""
-    data_dir: str = "data"
-    """Where the data sets lie, each in a directory of its name."""
-    data: dict[str, Any] = field(default_factory=dict)
-    """Data sets by name: `path` and `source`."""
-    runs: dict[str, Any] = field(default_factory=dict)
-    """Runs to start from, by name: `job`, `data`, `config`, `settings`, `per`."""
-    config: list[str] = field(default_factory=list)
-    """Config files of every finetuning."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of every finetuning, on top of them."""
-    factors: dict[str, Any] = field(default_factory=dict)
-    """Factor → its values: a list of values of the setting of that name, or names with the settings
-    of each. The last varies fastest."""
-    only: dict[str, list[Any]] = field(default_factory=dict)
-    """Factor → those of its values that are cells; default all (`only.model=[PDDFormer]`)."""
-    exclude: list[dict[str, Any]] = field(default_factory=list)
-    """Combinations, or parts of some, that are no cells."""
-    hardware: str = ""
-    """Preset of configs/hardware that every run takes, by name: `h200`."""
-    rates: dict[str, float] = field(default_factory=dict)
-    """Crystals/s of one device by stage (`rates.vae=…`), for the costs that are shown; default what
-    was measured on the preset."""
-    skip_missing: bool = False
-    """Leave out the cells whose data set is not there, instead of stopping."""

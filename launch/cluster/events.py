@@ -1,7 +1,7 @@
-"""What happened to a cell, as JSON lines: one file for its job, and one for each of its processes.
+"""What happened to a run, as JSON lines: one file for its job, and one for each of its processes.
 
-EVENTS/<cell>.jsonl             turns: start, how it ended, requeue
-EVENTS/<cell>/rank-0000.jsonl   start and end of a process: node, exit code
+EVENTS/<run>.jsonl             attempts: start, how it ended, requeue
+EVENTS/<run>/rank-0000.jsonl   start and end of a process: node, exit code
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ EVENT = {
     "event": Name,
     "time": Seconds,
     "job?": JobId,
-    "turn?": Count,
+    "attempt?": Count,
     "rank?": Count,
     "node?": Line,
     "pid?": Count,
     "code?": Annotated[int, between(-255, 255)],
     "progress?": Line,
     "ends?": Seconds | None,
-    "in_vain?": bool,
+    "no_progress?": bool,
     "reason?": Line,
 }
-"""A line of the file of a cell's job."""
-PROCESS = {**EVENT, "job": JobId, "turn": Count, "rank": Count, "node": Line}
+"""A line of the file of a run's job."""
+PROCESS = {**EVENT, "job": JobId, "attempt": Count, "rank": Count, "node": Line}
 """A line of the file of one of its processes."""
 REQUEUE = 75
 """Exit code of a job that stopped before its end and can be continued (trainer/base/signals.py)."""
@@ -55,13 +55,13 @@ def outcome_of(code: int) -> str:
 
 
 class EventLog:
-    """Events of a cell's job, or of one of its processes, one JSON object a line."""
+    """Events of a run's job, or of one of its processes, one JSON object a line."""
 
-    def __init__(self, folder: str | Path, cell: str, rank: int | None = None) -> None:
+    def __init__(self, folder: str | Path, run: str, rank: int | None = None) -> None:
         events = Path(folder) / "events"
-        self.path = events / f"{cell}.jsonl"
+        self.path = events / f"{run}.jsonl"
         if rank is not None:
-            self.path = events / cell / f"rank-{rank:04d}.jsonl"
+            self.path = events / run / f"rank-{rank:04d}.jsonl"
 
     def note(self, event: str, **values: Any) -> None:
         """Appends an event with the time (seconds since 1970)."""
@@ -75,18 +75,16 @@ class EventLog:
         return [event for _, event in read_lines(self.path, EVENT)]
 
     def starts(self, job: str) -> list[dict[str, Any]]:
-        """The turns of a job so far."""
+        """The attempts of a job so far."""
         return [e for e in self.read() if e["event"] == "start" and e.get("job") == job]
 
-    def in_vain(self, job: str) -> int:
-        """Turns of a job in a row, up to the last, that their time limit ended before they gained
-        anything."""
+    def without_progress(self, job: str) -> int:
+        """Number of most recent attempts that hit the time limit without a new checkpoint."""
         ends = [e for e in reversed(self.read()) if "code" in e and e.get("job") == job]
-        return sum(1 for _ in itertools.takewhile(lambda e: e.get("in_vain"), ends))
+        return sum(1 for _ in itertools.takewhile(lambda e: e.get("no_progress"), ends))
 
     def crashes(self, progress: str) -> int:
-        """Turns in a row, up to the last, that began where the cell still is and ended without
-        having been asked to."""
+        """Consecutive crashes since the last progress."""
         count = 0
         for event in reversed(self.read()):
             if event["event"] in ("stopped", "finished"):
@@ -98,12 +96,12 @@ class EventLog:
         return count
 
 
-def ends_of_turn(folder: str | Path, cell: str, job: str, turn: int) -> list[dict[str, Any]]:
-    """How the processes of a job ended in a turn, those that have said so, in order of time."""
+def ends_of_attempt(folder: str | Path, run: str, job: str, attempt: int) -> list[dict[str, Any]]:
+    """How the processes of a job ended in an attempt, those that have said so, in order of time."""
     ends = []
-    for path in (Path(folder) / "events" / cell).glob("rank-*.jsonl"):
+    for path in (Path(folder) / "events" / run).glob("rank-*.jsonl"):
         events = [event for _, event in read_lines(path, PROCESS)]
-        ends += [e for e in events if (e["job"], e["turn"]) == (job, turn) and "code" in e]
+        ends += [e for e in events if (e["job"], e["attempt"]) == (job, attempt) and "code" in e]
     return sorted(ends, key=lambda e: e["time"])
 
 

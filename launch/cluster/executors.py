@@ -79,15 +79,15 @@ def slurm_executor(config: SubmitConfig, name: str, folder: Path, code: Path) ->
     return executor
 
 
-def script(executor: SlurmExecutor, cells: int) -> str:
-    """The sbatch script that a submission of so many cells makes."""
-    if cells > 1:
-        executor.parameters["map_count"] = cells
+def script(executor: SlurmExecutor, runs: int) -> str:
+    """The sbatch script that a submission of so many runs makes."""
+    if runs > 1:
+        executor.parameters["map_count"] = runs
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
 def submit_slurm(executor: SlurmExecutor, tasks: Sequence[Task]) -> dict[str, str]:
-    """Submits one job, or an array; returns the job id of each cell.
+    """Submits one job, or an array; returns the job id of each run.
 
     Raises:
         ValueError: sbatch is missing or refused, with its words.
@@ -102,7 +102,7 @@ def submit_slurm(executor: SlurmExecutor, tasks: Sequence[Task]) -> dict[str, st
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
         lines = [x.strip() for x in str(error).splitlines() if "error:" in x]
         raise ValueError(f"sbatch refused: {' '.join(lines) or error}") from None
-    return {task.cell: job.job_id for task, job in zip(tasks, jobs, strict=True)}
+    return {task.name: job.job_id for task, job in zip(tasks, jobs, strict=True)}
 
 
 @contextlib.contextmanager
@@ -129,11 +129,11 @@ def run_local(
     code: Path,
     started: Callable[[str, str], None],
 ) -> list[str]:
-    """Runs cells in processes of this machine, `array_parallelism` at a time, to the last; calls
-    `started(cell, id)` for each. Returns the cells that did not finish.
+    """Carries runs out in processes of this machine, `array_parallelism` at a time; calls
+    `started(name, id)` for each. Returns the runs that did not finish.
 
     Raises:
-        Requeue: SIGTERM has ended it, when the cells that ran have saved and ended.
+        Requeue: SIGTERM has ended it, when those under way have saved and ended.
     """
     waiting, failed = list(tasks), []
     running: dict[int, tuple[Task, LocalJob]] = {}
@@ -146,23 +146,23 @@ def run_local(
                     task = waiting.pop(0)
                     job = _start_local(config, task, folder, slot)
                     running[slot] = task, job
-                    started(task.cell, job.job_id)
-                    print(f"{task.cell}: started, log {_log(job)}", flush=True)
+                    started(task.name, job.job_id)
+                    print(f"{task.name}: started, log {_log(job)}", flush=True)
             for slot, (task, job) in list(running.items()):
-                if job.done() and _wants_turn(folder, task.cell, job):  # submitit gives but six
-                    used = len(EventLog(folder, task.cell).starts(job.job_id))
+                if job.done() and _wants_attempt(folder, task.name, job):  # submitit gives but six
+                    used = len(EventLog(folder, task.name).starts(job.job_id))
                     task = replace(task, max_requeues=task.max_requeues - used)
                     job = _start_local(config, task, folder, slot)
                     running[slot] = task, job
-                    started(task.cell, job.job_id)
+                    started(task.name, job.job_id)
                 elif job.done():
                     del running[slot]
-                    event = last_outcome(folder, task.cell)
-                    print(f"{task.cell}: {event}", flush=True)
+                    event = last_outcome(folder, task.name)
+                    print(f"{task.name}: {event}", flush=True)
                     if event != "finished":
-                        failed.append(task.cell)
+                        failed.append(task.name)
             if cancelled(folder):
-                failed += [task.cell for task in waiting]
+                failed += [task.name for task in waiting]
                 waiting = []
             time.sleep(0.2)
     return failed
@@ -172,8 +172,9 @@ def run_local(
 def _as_supervisor(
     code: Path, folder: Path, running: Mapping[int, tuple[Task, LocalJob]], at_once: int
 ) -> Iterator[None]:
-    """For a process that runs cells: they use the code, share its cores between so many processes
-    at once, and end with it. If it is asked to end, or fails, they end in order before."""
+    """For a process that carries runs out: they use the code, share its cores between so many
+    processes at once, and end with it. They end in order before it, if it is
+    asked to end or fails."""
 
     def stop(number: int, frame: object) -> None:
         raise Requeue
@@ -215,9 +216,9 @@ def _start_local(config: SubmitConfig, task: Task, folder: Path, slot: int) -> L
     return job
 
 
-def _wants_turn(folder: Path, cell: str, job: LocalJob) -> bool:
+def _wants_attempt(folder: Path, run: str, job: LocalJob) -> bool:
     """Whether the last word on a job that ended is that it is to be continued."""
-    events = EventLog(folder, cell).read()
+    events = EventLog(folder, run).read()
     return bool(events) and events[-1]["event"] == "requeue" and events[-1]["job"] == job.job_id
 
 
@@ -239,10 +240,10 @@ def end_local(pid: int, folder: Path) -> bool:
 
 
 def run_here(tasks: Sequence[Task], folder: Path) -> list[str]:
-    """Runs cells in this process, one after the other; returns those that did not finish."""
+    """Carries runs out in this process, one after the other; returns those that did not finish."""
     failed = []
     for task in tasks:
-        log = EventLog(folder, task.cell)
+        log = EventLog(folder, task.name)
         log.note("start", job="debug", node=os.uname().nodename, progress="")
         argv, sys.argv = sys.argv, list(task.argv)
         try:
@@ -256,13 +257,13 @@ def run_here(tasks: Sequence[Task], folder: Path) -> list[str]:
             log.note("crashed", job="debug", code=1)
         finally:
             sys.argv = argv
-        if last_outcome(folder, task.cell) != "finished":
-            failed.append(task.cell)
+        if last_outcome(folder, task.name) != "finished":
+            failed.append(task.name)
     return failed
 
 
-def last_outcome(folder: Path, cell: str) -> str:
-    """How the last turn of a cell ended."""
-    events: list[dict[str, Any]] = EventLog(folder, cell).read()
+def last_outcome(folder: Path, run: str) -> str:
+    """How the last attempt of a run ended."""
+    events: list[dict[str, Any]] = EventLog(folder, run).read()
     ends = [e["event"] for e in events if e["event"] != "requeue"]
     return "ended without a word" if not ends or ends[-1] == "start" else ends[-1]

@@ -1,4 +1,4 @@
-"""How cells stand, from what is on disk and what Slurm still knows; results as one CSV."""
+"""How runs stand, from what is on disk and what Slurm still knows; results as one CSV."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 
 from crysforge.datapipe.common.escape import one_line
 from crysforge.datapipe.common.files import replacing, write_text
-from crysforge.datapipe.common.safe_read import own_file, read_mapping
+from crysforge.datapipe.common.places import own_file
+from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.datapipe.common.tables import row_writer
-from crysforge.launch.cluster.events import EventLog, ends_of_turn, verdict
+from crysforge.launch.cluster.events import EventLog, ends_of_attempt, verdict
 from crysforge.launch.cluster.executors import end_local
 from crysforge.launch.cluster.runs import SILENT_S, RunState, read_run, run_directories
 from crysforge.launch.cluster.submission import Submission, run_finished, slurm_states
@@ -34,36 +35,36 @@ _OVER = {
 
 
 @dataclass
-class CellStatus:
+class RunStatus:
     """One row of the table."""
 
-    cell: str
+    name: str
     state: str
     """finished, running, pending, cancelled, failed, …"""
     run: RunState = field(default_factory=RunState)
     """What its run directory says."""
     node: str = ""
     retries: str = ""
-    """Turns after the first."""
+    """Attempts after the first."""
     reason: str = ""
-    """Why a cell failed, or what is odd about it."""
+    """Why a run failed, or what is odd about it."""
 
     @property
     def active(self) -> bool:
-        """Whether a job of the cell waits or runs."""
+        """Whether a job of it waits or runs."""
         return self.state not in ("finished", "not started", "unfinished") and not self.ended
 
     @property
     def ended(self) -> bool:
-        """Whether the cell ended without being finished."""
+        """Whether the run ended without being finished."""
         return self.state in _ENDED
 
 
 _ENDED = {s.lower().replace("_", " ") for s in _OVER} | {"stopped", "lost", "crashed"}
 
 
-def statuses(path: str | Path) -> list[CellStatus]:
-    """Status of all cells of a submission, or of the run directories at or under a path.
+def statuses(path: str | Path) -> list[RunStatus]:
+    """Status of all runs of a submission, or of the run directories at or under a path.
 
     Raises:
         ValueError: there is neither.
@@ -75,50 +76,50 @@ def statuses(path: str | Path) -> list[CellStatus]:
     if not runs:
         raise ValueError(f"{path} is neither a submission's output or folder, nor holds runs")
     return [
-        CellStatus(name, "finished" if run_finished(path) else "unfinished", run, run.nodes)
+        RunStatus(name, "finished" if run_finished(path) else "unfinished", run, run.nodes)
         for name, path in runs.items()
         for run in [read_run(path)]
     ]
 
 
-def of_submission(submission: Submission) -> list[CellStatus]:
-    """Status of each cell of a submission."""
-    ids = [i for cluster, i in map(submission.job_id, submission.cells) if cluster == "slurm"]
+def of_submission(submission: Submission) -> list[RunStatus]:
+    """Status of each run of a submission."""
+    ids = [i for cluster, i in map(submission.job_id, submission.runs) if cluster == "slurm"]
     known = slurm_states(ids)
-    return [_of_cell(submission, cell, known) for cell in submission.cells]
+    return [_of_run(submission, run, known) for run in submission.runs]
 
 
-def _of_cell(
-    submission: Submission, cell: str, known: Mapping[str, tuple[str, str]] | None
-) -> CellStatus:
-    events = EventLog(submission.folder, cell).read()
+def _of_run(
+    submission: Submission, run: str, known: Mapping[str, tuple[str, str]] | None
+) -> RunStatus:
+    events = EventLog(submission.folder, run).read()
     starts = [e for e in events if e["event"] == "start"]
-    cluster, id = submission.job_id(cell)
+    cluster, id = submission.job_id(run)
     slurm_state, node = (known or {}).get(id, ("", "")) if cluster == "slurm" else ("", "")
-    status = CellStatus(cell, "", read_run(submission.output(cell)))
+    status = RunStatus(run, "", read_run(submission.output(run)))
     status.node = node or (starts[-1].get("node", "") if starts else "")
     status.retries = str(len(starts) - 1) if len(starts) > 1 else ""
-    status.state = _state(submission, cell, slurm_state, known is not None)
+    status.state = _state(submission, run, slurm_state, known is not None)
     if status.state in ("failed", "crashed"):
-        status.reason = _reason(submission, cell, id)
+        status.reason = _reason(submission, run, id)
     elif status.state == "running" and status.run.silent > SILENT_S:
         status.reason = f"no step for {status.run.silent / 60:.0f} minutes"
     return status
 
 
-def _state(submission: Submission, cell: str, slurm_state: str, reachable: bool) -> str:
-    """One word for where a cell stands."""
-    if submission.finished(cell):
+def _state(submission: Submission, run: str, slurm_state: str, reachable: bool) -> str:
+    """One word for where a run stands."""
+    if submission.finished(run):
         return "finished"
     if slurm_state and slurm_state not in _OVER:
         return slurm_state.lower()
-    cluster, id = submission.job_id(cell)
-    events = [e for e in EventLog(submission.folder, cell).read() if e.get("job") == id or not id]
+    cluster, id = submission.job_id(run)
+    events = [e for e in EventLog(submission.folder, run).read() if e.get("job") == id or not id]
     last = events[-1]["event"] if events else ""
     if cluster == "local" and last in ("start", "requeue"):
         return "running" if alive(int(id), submission.folder) else "lost"
     if last == "start":  # nobody was left to sum up
-        ends = ends_of_turn(submission.folder, cell, id, events[-1].get("turn", 0))
+        ends = ends_of_attempt(submission.folder, run, id, events[-1].get("attempt", 0))
         last = verdict(ends, 0)["event"] if ends else last
     if last == "stopped" and slurm_state in ("", "COMPLETED"):
         return "cancelled" if cancelled(submission.folder) else "stopped"
@@ -141,11 +142,11 @@ def alive(pid: int, folder: Path) -> bool:
     return False
 
 
-def table(rows: Sequence[CellStatus]) -> str:
-    """The status of all cells as text, with the reasons of failures below. Columns that say nothing
+def table(rows: Sequence[RunStatus]) -> str:
+    """The status of all runs as text, with the reasons of failures below. Columns that say nothing
     are left out."""
     columns = {
-        "cell": [r.cell for r in rows],
+        "run": [r.name for r in rows],
         "state": [r.state for r in rows],
         "step": [r.run.step for r in rows],
         "loss/MAE": [r.run.value for r in rows],
@@ -169,12 +170,12 @@ def table(rows: Sequence[CellStatus]) -> str:
     for row in rows:
         counts[row.state] = counts.get(row.state, 0) + 1
     lines.append(", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
-    lines += [f"{r.cell}: {r.reason}" for r in rows if r.reason]
+    lines += [f"{r.name}: {r.reason}" for r in rows if r.reason]
     return "\n".join(lines)
 
 
 def collect(path: str | Path) -> tuple[Path, int, int]:
-    """Gathers every cell's metrics.json into PATH/results.csv, one row a cell whether it finished
+    """Gathers every run's metrics.json into PATH/results.csv, one row for each, whether it finished
     or not; returns the file, its rows, and how many of them have results.
 
     Raises:
@@ -185,15 +186,15 @@ def collect(path: str | Path) -> tuple[Path, int, int]:
     done = 0
     for status in statuses(path):
         if submission is not None:
-            run = submission.output(status.cell)
-            values = submission.cells[status.cell]["values"]
+            run = submission.output(status.name)
+            values = submission.runs[status.name]["values"]
         else:
-            run, values = run_directories(Path(path))[status.cell], {}
+            run, values = run_directories(Path(path))[status.name], {}
         metrics: dict[str, Any] = {}
         with contextlib.suppress(ValueError):
             metrics = read_mapping(run / "metrics.json")
         done += bool(metrics)
-        row = {"cell": status.cell, "state": status.state, **dict(_flat(values))}
+        row = {"run": status.name, "state": status.state, **dict(_flat(values))}
         rows.append({**row, **{k: v for k, v in _flat(metrics) if k not in row}})
     if not Path(path).is_dir():
         raise ValueError(f"nothing to collect yet: {path} does not exist")
@@ -208,7 +209,7 @@ def collect(path: str | Path) -> tuple[Path, int, int]:
 
 
 def cancel(path: str | Path) -> int:
-    """Ends all cells of a submission that wait or run; returns how many.
+    """Ends all jobs of a submission that wait or run; returns how many.
 
     Raises:
         ValueError: there is no submission, or Slurm refuses or does not answer.
@@ -218,14 +219,14 @@ def cancel(path: str | Path) -> int:
         raise ValueError(f"{path} was not submitted: there is no {Submission.folder_of(path)}")
     write_text(submission.folder / "cancelled", "")
     ids: dict[str, set[str]] = {"slurm": set(), "local": set(), "debug": set()}
-    for attempt in submission.attempts:
-        ids[attempt["cluster"]] |= set(attempt["ids"].values())
+    for entry in submission.history:
+        ids[entry["cluster"]] |= set(entry["ids"].values())
     ended = sum(end_local(int(id), submission.folder) for id in ids["local"])
     known = slurm_states(ids["slurm"])
     if known is None:
         raise ValueError(
             "squeue does not answer: no Slurm job was cancelled, but none of them will ask for "
-            "another turn; try again"
+            "another attempt; try again"
         )
     left = sorted(id for id in ids["slurm"] if known.get(id, ("COMPLETED",))[0] not in _OVER)
     if left:
@@ -235,10 +236,10 @@ def cancel(path: str | Path) -> int:
     return ended + len(left)
 
 
-def _reason(submission: Submission, cell: str, id: str) -> str:
+def _reason(submission: Submission, run: str, id: str) -> str:
     """Which process ended a job and how, with the line of its log that names the error, or else the
     last one."""
-    events = [e for e in EventLog(submission.folder, cell).read() if e.get("job") == id]
+    events = [e for e in EventLog(submission.folder, run).read() if e.get("job") == id]
     if events and events[-1].get("reason"):
         return f"not started again: {events[-1]['reason']}"
     end: dict[str, Any] = next((e for e in reversed(events) if "code" in e), {})

@@ -1,13 +1,13 @@
-"""What was submitted: a folder beside the output with the cells, their configs, a copy of the code
+"""What was submitted: a folder beside the output with the runs, their configs, a copy of the code
 and the logs.
 
-    OUTPUT.submit/submission.json       cells, and each submission of them with its job ids
-    OUTPUT.submit/cells/<cell>.yaml     config of a cell, as its job reads it
+    OUTPUT.submit/submission.json       runs, and each submission of them with its job ids
+    OUTPUT.submit/configs/<run>.yaml    config of a run, as its job reads it
     OUTPUT.submit/code-<n>/             the repository at the nth submission
     OUTPUT.submit/logs/                 output of the jobs, and submitit's own files
-    OUTPUT.submit/events/<cell>.jsonl   turns of a cell: started, stopped, requeued, …
-    OUTPUT.submit/events/<cell>/        the same of each of its processes
-    OUTPUT.submit/cancelled             there if it was cancelled: no job asks for another turn
+    OUTPUT.submit/events/<run>.jsonl    attempts of a run: started, stopped, requeued, …
+    OUTPUT.submit/events/<run>/         the same of each of its processes
+    OUTPUT.submit/cancelled             there if it was cancelled: no job asks for another attempt
     OUTPUT.submit/lock                  there while somebody submits
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from crysforge.datapipe.common.checked import Line, Name, Part, Seconds, checked, mapped, matching
-from crysforge.datapipe.common.claims import claim_directory
+from crysforge.datapipe.common.claims import claim_directory, refuse_links_out
 from crysforge.datapipe.common.files import remove_tree, write_json, write_text
 from crysforge.datapipe.common.safe_read import read_mapping, to_yaml
 from crysforge.launch.cluster.code import code_files, commit
@@ -40,8 +40,8 @@ _Output = Annotated[str, matching(r"\.\./[^\0-\x1f]{1,4000}", "a path beside the
 FORM = {
     "schema": int,
     "job": JOB,
-    "cells": mapped(Part, {"output": _Output, "values": dict[Name, Any], "job?": JOB}),
-    "attempts": [
+    "runs": mapped(Part, {"output": _Output, "values": dict[Name, Any], "job?": JOB}),
+    "history": [
         {
             "cluster": Literal["slurm", "local", "debug"],
             "time": Seconds,
@@ -56,15 +56,15 @@ FORM = {
 
 @dataclass
 class Submission:
-    """A folder of cells that were submitted, once or more often."""
+    """A folder of runs that were submitted, once or more often."""
 
     folder: Path
     job: str = ""
     """Name of the launch script, or `suite`."""
-    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Cell → `output` (relative to the folder), the swept `values` and its `job`."""
-    attempts: list[dict[str, Any]] = field(default_factory=list)
-    """Submissions: `cluster`, `time`, `code`, `commit`, and `ids`: cell → job id."""
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Run → `output` (relative to the folder), the swept `values` and its `job`."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Submissions: `cluster`, `time`, `code`, `commit`, and `ids`: run → job id."""
 
     @staticmethod
     def folder_of(output: str | Path) -> Path:
@@ -85,10 +85,10 @@ class Submission:
         """Raises ValueError if the folder's record cannot be understood."""
         path = folder / "submission.json"
         record = read_mapping(path, FORM, MAX_RECORD, SCHEMA)
-        found = cls(folder, record["job"], record["cells"], record["attempts"])
-        for cell in found.cells:
-            if not found.output(cell).is_relative_to(folder.parent):
-                raise ValueError(f"{path} is damaged: the output of {cell} is not beside it")
+        found = cls(folder, record["job"], record["runs"], record["history"])
+        for run in found.runs:
+            if not found.output(run).is_relative_to(folder.parent):
+                raise ValueError(f"{path} is damaged: the output of {run} is not beside it")
         return found
 
     def write(self) -> None:
@@ -96,45 +96,45 @@ class Submission:
         record = {
             "schema": SCHEMA,
             "job": self.job,
-            "cells": self.cells,
-            "attempts": self.attempts,
+            "runs": self.runs,
+            "history": self.history,
         }
         write_json(self.folder / "submission.json", record)
 
-    def output(self, cell: str) -> Path:
-        """What a cell writes."""
-        return Path(os.path.normpath(self.folder / self.cells[cell]["output"]))
+    def output(self, run: str) -> Path:
+        """What a run writes."""
+        return Path(os.path.normpath(self.folder / self.runs[run]["output"]))
 
     def add(
-        self, cell: str, output: str, values: Mapping[str, Any], config: Mapping, job: str = ""
+        self, run: str, output: str, values: Mapping[str, Any], config: Mapping, job: str = ""
     ) -> Path:
-        """Notes a cell and writes its config; returns the config's path."""
-        checked(Part, cell, "the submission", "the name of a cell")
+        """Notes a run and writes its config; returns the config's path."""
+        checked(Part, run, "the submission", "the name of a run")
         if not Path(os.path.abspath(output)).is_relative_to(os.path.abspath(self.folder.parent)):
             raise ValueError(
                 f"{output} lies elsewhere than {self.folder.parent}: submit what is to lie in "
                 "another directory on its own"
             )
-        self.cells[cell] = {
+        self.runs[run] = {
             "output": os.path.relpath(output, self.folder),
             "values": dict(values),
             "job": job or self.job,
         }
-        path = self.folder / "cells" / f"{cell}.yaml"
+        path = self.folder / "configs" / f"{run}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, to_yaml(dict(config)))
         return path
 
-    def job_id(self, cell: str) -> tuple[str, str]:
-        """(cluster, id) of a cell's last submission; empty where it has none."""
-        for attempt in reversed(self.attempts):
-            if cell in attempt["ids"]:
-                return attempt["cluster"], attempt["ids"][cell]
+    def job_id(self, run: str) -> tuple[str, str]:
+        """(cluster, id) of a run's last submission; empty where it has none."""
+        for entry in reversed(self.history):
+            if run in entry["ids"]:
+                return entry["cluster"], entry["ids"][run]
         return "", ""
 
-    def finished(self, cell: str) -> bool:
-        """Whether a cell has all it was to write."""
-        output, job = self.output(cell), self.cells[cell].get("job", self.job)
+    def finished(self, run: str) -> bool:
+        """Whether a run has all it was to write."""
+        output, job = self.output(run), self.runs[run].get("job", self.job)
         if job in ("pretrain", "finetune"):
             return run_finished(output)
         return (output / "manifest.json").is_file() if job == "prepare" else output.is_file()
@@ -145,12 +145,13 @@ class Submission:
         new one, none stays.
 
         Raises:
-            ValueError: another process does so.
+            ValueError: another process does so; a part of the folder is a link out of it.
         """
         folder = self.folder.resolve()
         busy = f"another submit is at work in {self.folder}: let it finish, or end it (cancel=…)"
         try:
             with claim_directory(folder, busy):
+                refuse_links_out(folder, but="code-")
                 yield
         finally:
             with contextlib.suppress(OSError):
@@ -158,7 +159,7 @@ class Submission:
 
     def snapshot(self) -> Path:
         """Copies the code for the next submission; what is edited afterwards does not reach it."""
-        path = self.folder / f"code-{len(self.attempts) + 1}"
+        path = self.folder / f"code-{len(self.history) + 1}"
         remove_tree(path)
         for name, file in code_files().items():
             target = path / name
@@ -177,8 +178,8 @@ def run_finished(path: Path) -> bool:
         return False
 
 
-def new_attempt(cluster: str, code: Path, ids: Mapping[str, str]) -> dict[str, Any]:
-    """A record for `Submission.attempts`."""
+def new_entry(cluster: str, code: Path, ids: Mapping[str, str]) -> dict[str, Any]:
+    """An entry of `Submission.history`."""
     return {
         "cluster": cluster,
         "time": round(time.time(), 3),

@@ -1,5 +1,5 @@
 """What runs on a node: one process of a job, started by submitit, that starts a launch script; and
-what decides after a turn whether the job gets another one.
+what decides after an attempt whether the job gets another one.
 
 On Slurm the batch script decides (`python -m crysforge.launch.cluster.worker`, when srun is over):
 it outlives any process of the job, and lives where Slurm itself notices if it does not. On one
@@ -32,23 +32,23 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from crysforge.datapipe.common.checked import Name
 from crysforge.datapipe.common.processes import Parent, Process, start_watching
 from crysforge.datapipe.common.safe_read import parse_json, read_mapping
-from crysforge.launch.cluster.events import EventLog, ends_of_turn, outcome_of, verdict
+from crysforge.launch.cluster.events import EventLog, ends_of_attempt, outcome_of, verdict
 
 _STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _TAG = re.compile(r"([a-z][a-z0-9_]*)-\d{8}")
 """Name of a checkpoint (trainer/runs/saved.py)."""
 END = "SLURM_JOB_END_TIME"
 SUPERVISOR = "CRYSFORGE_SUBMIT"
-"""Environment variable that says which process runs the cells on this machine."""
+"""Environment variable that says which process carries runs out on this machine."""
 LATE_S = 600.0
-"""Seconds before its time limit from which on a turn that stops is taken to end for that."""
+"""Seconds before its time limit from which on an attempt that stops is taken to end for that."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One cell of a submission, as every process of its job runs it."""
+    """One run of a submission, as every process of its job runs it."""
 
-    cell: str
+    name: str
     argv: tuple[str, ...]
     """Launch script and its arguments, after the interpreter."""
     folder: str
@@ -66,9 +66,9 @@ class Task:
         if cancelled(self.folder):
             raise SystemExit(outcome_code("stopped"))
         environ = {**os.environ, **rank_environ(env)}
-        own = EventLog(self.folder, self.cell, env.global_rank)
-        turn = restarts() if env.name() == "slurm" else len(own.starts(env.job_id))
-        here: dict[str, Any] = {"job": env.job_id, "turn": turn}
+        own = EventLog(self.folder, self.name, env.global_rank)
+        attempt = restarts() if env.name() == "slurm" else len(own.starts(env.job_id))
+        here: dict[str, Any] = {"job": env.job_id, "attempt": attempt}
         if env.global_rank == 0:
             ends = _end_of_job(env)
             environ |= {} if ends is None else {END: str(ends)}
@@ -79,25 +79,25 @@ class Task:
         code = run_to_end([sys.executable, *self.argv], environ, heard)
         own.note(outcome_of(code), **here, code=code)
         if env.name() != "slurm" and env.global_rank == 0:
-            self._wait_for_peers(env, turn, outcome_of(code))
-            self.settle(env, turn, code, ended=signal.SIGTERM in heard)
+            self._wait_for_peers(env, attempt, outcome_of(code))
+            self.settle(env, attempt, code, ended=signal.SIGTERM in heard)
         raise SystemExit(code if code >= 0 else 128 - code)
 
-    def settle(self, env: JobEnvironment, turn: int, code: int, ended: bool = False) -> str:
-        """After a turn: notes how it ended, and asks for another one if the job stopped before its
-        end or crashed, perhaps only since a machine did. Returns the outcome.
+    def settle(self, env: JobEnvironment, attempt: int, code: int, ended: bool = False) -> str:
+        """After an attempt: notes how it ended, and asks for another one if the job stopped before
+        its end or crashed, perhaps only since a machine did. Returns the outcome.
 
         Args:
-            turn: number of the turn, from 0.
+            attempt: number of the attempt, from 0.
             code: exit code of the step, for where no process has a word of its own.
             ended: whether `submit` has told it to end.
         """
-        log = EventLog(self.folder, self.cell)
-        here = {"job": env.job_id, "turn": turn}
-        start = next((e for e in log.starts(env.job_id) if e.get("turn") == turn), None)
+        log = EventLog(self.folder, self.name)
+        here = {"job": env.job_id, "attempt": attempt}
+        start = next((e for e in log.starts(env.job_id) if e.get("attempt") == attempt), None)
         if start is None:  # rank 0 never began
             self._note_start(env, here)
-        end = verdict(ends_of_turn(self.folder, self.cell, env.job_id, turn), code)
+        end = verdict(ends_of_attempt(self.folder, self.name, env.job_id, attempt), code)
         open_end = end["event"] in ("stopped", "crashed")
         wanted = open_end and not ended and not cancelled(self.folder) and _still_wanted(env)
         if open_end and not wanted:  # what ended it made it crash, perhaps
@@ -105,7 +105,7 @@ class Task:
         end |= {**here, "progress": progress(self.output)}
         if wanted and end["event"] == "stopped" and start is not None:
             late = time.time() > (start.get("ends") or math.inf) - LATE_S
-            end["in_vain"] = late and end["progress"] == start.get("progress")
+            end["no_progress"] = late and end["progress"] == start.get("progress")
         log.note(**end)
         crashes = log.crashes(end["progress"])
         if wanted and (end["event"] == "stopped" or crashes <= self.max_crashes):
@@ -116,7 +116,7 @@ class Task:
         self, env: JobEnvironment, here: Mapping[str, Any], ends: int | None = None
     ) -> None:
         nodes = os.environ.get("SLURM_JOB_NODELIST") or env.hostname
-        log = EventLog(self.folder, self.cell)
+        log = EventLog(self.folder, self.name)
         log.note("start", **here, node=nodes, ends=ends, progress=progress(self.output))
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> DelayedSubmission:
@@ -124,13 +124,13 @@ class Task:
         return DelayedSubmission(self)
 
     def _requeue(self, env: JobEnvironment, log: EventLog) -> None:
-        """Asks the scheduler for another turn, unless the job had all it may have, or its turns are
-        too short to get anywhere."""
+        """Asks the scheduler for another attempt, unless the job had all it may have, or its
+        attempts are too short to get anywhere."""
         left = self.max_requeues - len(log.starts(env.job_id))
         reason = ""
         if left < 0:
             reason = f"it was started again {self.max_requeues} times (max_requeues)"
-        elif log.in_vain(env.job_id) >= 2:
+        elif log.without_progress(env.job_id) >= 2:
             where = progress(self.output) or "its start"
             reason = f"twice its time was up before it got beyond {where}: raise the time limit, "
             reason += "unless the log says why nothing was saved"
@@ -144,12 +144,12 @@ class Task:
         else:
             env._requeue(left)  # exits
 
-    def _wait_for_peers(self, env: JobEnvironment, turn: int, outcome: str) -> None:
+    def _wait_for_peers(self, env: JobEnvironment, attempt: int, outcome: str) -> None:
         """After a crash of rank 0, gives the others the time to note why: one may know the reason,
         and rank 0 only that it lost them."""
         deadline = time.monotonic() + 10
         while outcome == "crashed" and time.monotonic() < deadline:
-            ends = ends_of_turn(self.folder, self.cell, env.job_id, turn)
+            ends = ends_of_attempt(self.folder, self.name, env.job_id, attempt)
             if len(ends) == env.num_tasks:
                 return
             time.sleep(0.1)
@@ -159,7 +159,7 @@ def run_to_end(
     command: Sequence[str], environ: Mapping[str, str], heard: list[int] | None = None
 ) -> int:
     """Exit code of a command, which ends with this process, or it would go on training beside the
-    next turn. Signals that ask this process to stop are passed on to it, and noted in `heard`."""
+    next attempt. Signals to stop are passed on to it, and noted in `heard`."""
     heard = [] if heard is None else heard
     early: list[int] = []
     process: subprocess.Popen | None = None
@@ -205,7 +205,7 @@ def restarts() -> int:
 
 def rank_environ(env: JobEnvironment) -> dict[str, str]:
     """What a launcher sets for this process: its rank, and where rank 0 is to be met. The port
-    follows from the job and its turn, so that all processes know it without asking."""
+    follows from the job and its attempt, so that all processes know it without asking."""
     number = int(env.raw_job_id)
     return {
         "RANK": str(env.global_rank),

@@ -166,7 +166,7 @@ def results(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.random.fork_rng(devices=[]),  # modules draw weights that nobody looks at
+        torch.random.fork_rng(devices=[]),  # keeps the global RNG state unchanged
         kernels.using(choice),
     ):
         leaves = [x.to(device, dtype).requires_grad_() for x in case.inputs]

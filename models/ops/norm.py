@@ -174,7 +174,7 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, standard: Standard) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.standard = standard
-        centred = x - standard.mean  # first, lest a large mean cost the digits of a small spread
+        centred = x - standard.mean  # first, or a large mean cancels digits
         return centred.mul_(standard.rstd * weight).add_(bias)
 
     @staticmethod

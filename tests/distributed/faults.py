@@ -238,7 +238,7 @@ def run_rank(order: dict[str, Any], rank: int) -> None:
     runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
 
 
-def _owner(at: str) -> tuple[Any, str]:
+def owner_of(at: str) -> tuple[Any, str]:
     """What holds a function, and its name there."""
     module, _, path = at.partition(":")
     owner, names = importlib.import_module(module), path.split(".")
@@ -252,7 +252,7 @@ def _arm(
 ) -> None:
     """Wraps a function so that something happens at its `call`th call and the `calls` - 1 after;
     `within` another function, only the calls below that one count."""
-    owner, name = _owner(at)
+    owner, name = owner_of(at)
     original, count, inside = getattr(owner, name), 0, not within
 
     @functools.wraps(original)
@@ -278,7 +278,7 @@ def _arm(
 
     setattr(owner, name, wrapped)
     if within:
-        outer, outer_name = _owner(within)
+        outer, outer_name = owner_of(within)
         around = getattr(outer, outer_name)
 
         @functools.wraps(around)

@@ -18,6 +18,7 @@ import torch
 from crysforge.models.encoders import ENCODERS, build_encoder
 from crysforge.trainer.base.signals import SIGNALS
 from crysforge.trainer.jobs import setup as jobs
+from crysforge.trainer.jobs import starting
 from crysforge.trainer.runs.model_directory import open_model, take_encoder
 from tests import plugin
 from tests.distributed.jobs import curve
@@ -101,7 +102,7 @@ def test_pretrained_finetuned_predicted(name, data, tmp_path, launched, monkeypa
     launched(
         "pretrain", *encoder, *settings("vae", "joint"), *FLOW, f"data={data}", f"run_dir={pre}"
     )
-    jobs.seed_everything(0, "encoder")
+    starting.seed_everything(0, "encoder")
     fresh = build_encoder({"name": name, "tiny": True})
     of_vae, of_joint = (open_model(pre, stage).build_encoder() for stage in ("vae", "joint"))
     assert_every_parameter_moved(fresh, of_vae)

@@ -61,9 +61,9 @@ def test_other_ranks_and_another_zero_stage_go_on(bench, tmp_path):
     """2 → 1 → 2 ranks, ZeRO 3 → none → 1, stopped and killed: the same curve to rounding, and in
     every epoch each crystal once."""
     job = vae(12, "trainer.validate_every=0")
-    step = "crysforge.trainer.engines.deepspeed:{}Engine.step"
-    stopped = {"at": step.format("DeepSpeed"), "call": 3, "do": "SIGUSR1"}
-    killed = {"at": step.format("Torch"), "call": 4, "do": "SIGKILL"}
+    step = "crysforge.trainer.engines.{}Engine.step"
+    stopped = {"at": step.format("deepspeed:DeepSpeed"), "call": 3, "do": "SIGUSR1"}
+    killed = {"at": step.format("torch_engine:Torch"), "call": 4, "do": "SIGKILL"}
     plan = [
         (2, {1: stopped}, "trainer.zero_stage=3", [REQUEUE, REQUEUE]),
         (None, {0: killed}, "trainer.zero_stage=1", [KILLED]),

@@ -116,11 +116,11 @@ VALIDATION = [
     )
 ]
 SAVE = [
-    Moment("tensors are written", f"{RUNS}.checkpoint:save_tensors", 8, main=True),
-    Moment("JSON is written", f"{RUNS}.checkpoint:write_json", 9, main=True),
-    Moment("files are hashed", f"{RUNS}.checkpoint:sha256", 14, main=True),
+    Moment("tensors are written", f"{RUNS}.saved:save_tensors", 8, main=True),
+    Moment("JSON is written", f"{RUNS}.saved:write_json", 6, main=True),
+    Moment("files are hashed", f"{RUNS}.saved:sha256", 14, main=True),
     Moment("it is in place", "crysforge.datapipe.common.files:sync_directory", 40, main=True),
-    Moment("old ones are removed", f"{RUNS}.checkpoint:remove_tree", 4, main=True),
+    Moment("old ones are removed", f"{RUNS}.saved:remove_tree", 4, main=True),
     Moment("a file is put in place", "crysforge.datapipe.common.files:os.replace", 36, main=True),
 ]
 BETWEEN = [
@@ -142,10 +142,13 @@ FORWARD = Moment(
 START = [Moment("the run is claimed", f"{RUNS}.checkpoint:write_text", 1, main=True)]
 BEGIN = [
     Moment("the data is opened", "crysforge.datapipe.storage.dataset:Dataset.open", 1),
-    Moment("the encoder is made", "crysforge.trainer.jobs.setup:starting_encoder", 1),
+    Moment("the encoder is made", "crysforge.trainer.jobs.starting:starting_encoder", 1),
     Moment("the newest checkpoint is looked for", "crysforge.trainer.loop.fit:newest", 2),
     Moment("the engine is made", "crysforge.trainer.loop.fit:build_engine", 2),
 ]
+
+
+MOMENTS = [*STEP, *SHARDS, *VALIDATION, *SAVE, *BETWEEN, FORWARD, *START, *BEGIN]
 
 
 @dataclass(frozen=True)
@@ -354,7 +357,7 @@ KINDS = [
     Kind(
         "a batch gives NaN",
         hit([FORWARD], "nan", "one"), {0},
-        [ALONE, *TOGETHER], said=("update left out",), exact=False,
+        [ALONE, *TOGETHER], said=("update skipped",), exact=False,
     ),
 ]  # fmt: skip
 
@@ -473,5 +476,5 @@ class Bench:
 
 def skipped(starts: list[Ended]) -> int:
     """Updates that were left out."""
-    said = re.compile(r"step (\d+): the \w+ is not finite, update left out")
+    said = re.compile(r"step (\d+): the \w+ is non-finite, update skipped")
     return len({step for ended in starts for step in said.findall(ended.output)})

@@ -20,8 +20,8 @@ from crysforge.datapipe.preparing.edit_configs import (
     VerifyConfig,
 )
 from crysforge.launch import analyse, demo, ensemble, export, leaderboard, prepare
-from crysforge.launch.cluster.config import SuiteConfig
-from crysforge.launch.cluster.request import Request
+from crysforge.launch.cluster.planning.request import Request
+from crysforge.launch.cluster.planning.suite_config import SuiteConfig
 from crysforge.trainer.base.command_line import from_sources, merge_sources, split_arguments
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema
 from crysforge.trainer.reports.config import EvaluateConfig
@@ -88,7 +88,7 @@ def check(script: str, words: list[str]) -> None:
         if request.config.suite:
             configure(SuiteConfig, merge_sources([request.config.suite, *files], request.overrides))
         elif request.config.job:
-            request.cells()
+            request.runs()
         return
     schema = SCHEMAS.get(script)
     if script == "prepare":

@@ -18,6 +18,7 @@ from crysforge.launch.cluster.events import EVENT, PROCESS
 from crysforge.launch.cluster.submission import FORM as SUBMISSION
 from crysforge.trainer.runs import forms
 from crysforge.trainer.runs.model_directory import Scaler
+from crysforge.trainer.serving.request import REQUEST
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SET, RUN, MODEL = DATA / "schema-1" / "set", DATA / "schema-1" / "run", DATA / "schema-2" / "model"
@@ -30,8 +31,8 @@ def load(path: Path) -> Any:
 
 
 EVENTS = {
-    "event": "failed", "time": 1.0, "job": "1_2", "turn": 0, "rank": 1, "node": "n", "pid": 1,
-    "code": 2, "progress": "vae", "ends": 9.0, "in_vain": False, "reason": "r",
+    "event": "failed", "time": 1.0, "job": "1_2", "attempt": 0, "rank": 1, "node": "n", "pid": 1,
+    "code": 2, "progress": "vae", "ends": 9.0, "no_progress": False, "reason": "r",
 }  # fmt: skip
 SCORES = {"n": 3, "mae": 0.1, "rmse": 0.1, "r2": 0.9}
 DOCUMENTS: dict[str, tuple[Any, Any]] = {
@@ -71,21 +72,25 @@ DOCUMENTS: dict[str, tuple[Any, Any]] = {
         forms.SUITE,
         {
             "schema": 1, "title": "t", "baseline": "a=b", "factors": ["a"], "replicate": "seed",
-            "paper": None, "cells": {"c": {"run": "c", "job": "finetune", "values": {"a": "b"}}},
+            "paper": None, "runs": {"c": {"path": "c", "job": "finetune", "values": {"a": "b"}}},
         },
     ),
     "submission.json": (
         SUBMISSION,
         {
             "schema": 1, "job": "finetune",
-            "cells": {"a": {"output": "../a", "values": {"x": 1}, "job": "finetune"}},
-            "attempts": [
+            "runs": {"a": {"output": "../a", "values": {"x": 1}, "job": "finetune"}},
+            "history": [
                 {"cluster": "slurm", "time": 1.0, "code": "code-1", "commit": "", "ids": {"a": "1"}}
             ],
         },
     ),
     "events/a.jsonl": (EVENT, EVENTS),
     "events/a/rank-0000.jsonl": (PROCESS, EVENTS),
+    "predictions.request.json": (
+        REQUEST,
+        {"request": "0" * 32, "sha256": "0" * 64, "written": 3, "dropped": 0},
+    ),
     "decided.jsonl": (
         OUTCOME,
         {
@@ -105,8 +110,8 @@ FREE = {
     "run.json": ["identity"],
     "config.yaml": ["encoder", "settings", "data.provenance", "training", "results"],
     "metrics.json": [],
-    "submission.json": ["cells.a.values"],
-    "suite.json": ["cells.c.values"],
+    "submission.json": ["runs.a.values"],
+    "suite.json": ["runs.c.values"],
 }
 """What may hold anything: it is shown, compared or held against a class of its own."""
 

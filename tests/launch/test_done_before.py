@@ -115,3 +115,38 @@ def test_predictions_that_are_there_are_what_was_asked_for(bad, call, data, runs
     assert code == 2 and "out.csv exists: choose another output" in err
     code, _, err = call("predict", *args, "overwrite=true")
     assert code == 0 and content(tmp_path) == before, err
+
+
+TEAM = [f"metadata.{k}=x" for k in ("model_name", "team_name", "project_url", "author_email")]
+DIRECTORIES = {
+    "export": (["checkpoint={runs}/fine", "license=cc-by-4.0"], "license=mit"),
+    "ensemble": (["runs=[{runs}/fine,{copy}]"], "runs=[{copy},{runs}/fine]"),
+    "leaderboard": (["to=jarvis", "runs=[{runs}/fine]", *TEAM], "metadata.team_name=y"),
+    "analyse": (
+        ["checkpoint={runs}/pre", "data={data}", "analyses=[smoothness,variance]", "count=9"],
+        "count=8",
+    ),
+}
+
+
+@pytest.mark.parametrize("script", DIRECTORIES)
+def test_a_directory_that_is_there_is_what_was_asked_for(script, call, data, runs, tmp_path):
+    output, places = tmp_path / "out", {"runs": runs, "copy": tmp_path / "copy", "data": data}
+    shutil.copytree(runs / "fine", tmp_path / "copy")
+    args, other = DIRECTORIES[script]
+    args = [*(a.format(**places) for a in args), f"output={output}"]
+    killed_after("rename", output, script, *args)
+    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    for _ in range(2):
+        code, out, err = call(script, *args)
+        assert code == 0 and str(output) in out, err
+    assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "out"]
+    code, _, err = call(script, *args, other.format(**places))
+    assert code == 2 and "out exists: choose another output" in err
+    changed = output / {"analyse": "analysis.json"}.get(script, "more.txt")
+    changed.write_text("{}")
+    code, _, err = call(script, *args)
+    assert code == 2 and "out exists: choose another output" in err
+    assert changed.read_text() == "{}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "out"]

@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from crysforge.datapipe.preparing.splitting import clusters
-from crysforge.launch import prepare as prepare_script
-from crysforge.trainer.base.script import CONTINUES, STARTS_ANEW, run
+from crysforge.trainer.base.script import CONTINUES, STARTS_ANEW
 from crysforge.trainer.base.signals import SIGNALS, StopRequest
 from crysforge.trainer.reports import report
 from crysforge.trainer.serving.predictor import Predictor
+from tests.families import living, until
 from tests.launching import FINETUNE, PRETRAIN
 
+ROOT = Path(__file__).resolve().parents[2]
 CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75}
 
 
@@ -49,30 +51,24 @@ def ended(name: str, code: int, err: str, words: str) -> bool:
 
 
 @pytest.mark.parametrize("name", CODES)
-def test_prepare_leaves_nothing(name, tmp_path, monkeypatch):
+def test_prepare_leaves_nothing(name, tmp_path):
     """A process with workers of its own, met in the middle of its work."""
-    args = ["prepare", "input=prototypes", "size=20000", f"output={tmp_path}/out", "workers=2"]
-    monkeypatch.setattr(sys, "argv", args)
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(tmp_path / "said", os.O_WRONLY | os.O_CREAT), 2)
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-        try:
-            run(prepare_script.main, again=prepare_script.again)
-        except SystemExit as end:
-            os._exit(end.code)
-        finally:
-            os._exit(99)
-    while not list((tmp_path / ".out.partial").glob("train-*.tar")):
-        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
-        time.sleep(0.01)
-    workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    os.kill(pid, getattr(signal, name))
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    err = (tmp_path / "said").read_text()
-    assert ended(name, code, err, STARTS_ANEW), err
-    assert [p.name for p in tmp_path.iterdir()] == ["said"]
-    assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    args = ["input=prototypes", "size=20000", f"output={tmp_path}/out", "workers=2"]
+    command = [sys.executable, ROOT / "launch" / "prepare.py", *args]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        until(
+            lambda: (
+                process.poll() is not None or any((tmp_path / ".out.partial").glob("train-*.tar"))
+            ),
+            "it writes",
+        )
+        assert process.poll() is None
+        workers = psutil.Process(process.pid).children()
+        process.send_signal(getattr(signal, name))
+        _, err = process.communicate(timeout=60)
+    assert ended(name, process.returncode, err, STARTS_ANEW), err
+    assert list(tmp_path.iterdir()) == []
+    assert len(workers) == 2 and not living(workers)
 
 
 def test_prepare_says_that_it_goes_on_where_it_does(call, data, tmp_path, monkeypatch):

@@ -93,17 +93,17 @@ class Desk:
             submit.main()
         return printed.getvalue()
 
-    def rows(self, output: str) -> dict[str, status.CellStatus]:
-        """Status by cell."""
+    def rows(self, output: str) -> dict[str, status.RunStatus]:
+        """Status by run."""
         with mock.patch.dict(os.environ, self.cluster.environ):
-            return {row.cell: row for row in status.statuses(self.path / output)}
+            return {row.name: row for row in status.statuses(self.path / output)}
 
-    def wait(self, output: str) -> dict[str, status.CellStatus]:
-        """Status by cell once Slurm has done with all of them."""
+    def wait(self, output: str) -> dict[str, status.RunStatus]:
+        """Status by run once Slurm has done with all of them."""
 
         def over() -> bool:
             left = self.cluster.run("squeue", "--noheader", "--format=%F").split()
-            jobs = {self.job(output, cell).split("_")[0] for cell in rows}
+            jobs = {self.job(output, name).split("_")[0] for name in rows}
             return not jobs & set(left)
 
         rows = self.rows(output)
@@ -127,16 +127,16 @@ class Desk:
             texts = [f"== {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in sorted(logs)]
             pytest.fail("\n".join([str(error), *texts, self.cluster.logs()]))
 
-    def events(self, output: str, cell: str | None = None) -> list[str]:
-        """What happened to a cell."""
+    def events(self, output: str, name: str | None = None) -> list[str]:
+        """What happened to a run."""
         folder = Submission.folder_of(self.path / output)
-        return [e["event"] for e in EventLog(folder, cell or Path(output).name).read()]
+        return [e["event"] for e in EventLog(folder, name or Path(output).name).read()]
 
-    def job(self, output: str, cell: str | None = None) -> str:
-        """Slurm's id of a cell."""
+    def job(self, output: str, name: str | None = None) -> str:
+        """Slurm's id of a run."""
         submission = Submission.find(self.path / output)
         assert submission is not None
-        return submission.job_id(cell or Path(output).name)[1]
+        return submission.job_id(name or Path(output).name)[1]
 
     def processes(self, output: str, *scripts: bytes, job: str = "") -> list[int]:
         """Processes of a job that run one of the scripts; not their children that are about to run

@@ -20,14 +20,14 @@ HOSTILE = 'it\'s "quoted" $(touch pwned) `touch pwned` ; touch pwned'
 
 def test_one_failed_cell_hides_no_other(desk):
     """An array of six, one of them with a target that no data has and a shell would run."""
-    cells = [f"- {{target: {t}, seed: {s}}}\n" for t in ("density", "ewald_energy") for s in (0, 1)]
-    cells += ["- {target: density, label_fraction: 0.5}\n", f"- target: {json.dumps(HOSTILE)}\n"]
-    (desk.path / "cells.yaml").write_text("".join(cells))
-    args = (*FINETUNE, "finetune.max_steps=4", "sweep=cells.yaml", "run_dir=runs/sweep")
-    assert "submitted 6 cell(s)" in desk.submit(*args)
+    runs = [f"- {{target: {t}, seed: {s}}}\n" for t in ("density", "ewald_energy") for s in (0, 1)]
+    runs += ["- {target: density, label_fraction: 0.5}\n", f"- target: {json.dumps(HOSTILE)}\n"]
+    (desk.path / "list.yaml").write_text("".join(runs))
+    args = (*FINETUNE, "finetune.max_steps=4", "sweep=list.yaml", "run_dir=runs/sweep")
+    assert "submitted 6 run(s)" in desk.submit(*args)
     rows = desk.wait("runs/sweep")
-    (bad,) = [cell for cell in rows if "quoted" in cell]
-    assert {r.state for r in rows.values() if r.cell != bad} == {"finished"}
+    (bad,) = [run for run in rows if "quoted" in run]
+    assert {r.state for r in rows.values() if r.name != bad} == {"finished"}
     assert rows[bad].state == "failed"
     assert repr(HOSTILE) in rows[bad].reason
     assert repr(HOSTILE) in desk.submit("status=runs/sweep")
@@ -35,9 +35,9 @@ def test_one_failed_cell_hides_no_other(desk):
 
     desk.submit("collect=runs/sweep")
     with open(desk.path / "runs/sweep/results.csv", newline="") as file:
-        results = {row["cell"]: row for row in csv.DictReader(file)}
+        results = {row["run"]: row for row in csv.DictReader(file)}
     assert results.keys() == rows.keys()
-    assert {cell for cell, row in results.items() if row["test.mae"]} == rows.keys() - {bad}
+    assert {run for run, row in results.items() if row["test.mae"]} == rows.keys() - {bad}
     assert results["target=density,seed=1"]["seed"] == "1"
 
     again = desk.submit(*args, "--dry-run")  # only what has not finished is left
@@ -45,24 +45,24 @@ def test_one_failed_cell_hides_no_other(desk):
 
 
 def test_a_cancelled_job_stays_cancelled(desk):
-    """Both by our command and by Slurm's own; a cell that waits never starts."""
+    """Both by our command and by Slurm's own; a run that waits never starts."""
     args = (*FINETUNE, "finetune.max_steps=100000", "finetune.epochs=100000")
     output = "runs/cancelled"
     desk.submit(*args, f"run_dir={output}", "sweep=[seed=[0,1,2]]", "array_parallelism=2")
     by_hand, by_us, waiting = "seed=0", "seed=1", "seed=2"
     assert desk.rows(output)[waiting].state == "pending"
-    for cell in (by_hand, by_us):
-        desk.wait_for_step(f"{output}/{cell}", 1)
+    for name in (by_hand, by_us):
+        desk.wait_for_step(f"{output}/{name}", 1)
     desk.cluster.run("scontrol", "hold", desk.job(output, waiting))
     desk.cluster.run("scancel", desk.job(output, by_hand))
-    desk.wait_until(lambda: not desk.rows(output)[by_hand].active, "the cell has ended", output)
+    desk.wait_until(lambda: not desk.rows(output)[by_hand].active, "the run has ended", output)
     row = desk.rows(output)[by_us]
     assert row.state == "running" and row.node.startswith("node"), row
     assert "2 jobs ended" in desk.submit(f"cancel={output}")
     rows = desk.wait(output)
     assert {r.state for r in rows.values()} == {"cancelled"}
-    for cell in (by_hand, by_us):
-        assert desk.events(output, cell) == ["start", "stopped"]
+    for name in (by_hand, by_us):
+        assert desk.events(output, name) == ["start", "stopped"]
     assert desk.events(output, waiting) == []
 
 

@@ -8,8 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from crysforge.datapipe.common.files import new_directory, write_json, write_text
+from crysforge.datapipe.common.checked import Name
+from crysforge.datapipe.common.files import new_directory, sha256, write_json, write_text
 from crysforge.datapipe.common.names import nearest
+from crysforge.datapipe.common.places import own_file
+from crysforge.datapipe.common.safe_read import read_mapping
+from crysforge.datapipe.preparing.request import HOW, request_of
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder
 from crysforge.trainer.analysis.config import AnalysisConfig
@@ -21,29 +25,31 @@ from crysforge.trainer.analysis.maps import latent_map, projector
 from crysforge.trainer.analysis.page import page
 from crysforge.trainer.analysis.probes import reconstruction
 from crysforge.trainer.figures.style import STYLE, TRAIN, VAL, new_figure, save_png
+from crysforge.trainer.runs.model_directory import Exported
 from crysforge.trainer.stages.base import Stage
 from crysforge.trainer.stages.joint import JointStage
 
 
 def analyse(
-    encoder: Encoder,
+    stage: Stage,
     dataset: Dataset,
     config: AnalysisConfig,
     output: str | Path,
     run: str = "",
-    stage: Stage | None = None,
+    request: str = "",
 ) -> dict[str, Any]:
     """Makes the analyses and writes analysis.json, analysis.md, PNG figures and projector/ into a
     directory that appears when it is complete.
 
     Args:
+        stage: whose encoder is looked at; of stage 2 also the denoised latents.
         run: the encoder's run, whose log says how the latents' variance went.
-        stage: the whole stage that the encoder is of; of stage 2 the denoised latents are looked at
-            too.
+        request: what is asked for, kept in analysis.json; see `analysed_before`.
 
     Raises:
         ValueError: `output` exists, an unknown target, or an empty split.
     """
+    encoder = stage.encoder
     targets = dataset.names if config.targets is None else config.targets
     for name in targets:
         if name not in dataset.names:
@@ -52,6 +58,7 @@ def analyse(
         crystals = sample(dataset, config.split, config.count, config.seed)
         found = latents(encoder, crystals)
         out: dict[str, Any] = {"crystals": len(crystals), "atoms": len(found.atoms)}
+        out |= {"request": request} if request else {}
         if "probes" in config.analyses:
             out["probes"] = _probes(encoder, dataset, config, found)
         if "information" in config.analyses:
@@ -76,6 +83,22 @@ def analyse(
         write_json(work / "analysis.json", out)
         write_text(work / "analysis.md", page(out, config))
     return out
+
+
+def asked(config: AnalysisConfig, model: Exported, dataset: Dataset, run: str) -> str:
+    """Identifies what is asked for, by settings, weights, data and the log of the run."""
+    log = Path(run) / "metrics.jsonl"
+    logged = sha256(own_file(log)) if log.is_file() else ""
+    facts = [sha256(model.file), dataset.manifest.fingerprint, logged]
+    return request_of(config, facts, (*HOW, "checkpoint", "data", "device"))
+
+
+def analysed_before(output: str | Path, request: str) -> bool:
+    """Whether a directory holds the analyses that are asked for."""
+    try:
+        return read_mapping(Path(output, "analysis.json"), {"request": Name})["request"] == request
+    except ValueError:
+        return False
 
 
 def _probes(

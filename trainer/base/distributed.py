@@ -119,7 +119,7 @@ def device_of(name: str | torch.device) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={name} is none to run on: give cpu, cuda or cuda:1")
+        raise ValueError(f"unknown device {name!r}: use cpu, cuda or cuda:1")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(f"device={name}, but this machine shows {count} GPU(s): give device=cpu")

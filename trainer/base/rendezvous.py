@@ -176,8 +176,8 @@ class Rendezvous:
                     lambda store: [rank for rank, at in places.items() if not store.check([at])]
                 )
                 raise TimeoutError(
-                    f"{self.name} waited {self.timeout_s:g} s (trainer.timeout_s) for {span(late)} "
-                    "in vain, whose output may tell why"
+                    f"{self.name} waited {self.timeout_s:g} s (trainer.timeout_s) for "
+                    f"{span(late)}, which did not answer: their output may say why"
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.25)
@@ -249,8 +249,7 @@ def join(
         timeout_s: longest wait for rank 0, now, and for any rank, later.
 
     Raises:
-        ValueError: MASTER_ADDR or MASTER_PORT is missing or wrong, or this process is none that
-            rank 0 waits for.
+        ValueError: MASTER_ADDR or MASTER_PORT is wrong, or rank 0 does not wait for this process.
         ConnectionError: the port is not this job's.
         TimeoutError: rank 0 did not come.
     """
@@ -297,5 +296,5 @@ def _introduce(meeting: Rendezvous, job: str, where: str, seconds: float) -> Non
             )
     except dist.DistError as error:
         raise TimeoutError(
-            f"{meeting.name} waited for rank 0 at {where} in vain ({first_line(error)})"
+            f"{meeting.name} waited for rank 0 at {where}: no answer ({first_line(error)})"
         ) from None

@@ -13,7 +13,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from crysforge.datapipe.common.safe_read import own_file
+from crysforge.datapipe.common.places import own_file
 
 MAX_HEADER = 1 << 24
 """Bytes of the longest header of a safetensors file; one tensor takes about a hundred."""

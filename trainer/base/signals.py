@@ -109,8 +109,8 @@ class StopRequest:
             signal.signal(signal.SIGINT, old)
 
     def wanted(self) -> bool:
-        """Whether to stop now. Asked once per step: the longest time between two questions so far
-        (a step, with validation and save) is what one more would take of the walltime."""
+        """Whether to stop now. Called once per step: stops when the time that is left is less than
+        the longest step so far (with validation and save) and the margin."""
         now = time.monotonic()
         if self._asked is not None:
             self._longest = max(self._longest, now - self._asked)

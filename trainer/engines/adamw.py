@@ -1,4 +1,4 @@
-"""AdamW with clipping and a guard against gradients that are not finite; its state as tensors."""
+"""AdamW with clipping and a guard against non-finite gradients; its state as tensors."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def has_fused_adamw(device: torch.device) -> bool:
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips, and leaves out an update whose gradient is not finite.
+    """AdamW that clips, and skips the update if the gradient is non-finite.
 
     Gradients are read twice: for their norm, and by the fused kernel, which scales them, updates
-    weights and moments, and leaves all of them as they are if the norm is not finite. It takes
+    weights and moments, and skips the update if the norm is non-finite. It takes
     scale and verdict from the device, so that nobody waits for them.
 
     Args:

@@ -62,7 +62,7 @@ class Engine(ABC):
     grad_norm: Tensor | float = 0.0
     """Gradient norm of the last step, before clipping."""
     skipped: Tensor | bool = False
-    """Whether the last step left out its update because the gradient was not finite, the same on
+    """Whether the last step skipped its update because the gradient was non-finite, the same on
     all ranks. A tensor may still be on its way: reading it waits for the device."""
 
     @abstractmethod

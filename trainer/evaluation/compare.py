@@ -79,7 +79,7 @@ class Comparison:
     seeds: list[str]
     """Replicates that both arms have finished."""
     left_out: list[str]
-    """Cells that are left out since their seed has no partner."""
+    """Runs that are left out since their seed has no partner."""
     improvement: float
     """In % of the baseline's MAE, over the pairs."""
     test: PairedTest | None
@@ -91,24 +91,24 @@ class Comparison:
 
 
 def arms_of(suite: Suite, results: Sequence[Result], missing: Sequence[Missing]) -> list[Arm]:
-    """The arms of a suite, in the order of its cells.
+    """The arms of a suite, in the order of its runs.
 
     Raises:
-        ValueError: two cells with the same values, or different targets or data in one arm.
+        ValueError: two runs with the same values, or different targets or data in one arm.
     """
     arms: dict[Key, Arm] = {}
-    cells: list[Result | Missing] = [*results, *missing]
-    several = [TARGET] if any(TARGET in r.values for r in cells) else []
+    found_or_not: list[Result | Missing] = [*results, *missing]
+    several = [TARGET] if any(TARGET in r.values for r in found_or_not) else []
     names = [f for f in dict.fromkeys([*suite.factors, *several]) if f != SEED]
-    order = {cell.name: i for i, cell in enumerate(suite.cells)}
-    for found in sorted(cells, key=lambda r: order[r.cell.name]):
+    order = {run.name: i for i, run in enumerate(suite.runs)}
+    for found in sorted(found_or_not, key=lambda r: order[r.run.name]):
         values = {f: shown(found.values.get(f)) for f in names}
         arm = arms.setdefault(tuple(values.values()), Arm(values))
         seed = shown(found.values.get(SEED))
         twin = arm.results.get(seed) or arm.missing.get(seed)
         if twin is not None:
             raise ValueError(
-                f"cells {twin.cell.name!r} and {found.cell.name!r} have the same values: "
+                f"runs {twin.run.name!r} and {found.run.name!r} have the same values: "
                 f"{values | {SEED: seed}}; a factor that tells them apart is missing"
             )
         if isinstance(found, Missing):
@@ -116,7 +116,7 @@ def arms_of(suite: Suite, results: Sequence[Result], missing: Sequence[Missing])
             continue
         if arm.results and (arm.first.target, arm.first.unit) != (found.target, found.unit):
             raise ValueError(
-                f"cells {arm.first.cell.name!r} and {found.cell.name!r} have the same values but "
+                f"runs {arm.first.run.name!r} and {found.run.name!r} have the same values but "
                 f"predict {arm.first.target!r} and {found.target!r}"
             )
         arm.results[seed] = found
@@ -194,7 +194,7 @@ def compare_arms(
     seeds = [s for s in baseline.results if s in arm.results]
     alone = [r for a, b in ((arm, baseline), (baseline, arm)) for s, r in a.results.items()
              if s not in b.results]  # fmt: skip
-    comparison = Comparison(arm, baseline, seeds, [r.cell.name for r in alone], NAN, None, None)
+    comparison = Comparison(arm, baseline, seeds, [r.run.name for r in alone], NAN, None, None)
     if not seeds:
         return comparison
     ours, theirs = ([a.results[s].scores["mae"] for s in seeds] for a in (arm, baseline))

@@ -16,16 +16,16 @@ import numpy as np
 
 from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.datapipe.common.tables import number, read_rows
-from crysforge.trainer.evaluation.suite import TARGET, Cell, Suite
+from crysforge.trainer.evaluation.suite import TARGET, Suite, SuiteRun
 from crysforge.trainer.jobs.tables import classification_scores
 from crysforge.trainer.runs.forms import HEARTBEAT, METRICS, RUN
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A cell without a result."""
+    """A run without a result."""
 
-    cell: Cell
+    run: SuiteRun
     reason: str
     values: Mapping[str, Any]
     """As of a result."""
@@ -54,7 +54,7 @@ class Predictions:
 class Result:
     """What one finished run found for one target."""
 
-    cell: Cell
+    run: SuiteRun
     values: Mapping[str, Any]
     """Value of each factor."""
     target: str
@@ -76,35 +76,35 @@ class Result:
 
 
 def gather(suite: Suite, split: str = "test") -> tuple[list[Result], list[Missing]]:
-    """Results of all finetuning cells, and the cells that have none with the reason."""
+    """Results of all finetunings, and those that have none with the reason."""
     results: list[Result] = []
-    reasons: list[tuple[Cell, str]] = []
-    for cell in suite.evaluated:
+    reasons: list[tuple[SuiteRun, str]] = []
+    for run in suite.evaluated:
         try:
-            results += _results(cell, split)
+            results += _results(run, split)
         except (ValueError, OSError) as error:
-            reasons.append((cell, str(error)))
-    several = list(dict.fromkeys(r.target for r in results if TARGET not in r.cell.values))
+            reasons.append((run, str(error)))
+    several = list(dict.fromkeys(r.target for r in results if TARGET not in r.run.values))
     several = several if any(TARGET in r.values for r in results) else []
     missing = [
-        Missing(cell, reason, {**cell.values, **extra})
-        for cell, reason in reasons
-        for extra in ([{TARGET: t} for t in several if TARGET not in cell.values] or [{}])
+        Missing(run, reason, {**run.values, **extra})
+        for run, reason in reasons
+        for extra in ([{TARGET: t} for t in several if TARGET not in run.values] or [{}])
     ]
     return results, missing
 
 
-def _results(cell: Cell, split: str) -> list[Result]:
-    """Raises ValueError with the reason why a cell has no results."""
-    run = cell.run
-    if not (run / "run.json").is_file():
-        raise ValueError("not started" if not run.is_dir() else "no run.json")
-    if "finetune" not in read_mapping(run / "run.json", RUN).get("finished", []):
-        raise ValueError(_progress(run))
-    metrics = read_mapping(run / "metrics.json", METRICS)
+def _results(run: SuiteRun, split: str) -> list[Result]:
+    """Raises ValueError with the reason why a run has no results."""
+    path = run.path
+    if not (path / "run.json").is_file():
+        raise ValueError("not started" if not path.is_dir() else "no run.json")
+    if "finetune" not in read_mapping(path / "run.json", RUN).get("finished", []):
+        raise ValueError(_progress(path))
+    metrics = read_mapping(path / "metrics.json", METRICS)
     if split not in metrics:
         raise ValueError(f"its data has no {split} split")
-    data = read_mapping(run / "config.yaml").get("data")
+    data = read_mapping(path / "config.yaml").get("data")
     found = []
     try:
         several = len(metrics["targets"]) > 1
@@ -113,12 +113,12 @@ def _results(cell: Cell, split: str) -> list[Result]:
             val = metrics.get("val", {})
             val = val.get(name, {}) if several else val
             predictions = _read_predictions(
-                run / f"predictions_{split}.csv", f"_{name}" if several else ""
+                path / f"predictions_{split}.csv", f"_{name}" if several else ""
             )
             found.append(
                 Result(
-                    cell=cell,
-                    values={**cell.values, **({TARGET: name} if several else {})},
+                    run=run,
+                    values={**run.values, **({TARGET: name} if several else {})},
                     target=name,
                     unit=metrics["units"][name],
                     encoder=metrics["encoder"],

@@ -1,12 +1,12 @@
-"""What a suite is: cells (runs) told apart by the values of factors.
+"""What a suite is: runs told apart by the values of factors.
 
     SUITE/suite.json   {"schema": 1, "title": …, "baseline": "pretraining=none", "factors": […],
-                        "paper": … or null, "replicate": [factors], "cells": {name: {"run": path
+                        "paper": … or null, "replicate": [factors], "runs": {name: {"path": path
                         below SUITE, "job": "finetune" or "pretrain",
                         "values": {factor: value}}}}
 
-What only repeats (seeds, folds) is the replicate, which is called `seed` inside. Cells that lack a
-factor are runs that others start from.
+What only repeats (seeds, folds) is the replicate, which is called `seed` inside. Runs that lack a
+factor are those that others start from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from crysforge.datapipe.common.safe_read import inside, read_mapping
+from crysforge.datapipe.common.places import inside
+from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.trainer.runs.forms import SUITE as FORM
 
 SCHEMA = 1
@@ -44,11 +45,11 @@ def shown(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Cell:
+class SuiteRun:
     """One run of a suite."""
 
     name: str
-    run: Path
+    path: Path
     job: str
     """`finetune` or `pretrain`."""
     values: Mapping[str, Any]
@@ -57,12 +58,12 @@ class Cell:
 
 @dataclass
 class Suite:
-    """Cells, and what they are to show."""
+    """Runs, and what they are to show."""
 
     root: Path
     title: str
     factors: list[str]
-    cells: list[Cell]
+    runs: list[SuiteRun]
     compared: str = ""
     """The factor whose values are compared; empty where there is nothing to compare."""
     baseline: str = ""
@@ -83,12 +84,12 @@ class Suite:
         record = read_suite(root / SUITE)
         try:
             alike = replicates_of(record.get("replicate"))
-            cells = [
-                Cell(name, inside(root, c["run"]), c["job"], _replicated(c["values"], alike))
-                for name, c in record["cells"].items()
+            runs = [
+                SuiteRun(name, inside(root, c["path"]), c["job"], _replicated(c["values"], alike))
+                for name, c in record["runs"].items()
             ]
             factors = list(_replicated(dict.fromkeys(record["factors"]), alike))
-            suite = cls(root, record["title"], factors, cells)
+            suite = cls(root, record["title"], factors, runs)
             suite.compare_with(record["baseline"] or "")
             suite.paper = record.get("paper") or ""
             suite.folds = FOLD in alike and FOLD in record["factors"]
@@ -97,9 +98,9 @@ class Suite:
         return suite
 
     @classmethod
-    def of_values(cls, root: Path, cells: Iterable[Cell]) -> Suite:
-        """A suite of cells of a sweep: the factors are the settings in their values."""
-        named = [Cell(c.name, c.run, c.job, _named(c.values)) for c in cells]
+    def of_values(cls, root: Path, runs: Iterable[SuiteRun]) -> Suite:
+        """A suite of runs of a sweep: the factors are the settings in their values."""
+        named = [SuiteRun(c.name, c.path, c.job, _named(c.values)) for c in runs]
         factors = list(dict.fromkeys(f for c in named for f in c.values))
         folds = FOLD in factors
         named = [replace(c, values=_replicated(c.values, REPLICATES)) for c in named]
@@ -109,21 +110,21 @@ class Suite:
         return suite
 
     @classmethod
-    def of_runs(cls, root: Path, runs: Mapping[str, Path]) -> Suite:
+    def of_runs(cls, root: Path, paths: Mapping[str, Path]) -> Suite:
         """A suite of run directories: the factors are the settings in which their configs differ,
         without those that an earlier one implies."""
-        cells = []
-        for name, run in runs.items():
-            config = read_mapping(run / "config.yaml")
+        runs = []
+        for name, path in paths.items():
+            config = read_mapping(path / "config.yaml")
             job = "pretrain" if "stages" in config else "finetune"
             settings = dict(_flat(config))
             if settings.get(TARGET):
                 settings.pop("targets", None)
-            cells.append(Cell(name, run, job, _named(settings)))
-        folds = {shown(c.values.get(FOLD)) for c in cells if c.job == "finetune"} - {""}
+            runs.append(SuiteRun(name, path, job, _named(settings)))
+        folds = {shown(c.values.get(FOLD)) for c in runs if c.job == "finetune"} - {""}
         if len(folds) > 1:
-            cells = [replace(c, values=_replicated(c.values, REPLICATES)) for c in cells]
-        finetuned = [c for c in cells if c.job == "finetune"]
+            runs = [replace(c, values=_replicated(c.values, REPLICATES)) for c in runs]
+        finetuned = [c for c in runs if c.job == "finetune"]
         keys = list(dict.fromkeys(f for c in finetuned for f in c.values))
         factors: list[str] = []
         for key in sorted(keys, key=_order):
@@ -135,18 +136,18 @@ class Suite:
             columns = [[shown(c.values[f]) for c in finetuned] for f in factors if f != SEED]
             if key == SEED or not any(_implies(column, texts) for column in columns):
                 factors.append(key)
-        suite = cls._of_factors(root, factors, cells)
+        suite = cls._of_factors(root, factors, runs)
         suite.folds = len(folds) > 1
         return suite
 
     @classmethod
-    def _of_factors(cls, root: Path, factors: list[str], cells: list[Cell]) -> Suite:
+    def _of_factors(cls, root: Path, factors: list[str], runs: list[SuiteRun]) -> Suite:
         """Finetunings get a value of every factor, be it none, and the natural baseline."""
         kept = []
-        for cell in cells:
-            own = factors if cell.job == "finetune" else [f for f in factors if f in cell.values]
-            values = {f: cell.values.get(f) for f in own}
-            kept.append(Cell(cell.name, cell.run, cell.job, values))
+        for run in runs:
+            own = factors if run.job == "finetune" else [f for f in factors if f in run.values]
+            values = {f: run.values.get(f) for f in own}
+            kept.append(SuiteRun(run.name, run.path, run.job, values))
         suite = cls(root, root.resolve().name, factors, kept)
         for factor in ("pretraining", "init_from"):
             if any(c.values.get(factor) == "none" for c in suite.evaluated):
@@ -155,23 +156,23 @@ class Suite:
         return suite
 
     @property
-    def evaluated(self) -> list[Cell]:
-        """The finetunings to compare; the other cells are what they start from."""
-        return [c for c in self.cells if c.job == "finetune" and c.values.keys() >= {*self.factors}]
+    def evaluated(self) -> list[SuiteRun]:
+        """The finetunings to compare; the others are what they start from."""
+        return [c for c in self.runs if c.job == "finetune" and c.values.keys() >= {*self.factors}]
 
     def compare_with(self, baseline: str) -> None:
         """Sets what is compared, from `factor=value`; empty for nothing.
 
         Raises:
-            ValueError: not of that form, or no cell has that value.
+            ValueError: not of that form, or no run has that value.
         """
         self.compared, _, self.baseline = baseline.partition("=")
         if not baseline:
             return
         if self.compared == SEED:
             raise ValueError("seeds are replicates, and so are folds: compare another factor")
-        cells = self.evaluated
-        known = [shown(c.values[self.compared]) for c in cells if self.compared in c.values]
+        runs = self.evaluated
+        known = [shown(c.values[self.compared]) for c in runs if self.compared in c.values]
         if not known:
             raise ValueError(
                 f"baseline {baseline!r} is not of the form factor=value with a factor of this "
@@ -179,7 +180,7 @@ class Suite:
             )
         if self.baseline not in known:
             raise ValueError(
-                f"no cell has {baseline}; values of {self.compared}: "
+                f"no run has {baseline}; values of {self.compared}: "
                 f"{', '.join(dict.fromkeys(known))}"
             )
 

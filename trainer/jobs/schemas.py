@@ -8,6 +8,7 @@ from typing import Any
 
 from crysforge.datapipe.common.safe_names import check_names
 from crysforge.datapipe.loading.config import LoaderConfig
+from crysforge.models.encoders import build_encoder
 from crysforge.trainer.loop.config import TrainerConfig
 from crysforge.trainer.runs.saved import TAG
 from crysforge.trainer.stages.base import STAGES, pretraining_stages
@@ -65,6 +66,11 @@ class JobConfig:
             )
         if self.init_from == "none":
             self.init_from = ""
+
+    def check(self) -> None:
+        """Raises ValueError for an encoder that cannot be built."""
+        if "name" in self.encoder or not self.init_from:
+            build_encoder(self.encoder)
 
 
 @dataclass(kw_only=True)

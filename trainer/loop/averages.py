@@ -39,8 +39,8 @@ def total_over_ranks(terms: Mapping[str, Term], extra: Sequence[float], world: W
 
 
 def terms_of(engine: Engine, batch: CrystalBatch) -> dict[str, Term]:
-    """The stage's terms of a batch. Of a dummy batch, which only keeps this rank in step with the
-    others, they are nothing, and no other rank sees its crystals."""
+    """The stage's terms of a batch. A dummy batch (this rank has no crystals in this step)
+    contributes zero to every sum and to batch-norm statistics."""
     on_device = batch.to(engine.world.device, non_blocking=True)
     if not batch.is_dummy:
         return engine.forward(on_device)

@@ -36,7 +36,7 @@ class TrainerConfig(EngineConfig):
     ema_decay: float = 0.0
     """Decay of a running average of the weights, which is then validated and exported; 0: none."""
     max_skipped: int = 20
-    """Updates left out in a row, as loss or gradient are not finite, before the run stops."""
+    """Updates skipped in a row, as loss or gradient are non-finite, before the run stops."""
     spike_factor: float = 5.0
     """Warns of a loss so many times the running median; 0 never does."""
     step_timeout_s: float = 1800.0

@@ -1,4 +1,5 @@
-"""Trains a stage to its end, from its newest checkpoint if it has one."""
+"""Trains a stage to its end, from its newest checkpoint if it has one. The stage defines the loss;
+the loop owns steps, logging, validation and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ from crysforge.trainer.engines.build import build_engine
 from crysforge.trainer.loop.dry_step import try_batch
 from crysforge.trainer.loop.optim import param_groups
 from crysforge.trainer.loop.saver import newest
-from crysforge.trainer.loop.session import Result, Session
+from crysforge.trainer.loop.session import FitResult, Session
 from crysforge.trainer.loop.training import Training
 from crysforge.trainer.runs.facts import stage_facts
 from crysforge.trainer.runs.forms import STATE
 from crysforge.trainer.runs.logger import Logger
 
 
-def fit(session: Session) -> tuple[Engine, Result]:
+def fit(session: Session) -> tuple[Engine, FitResult]:
     """Trains a stage to its end, continuing from the run's newest checkpoint of it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What watches over training: updates left out, loss spikes, hanging steps, too large batches."""
+"""What watches over training: skipped updates, loss spikes, hanging steps, too large batches."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class StepGuard:
     crystals are named and their batch is kept.
 
     Attributes:
-        skipped: updates left out so far.
+        skipped: updates skipped so far.
         in_row: how many of them in a row, up to now.
     """
 
@@ -177,7 +177,7 @@ class StepGuard:
         if ids or rank == 0:
             shown = ", ".join(ids[:8]) + (" …" if len(ids) > 8 else "")
             self.logger.print(
-                f"step {number}: the {what} is not finite, update left out on all ranks; "
+                f"step {number}: the {what} is non-finite, update skipped on all ranks; "
                 f"crystals of rank {rank}: {shown or 'none of them'}"
                 + (f"; kept in {self.directory / kept[0]}" if kept else ""),
                 every_rank=True,

@@ -37,7 +37,7 @@ class Session:
 
 
 @dataclass
-class Result:
+class FitResult:
     """What a finished stage reports."""
 
     steps: int = 0

@@ -32,7 +32,7 @@ from crysforge.trainer.loop.guards import SpikeMonitor, StepGuard
 from crysforge.trainer.loop.optim import one_cycle
 from crysforge.trainer.loop.profiler import ProfileWindow
 from crysforge.trainer.loop.saver import Saver
-from crysforge.trainer.loop.session import Result, Session
+from crysforge.trainer.loop.session import FitResult, Session
 from crysforge.trainer.loop.watchdog import Watchdog
 from crysforge.trainer.runs.forms import STATE
 from crysforge.trainer.runs.logger import Logger
@@ -56,7 +56,7 @@ class Training:
         self.run, self.logger, self.stop = session.run, logger, session.stop
         self.monitor, self.patience = session.monitor, session.patience
         run, trainer = session.run, session.trainer
-        self.best, self.result = _Best(), Result()
+        self.best, self.result = _Best(), FitResult()
         self.meter, self.window = Meter(), Window(first=True)
         self.losses: list[Tensor] = []
         self.average: WeightAverage | None = None
@@ -94,7 +94,7 @@ class Training:
         self.engine.load_optimizer(checkpoint.optimizer)
         with checkpoint.read_state(STATE) as state:
             self.best = _Best(float(state["best"]), checkpoint.best)
-            self.result = Result(**state["result"])
+            self.result = FitResult(**state["result"])
             self.meter.load_state_dict(state["meter"], world.device)
             self.guard.skipped = int(state["skipped"])
             self.guard.in_row = int(state["skipped_in_row"])

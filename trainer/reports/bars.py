@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 from crysforge.trainer.reports.figures import (
     BAND_FROM,
     STYLE,
-    Look,
+    ArmStyle,
     headline,
     mae_label,
     panel_row,
@@ -23,7 +23,7 @@ from crysforge.trainer.reports.figures import (
 
 
 def bars(
-    lines: dict[str, list[Arm]], look: Look, path: Path, confidence: float, title: str
+    lines: dict[str, list[Arm]], look: ArmStyle, path: Path, confidence: float, title: str
 ) -> None:
     """MAE of each compared value as a bar, with its interval, its seeds and its gain over the
     baseline; one panel for each task."""
@@ -60,7 +60,7 @@ def bars(
         save(figure, path)
 
 
-def _bar(axes: Any, place: int, arm: Arm, look: Look, confidence: float) -> float:
+def _bar(axes: Any, place: int, arm: Arm, look: ArmStyle, confidence: float) -> float:
     """Draws one; returns how far it reaches to the right."""
     found = arm.summary("mae", confidence)
     assert found is not None

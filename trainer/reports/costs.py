@@ -11,7 +11,7 @@ import torch
 
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.safe_read import read_mapping
-from crysforge.trainer.evaluation.suite import Cell, Suite, shown
+from crysforge.trainer.evaluation.suite import Suite, SuiteRun, shown
 from crysforge.trainer.reports.formats import NOTHING, Entry, Number, Table
 from crysforge.trainer.runs.forms import RUN
 from crysforge.trainer.runs.logger import read_metrics
@@ -22,14 +22,14 @@ from crysforge.trainer.stages.base import STAGES, Stage, count_parameters
 def costs_table(suite: Suite, published: Sequence[dict[str, Any]] = ()) -> Table | None:
     """One row for each stage of each pretraining run, then the published costs; None without a
     pretraining run."""
-    cells = [c for c in suite.cells if c.job == "pretrain"]
-    if not cells:
+    runs = [c for c in suite.runs if c.job == "pretrain"]
+    if not runs:
         return None
-    names = [f for f in suite.factors if any(f in c.values for c in cells)]
+    names = [f for f in suite.factors if any(f in c.values for c in runs)]
     body: list[list[Entry]] = []
-    for cell in cells:
-        head: list[Entry] = [cell.name, *(shown(cell.values.get(f)) for f in names)]
-        body += [[*head, *row] for row in _stages(cell)]
+    for run in runs:
+        head: list[Entry] = [run.name, *(shown(run.values.get(f)) for f in names)]
+        body += [[*head, *row] for row in _stages(run)]
     for cost in published:
         size = Number(1000 * cost["peak_gb"], 0)
         name = f"{cost['pretraining']}: {cost['source']}"
@@ -47,14 +47,14 @@ def costs_table(suite: Suite, published: Sequence[dict[str, Any]] = ()) -> Table
     return Table("costs", title, columns, body, 2 + len(names), notes)
 
 
-def _stages(cell: Cell) -> list[list[Entry]]:
+def _stages(run: SuiteRun) -> list[list[Entry]]:
     """Rows of a run, one for each stage; a stage that did not finish says so."""
     try:
-        run = read_mapping(cell.run / "run.json", RUN)
-        stages, finished = run["identity"]["stages"], run["finished"]
+        record = read_mapping(run.path / "run.json", RUN)
+        stages, finished = record["identity"]["stages"], record["finished"]
     except (ValueError, KeyError):
         return [["not started", *[NOTHING] * 6]]
-    return [_stage(cell.run, name, name in finished) for name in stages]
+    return [_stage(run.path, name, name in finished) for name in stages]
 
 
 def _stage(run: Path, name: str, finished: bool) -> list[Entry]:

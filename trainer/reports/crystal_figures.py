@@ -22,7 +22,7 @@ from crysforge.trainer.reports.crystals import (
     arm_errors,
     means_inside,
 )
-from crysforge.trainer.reports.figures import STYLE, Look, headline, mae_label, save
+from crysforge.trainer.reports.figures import STYLE, ArmStyle, headline, mae_label, save
 from crysforge.trainer.reports.formats import places
 
 _WHISKERS = "bars: means over seeds, with their standard deviation"
@@ -33,7 +33,7 @@ Bin = tuple[str, np.ndarray]
 """Its name and which crystals are in it, [n] bool."""
 
 
-def by_atoms(line: Sequence[Arm], facts: Facts, title: str, look: Look, path: Path) -> None:
+def by_atoms(line: Sequence[Arm], facts: Facts, title: str, look: ArmStyle, path: Path) -> None:
     """MAE over the number of atoms: the three buckets as bars, finer ones as curves."""
     import matplotlib
     from matplotlib.ticker import MaxNLocator
@@ -78,7 +78,9 @@ def by_atoms(line: Sequence[Arm], facts: Facts, title: str, look: Look, path: Pa
         save(figure, path)
 
 
-def by_space_group(line: Sequence[Arm], facts: Facts, title: str, look: Look, path: Path) -> None:
+def by_space_group(
+    line: Sequence[Arm], facts: Facts, title: str, look: ArmStyle, path: Path
+) -> None:
     """MAE by crystal system, and of the space groups with most crystals."""
     import matplotlib
 
@@ -110,7 +112,7 @@ def by_space_group(line: Sequence[Arm], facts: Facts, title: str, look: Look, pa
         save(figure, path)
 
 
-def by_element(line: Sequence[Arm], facts: Facts, title: str, look: Look, path: Path) -> None:
+def by_element(line: Sequence[Arm], facts: Facts, title: str, look: ArmStyle, path: Path) -> None:
     """The lowest arm's MAE of the crystals with each element, on the periodic table; below, how
     much lower that is than the baseline's."""
     import matplotlib
@@ -191,7 +193,9 @@ def _periodic(
         bar.ax.minorticks_off()
 
 
-def _grouped(axes: Any, line: Sequence[Arm], facts: Facts, bins: Sequence[Bin], look: Look) -> None:
+def _grouped(
+    axes: Any, line: Sequence[Arm], facts: Facts, bins: Sequence[Bin], look: ArmStyle
+) -> None:
     """Bars side by side in each bin: mean over seeds, with their standard deviation."""
     width = 0.8 / len(line)
     x = np.arange(len(bins))

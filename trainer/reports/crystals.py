@@ -76,7 +76,7 @@ def facts_of(
                 where = f"was at {ours[0].data}, which is not opened unless you say so"
                 say = "data_dir=URL of what is above it"
             notes.append(
-                f"the data set of {ours[0].cell.name} {where}: errors by atoms, element and space "
+                f"the data set of {ours[0].run.name} {where}: errors by atoms, element and space "
                 f"group are left out (say where it is with {say})"
             )
             continue

@@ -56,7 +56,7 @@ def stage_curves(
             k = i % len(COLORS)
             axes.plot(x, y, color=COLORS[k], linestyle=DASHES[k], label=plain_text(name))
         axes.set(xlabel="optimiser step", ylabel=ylabel, yscale="log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             formatter("{x:g}")
         axes.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))
@@ -64,7 +64,7 @@ def stage_curves(
         save(figure, path)
 
 
-class Look:
+class ArmStyle:
     """Colour, marker and dash of each compared value, the same in all figures of a report."""
 
     def __init__(self, suite: Suite, arms: Sequence[Arm]) -> None:
@@ -126,7 +126,7 @@ def mae_label(arm: Arm) -> str:
     return with_unit("MAE", arm.first.unit)
 
 
-def parity(line: Sequence[Arm], title: str, look: Look, path: Path) -> None:
+def parity(line: Sequence[Arm], title: str, look: ArmStyle, path: Path) -> None:
     """Predictions over labels of one replicate of each arm, denser regions darker; at most six
     arms: the baseline and those with the lowest MAE."""
     import matplotlib
@@ -180,7 +180,9 @@ def parity(line: Sequence[Arm], title: str, look: Look, path: Path) -> None:
         save(figure, path)
 
 
-def label_curves(curves: dict[str, list[Arm]], look: Look, path: Path, confidence: float) -> None:
+def label_curves(
+    curves: dict[str, list[Arm]], look: ArmStyle, path: Path, confidence: float
+) -> None:
     """MAE over the number of training labels, on logarithmic axes; one panel for each task.
 
     Args:
@@ -210,7 +212,7 @@ def label_curves(curves: dict[str, list[Arm]], look: Look, path: Path, confidenc
         save(figure, path)
 
 
-def _curve(axes: Any, line: Sequence[Arm], look: Look, confidence: float) -> Any:
+def _curve(axes: Any, line: Sequence[Arm], look: ArmStyle, confidence: float) -> Any:
     x = np.array([a.first.labels for a in line], dtype=float)
     found = [a.summary("mae", confidence) for a in line]
     mean = np.array([s.mean for s in found if s])

@@ -133,7 +133,7 @@ def _state(shown: Exhibit, config: EvaluateConfig, here: Mapping[str, bool]) -> 
         return [*lines, f"Runs: none in {root}."]
     suite = Suite.read(root)
     _, missing = gather(suite, config.split)
-    names = {m.cell.name for m in missing}
+    names = {m.run.name for m in missing}
     done = len(suite.evaluated) - len(names)
     return [*lines, f"Runs: {done} of {len(suite.evaluated)} finetunings in {root} have finished."]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from crysforge.datapipe.common.escape import markdown
 from crysforge.datapipe.common.files import replacing_directory, write_text
+from crysforge.datapipe.common.places import inside
 from crysforge.datapipe.common.safe_names import slugs
 from crysforge.trainer.base.tensors import code_version
 from crysforge.trainer.evaluation.compare import (
@@ -45,7 +46,7 @@ class Report:
     path: Path
     main: Table
     missing: int
-    """Cells without results."""
+    """Runs without results."""
 
 
 @dataclass
@@ -66,15 +67,15 @@ def evaluate(suite: Suite, config: EvaluateConfig) -> Report:
         ValueError: nothing has finished, an unknown factor, value or paper, or an output that
             holds something else.
     """
-    output = Path(config.output) if config.output else suite.root / "report"
-    if output.exists() and not (output / REPORT).is_file():
+    output = Path(config.output) if config.output else inside(suite.root, "report")
+    if output.exists() and not _is_report(output):
         raise ValueError(f"{output} is there and is no report: give another output=DIR")
     if config.baseline:
         suite.compare_with(config.baseline)
     known = published().select(config.paper or suite.paper)
     results, missing = gather(suite, config.split)
     if not results:
-        why = f"{missing[0].cell.name}: {missing[0].reason}" if missing else "it has no finetunings"
+        why = f"{missing[0].run.name}: {missing[0].reason}" if missing else "it has no finetunings"
         raise ValueError(f"nothing to evaluate in {suite.root}: {why}")
     arms = arms_of(suite, results, missing)
     comparisons = compare(suite, arms, config.resamples, config.confidence)
@@ -93,7 +94,7 @@ def evaluate(suite: Suite, config: EvaluateConfig) -> Report:
     tables += [costs] if costs else []
     tables += [missing_table(missing)] if missing else []
 
-    cells = {m.cell.name for m in missing}
+    without = {m.run.name for m in missing}
     with replacing_directory(output) as work:
         (work / "tables").mkdir()
         for table in tables:
@@ -103,16 +104,23 @@ def evaluate(suite: Suite, config: EvaluateConfig) -> Report:
             (work / "figures").mkdir()
             drawn = _draw(suite, arms, facts, config, work / "figures")
             drawn += _stage2(suite, work / "figures")
-        text = _text(suite, tables, drawn, notes, known, config, len(suite.evaluated), len(cells))
+        text = _text(suite, tables, drawn, notes, known, config, len(suite.evaluated), len(without))
         write_text(work / REPORT, text)
-    return Report(output, main, len(cells))
+    return Report(output, main, len(without))
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a directory holds a report, and nothing else that would be lost."""
+    if not (path / REPORT).is_file():
+        return False
+    return {p.name for p in path.iterdir()} <= {REPORT, "tables", "figures"}
 
 
 def _draw(
     suite: Suite, arms: Sequence[Arm], facts: dict[str, Facts], config: EvaluateConfig, folder: Path
 ) -> list[Figure]:
     """All figures of a report."""
-    look = figures.Look(suite, arms)
+    look = figures.ArmStyle(suite, arms)
     drawn: list[Figure] = []
 
     def path(kind: str, title: str, of: str = "") -> Path:
@@ -168,10 +176,10 @@ def _stage2(suite: Suite, folder: Path) -> list[Figure]:
     """The flow losses of all runs of stage 2 in one figure (Figure 5 of the CrysLDNet paper); none
     where fewer than two have a log."""
     curves = {}
-    for cell in suite.cells:
-        if cell.job == "pretrain":
+    for run in suite.runs:
+        if run.job == "pretrain":
             with suppress(OSError, ValueError):
-                curves[cell.name] = read_metrics(cell.run, "joint").get("train/flow", [])
+                curves[run.name] = read_metrics(run.path, "joint").get("train/flow", [])
     curves = {name: points for name, points in curves.items() if len(points) > 1}
     if len(curves) < 2:
         return []

@@ -70,7 +70,7 @@ def scores_table(
 
 
 def missing_table(missing: Sequence[Missing]) -> Table:
-    """Cells without results, and why."""
-    cells = {m.cell.name: m.reason for m in missing}
-    rows: list[list[Entry]] = [[name, reason] for name, reason in cells.items()]
-    return Table("missing", "Cells without results", ["cell", "reason"], rows, 2)
+    """Runs without results, and why."""
+    runs = {m.run.name: m.reason for m in missing}
+    rows: list[list[Entry]] = [[name, reason] for name, reason in runs.items()]
+    return Table("missing", "Runs without results", ["run", "reason"], rows, 2)

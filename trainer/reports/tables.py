@@ -1,4 +1,4 @@
-"""The tables of a report: results, scores, comparisons, missing cells, published numbers beside."""
+"""The tables of a report: results, scores, comparisons, missing runs, published numbers beside."""
 
 from __future__ import annotations
 

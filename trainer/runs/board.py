@@ -49,7 +49,7 @@ class Board:
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         self.path.parent.mkdir(exist_ok=True)  # but no run that was deleted
-        self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115
+        self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115
         begin: list[dict[str, Any]] = [{"file_version": "brain.Event:2"}]
         if self._purge_step is not None:
             start = SessionLog(status=SessionLog.START)

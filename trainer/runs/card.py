@@ -46,7 +46,8 @@ def share(
     `scaler.json` (finetuned models) and `README.md`. It appears when it is complete and loads.
 
     Args:
-        exported: what to share. output: directory that does not exist yet.
+        exported: what to share. output: directory that does not exist yet, or is what is
+            asked for.
         weights: those to take instead of the exported ones. checkpoint: where they are from.
         license: name of the licence, best an SPDX identifier.
 
@@ -56,7 +57,7 @@ def share(
     path = Path(output)
     if "\n" in license:
         raise ValueError("license must be one line: the name of the licence")
-    with new_directory(path) as work:
+    with new_directory(path, again=True) as work:
         if weights is None:
             shutil.copyfile(exported.file, work / WEIGHTS)
         else:

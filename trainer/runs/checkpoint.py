@@ -29,13 +29,18 @@ from pathlib import Path
 from typing import Any
 
 from crysforge import __version__
-from crysforge.datapipe.common.claims import claim_directory, is_lock_or_temporary, is_unused
+from crysforge.datapipe.common.claims import (
+    claim_directory,
+    is_lock_or_temporary,
+    is_unused,
+    refuse_links_out,
+)
 from crysforge.datapipe.common.files import (
     make_directory,
     write_json,
     write_text,
 )
-from crysforge.datapipe.common.safe_read import read_mapping
+from crysforge.datapipe.common.safe_read import read_mapping, read_text
 from crysforge.trainer.runs.forms import OWNER, RUN
 from crysforge.trainer.runs.saved import MAX_RECORD, SCHEMA, Checkpoints, set_aside
 
@@ -76,7 +81,7 @@ class RunDirectory(Checkpoints):
         """
         self._is_there(resume)  # looked at first, since the lock leaves a file
         if self.checkpoints.is_symlink():
-            self._refuse_links()
+            refuse_links_out(self.path)
             make_directory(self.checkpoints)  # says so; others would be warnings
         busy = f"another process is starting the run in {self.path}: let it finish"
         with claim_directory(self.path.resolve(), busy, wait=START_S):
@@ -153,7 +158,7 @@ class RunDirectory(Checkpoints):
             raise ValueError(
                 f"{self.path} has no checkpoint {target!r}; it has: {', '.join(there) or 'none'}"
             )
-        self._refuse_links()
+        refuse_links_out(self.path)
         self._own()
         self.sweep()
         if target != run.get("rewound"):
@@ -162,22 +167,13 @@ class RunDirectory(Checkpoints):
             run["rewound"] = target
             write_json(self.path / "run.json", run)
         config = self.path / "config.yaml"
-        if not config.is_file() or config.read_text(encoding="utf-8") != config_yaml:
+        if (
+            config.is_symlink()
+            or not config.is_file()
+            or read_text(config, MAX_RECORD) != config_yaml
+        ):
             write_text(config, config_yaml)
         return run
-
-    def _refuse_links(self) -> None:
-        """Raises ValueError for a link out of the run: what is read, written and removed must be
-        its own."""
-        root = self.path.resolve()
-        for folder, directories, files in os.walk(root):
-            for name in (*directories, *files):
-                path = Path(folder, name)
-                if path.is_symlink() and not path.resolve().is_relative_to(root):
-                    raise ValueError(
-                        f"{path} is a symbolic link out of the run, where it would write: put what "
-                        "it leads to in its place"
-                    )
 
     def _own(self) -> None:
         self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "id": secrets.token_hex(8)}

@@ -155,10 +155,10 @@ SUITE = {
     "factors": list[Name],
     "replicate?": Line | list[Name] | None,
     "paper?": Line | None,
-    "cells": mapped(
+    "runs": mapped(
         Name,
         {
-            "run": Inside,
+            "path": Inside,
             "job": Literal["finetune", "pretrain"],
             "values": dict[Name, _Plain | list | dict],
         },

@@ -29,7 +29,7 @@ BEAT_S = 5.0
 class Logger:
     """Logs one stage of a run. Ranks other than 0 log events only.
 
-    What cannot be written (a full disk) is a warning, once: a log is not worth a run.
+    Logging errors (a full disk) are reported once and never stop training.
 
     TensorBoard sees a curve per stage in RUN/tensorboard/<stage>; a resumed stage purges what the
     killed process logged after its last checkpoint, so the curve stays one.

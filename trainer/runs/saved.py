@@ -24,7 +24,8 @@ from crysforge.datapipe.common.files import (
     write_json,
     write_text,
 )
-from crysforge.datapipe.common.safe_read import own_file, read_mapping
+from crysforge.datapipe.common.places import own_file
+from crysforge.datapipe.common.safe_read import read_mapping, read_text
 from crysforge.trainer.base.tensors import code_version, load_tensors, save_tensors
 from crysforge.trainer.runs.forms import COMPLETE
 
@@ -133,7 +134,7 @@ class Checkpoints:
             save_tensors(work / f"{name}.safetensors", tensors)
         config = self.path / "config.yaml"
         if config.is_file():
-            write_text(work / "config.yaml", config.read_text(encoding="utf-8"))
+            write_text(work / "config.yaml", read_text(config, MAX_RECORD))
         about = {"schema": SCHEMA, "saved_at": time.time(), "code": code_version()}
         write_json(work / "state.json", {**about, **checkpoint.state})
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from crysforge.datapipe.common.files import new_directory, write_json
-from crysforge.datapipe.common.safe_read import inside, read_mapping
+from crysforge.datapipe.common.places import inside
+from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.datapipe.common.tables import number, read_rows
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
@@ -39,7 +40,7 @@ LEVELS = np.linspace(0.05, 0.95, 19)
 
 
 @dataclass
-class Predictions:
+class MemberPredictions:
     """What the members say of a split.
 
     Attributes:
@@ -63,7 +64,7 @@ class Predictions:
         return np.maximum(self.members.std(0, ddof=1), np.finfo(np.float32).tiny)
 
 
-def read_predictions(runs: Sequence[Path], split: str, targets: Sequence[str]) -> Predictions:
+def read_predictions(runs: Sequence[Path], split: str, targets: Sequence[str]) -> MemberPredictions:
     """Collects predictions_<split>.csv of the runs, crystal by crystal.
 
     Raises:
@@ -87,10 +88,10 @@ def read_predictions(runs: Sequence[Path], split: str, targets: Sequence[str]) -
     values = np.array(tables).reshape(len(runs), len(ids), 2, len(targets))
     if not np.allclose(values[:, :, 0], values[:1, :, 0], rtol=1e-6, equal_nan=True):
         raise ValueError(f"the {split} labels of {', '.join(map(str, runs))} are not the same")
-    return Predictions(ids, values[0, :, 0], values[:, :, 1])
+    return MemberPredictions(ids, values[0, :, 0], values[:, :, 1])
 
 
-def fit_scale(found: Predictions) -> np.ndarray:
+def fit_scale(found: MemberPredictions) -> np.ndarray:
     """Factors [T] that give the members' spread the size of the errors, root mean square to root
     mean square. Not the maximum likelihood, a mean over ratios of the two: few members often agree
     by chance, and of two members the mean has no limit."""
@@ -131,7 +132,7 @@ def create(runs: Sequence[str], output: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: fewer than two runs, runs that predict different things or were judged on
-            different crystals, or an output that exists.
+            different crystals, or an output that exists and is another.
     """
     if len(set(runs)) < 2 or len(set(runs)) < len(runs):
         raise ValueError(f"an ensemble needs two or more different runs, got {list(runs)}")
@@ -149,7 +150,7 @@ def create(runs: Sequence[str], output: str | Path) -> dict[str, Any]:
         _check_cells(one, known[0], run)
     found = {s: read_predictions([Path(r) for r in runs], s, first.targets) for s in _splits(runs)}
     scale = fit_scale(found["val"])
-    with new_directory(output) as work:
+    with new_directory(output, again=True) as work:
         for number, member in enumerate(members):
             share(member, work / str(number))
         metrics = _report(work, found, scale, first.targets, first.units)
@@ -176,7 +177,7 @@ def _splits(runs: Sequence[str]) -> list[str]:
 
 def _report(
     path: Path,
-    found: dict[str, Predictions],
+    found: dict[str, MemberPredictions],
     scale: np.ndarray,
     targets: Sequence[str],
     units: Sequence[str],

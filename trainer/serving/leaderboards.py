@@ -15,6 +15,7 @@ import json
 import platform
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 
 from crysforge.datapipe.common.escape import cell
 from crysforge.datapipe.common.files import new_directory, write_bytes, write_json, write_text
+from crysforge.datapipe.common.places import own_file
 from crysforge.datapipe.common.safe_read import read_mapping, read_text
 from crysforge.datapipe.common.tables import number, read_rows
 from crysforge.datapipe.preparing.splitting.splits import FOLDS, by_fold
@@ -79,17 +81,15 @@ def jarvis(
             raise ValueError(f"{run}: {target!r} is no field of JARVIS")
         if odd := next((row["id"] for row in rows if cell(row["id"]) != row["id"]), None):
             raise ValueError(f"{run}: {odd!r} is no id of JARVIS")
+        if not np.isfinite([number(row["prediction"], run) for row in rows]).all():
+            raise ValueError(f"{run}: a prediction is no finite number")
         name = f"AI-SinglePropertyPrediction-{target}-{dataset}-test-mae.csv"
         if name in tables:
             raise ValueError(f"{run}: there is a run of {target} already")
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(
-            [("id", "prediction"), *((row["id"], row["prediction"]) for row in rows)]
-        )
-        tables[name] = text.getvalue().encode()
+        tables[name] = _predictions(rows)
         seconds += float(metrics.get("seconds", 0))
     about = {
-        "date_submitted": datetime.now(timezone.utc).strftime("%m-%d-%Y"),
+        "date_submitted": _date(Path(output, "metadata.json"), "date_submitted", "%m-%d-%Y"),
         "database_version": version,
         "time_taken_seconds": round(seconds, 1),
         "language": "python",
@@ -99,7 +99,7 @@ def jarvis(
         "git_url": [metadata["project_url"]],
         **metadata,
     }
-    with new_directory(output) as work:
+    with new_directory(output, again=True) as work:
         for name, content in tables.items():
             entry = zipfile.ZipInfo(name)  # of a fixed date: equal runs give equal files
             entry.compress_type = zipfile.ZIP_DEFLATED
@@ -108,6 +108,14 @@ def jarvis(
         write_json(work / "metadata.json", about)
         write_text(work / "run.sh", _commands(runs))
     return [f"{name}.zip" for name in tables]
+
+
+def _predictions(rows: Sequence[Mapping[str, str]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(
+        [("id", "prediction"), *((row["id"], row["prediction"]) for row in rows)]
+    )
+    return text.getvalue().encode()
 
 
 def matbench(
@@ -134,7 +142,7 @@ def matbench(
         "version": MATBENCH_VERSION,
         "benchmark_name": "matbench_v0.1",
         "user_metadata": {k: v for k, v in metadata.items() if isinstance(v, str)},
-        "datestamp": datetime.now(timezone.utc).strftime("%Y.%m.%d %H:%M.%S"),
+        "datestamp": _date(Path(output, "results.json.gz"), "datestamp", "%Y.%m.%d %H:%M.%S"),
         "tasks": {
             task: {
                 "@module": "matbench.task",
@@ -148,7 +156,7 @@ def matbench(
     }
     record["hash"] = digest(record)
     info = {"bibtex_refs": "", "notes": "", "requirements": {"python": ["crysforge"]}, **metadata}
-    with new_directory(output) as work:
+    with new_directory(output, again=True) as work:
         content = gzip.compress(json.dumps(record).encode(), mtime=0)
         write_bytes(work / "results.json.gz", content)
         write_json(work / "info.json", info)
@@ -214,7 +222,7 @@ def _fold(run: Path, ids: Sequence[str]) -> tuple[str, int, list[str]]:
             prefix = task.replace("matbench", "mb").replace("_", "-")
             return task, fold, [f"{prefix}-{int(n):0{digits}d}" for n in numbers]
     raise ValueError(
-        f"{run}: its {len(ids)} test crystals are none of the official folds of {task}: prepare "
+        f"{run}: its {len(ids)} test crystals are not those of an official fold of {task}: prepare "
         f"with split=matbench and without filters, and finetune with fold=0 to {FOLDS - 1}"
     )
 
@@ -231,6 +239,17 @@ def _results(run: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     return metrics, rows
 
 
+def _date(path: Path, key: str, form: str) -> str:
+    """Now; of a file that was made before, what it says, so that equal runs give equal files."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(own_file(path), "rb") as file:
+            text = file.read(1 << 16).decode(errors="replace")
+    except (OSError, EOFError, ValueError, zlib.error):
+        text = ""
+    found = re.search(rf'(?<!\\)"{key}": "([\d.: -]+)"', text)
+    return found[1] if found else datetime.now(timezone.utc).strftime(form)
+
+
 def _commands(runs: Sequence[str | Path]) -> str:
     """A script that trains the runs again."""
     lines = [
@@ -240,8 +259,9 @@ def _commands(runs: Sequence[str | Path]) -> str:
     ]
     for run in runs:
         config = read_text(Path(run) / "config.yaml")
-        name = hashlib.sha256(config.encode()).hexdigest()[:12]
-        end = f"CONFIG_{name}"
+        whole = hashlib.sha256(config.encode()).hexdigest()
+        name = whole[:12]
+        end = f"CONFIG_{whole}"  # which no config can hold itself
         lines += [f"cat > {name}.yaml <<'{end}'", config.rstrip("\n"), end]
         lines += [f"python launch/finetune.py --config {name}.yaml run_dir=runs/{name}"]
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from crysforge.datapipe.common.files import replacing
-from crysforge.datapipe.common.streams import is_stream
+from crysforge.datapipe.common.places import is_stream
 from crysforge.datapipe.common.tables import row_writer
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.sources import Failure

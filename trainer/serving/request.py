@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from crysforge.datapipe.common.checked import Count, Hash, Name
 from crysforge.datapipe.common.files import sha256, write_json
 from crysforge.datapipe.common.safe_read import read_mapping
 from crysforge.datapipe.preparing.request import HOW, request_of
@@ -14,7 +15,8 @@ from crysforge.trainer.runs.model_directory import open_model
 from crysforge.trainer.serving.config import PredictConfig
 from crysforge.trainer.serving.ensemble import ENSEMBLE
 
-FORM = {"request": str, "sha256": str, "written": int, "dropped": int}
+REQUEST = {"request": Name, "sha256": Hash, "written": Count, "dropped": Count}
+"""What is kept."""
 
 
 def request_for(config: PredictConfig) -> str:
@@ -44,7 +46,7 @@ def keep_request(output: Path, request: str, digest: str, counts: Mapping[str, i
 def predicted_before(output: Path, request: str) -> tuple[int, int] | None:
     """(written, dropped) crystals, if `output` is there and is what is asked for."""
     try:
-        known = read_mapping(request_path(output), FORM)
+        known = read_mapping(request_path(output), REQUEST)
         if known["request"] == request and known["sha256"] == sha256(output):
             return known["written"], known["dropped"]
     except (OSError, ValueError):

@@ -128,8 +128,9 @@ def choose(settings: tuple[Setting, ...], extension: str | None) -> tuple[Settin
 
 
 def number_of_schoenflies(symbol: str) -> int | None:
-    """The space-group number of a Schoenflies symbol (`Oh^5`, `D6h^4`, `C2h.5`)."""
-    return _by_schoenflies().get(re.sub(r"[^a-z0-9^]", "", symbol.lower().replace(".", "^")))
+    """The space-group number of a Schoenflies symbol (`Oh^5`, `D6h^4`, `C2h.5`, `Oh5`)."""
+    plain = re.sub(r"[^a-z0-9^]", "", symbol.lower().replace(".", "^"))
+    return _by_schoenflies().get(plain if "^" in plain else re.sub(r"(\d+)$", r"^\1", plain))
 
 
 def _plain(symbol: str) -> str:
@@ -139,7 +140,8 @@ def _plain(symbol: str) -> str:
     text = re.sub(r"\\(?:bar|overline)\s*\{?\s*(\d)\s*\}?", r"-\1", text)
     text = re.sub(r"bar\s*\(?(\d)\)?|(\d)\s*bar", r"-\1\2", text, flags=re.I)
     text = re.sub(r"</?su[bp]>|[_{}$^'\"\s*]", "", text.lower())
-    return re.sub(r"([2346])\(([1-5])\)", r"\1\2", text)
+    text = re.sub(r"([2346])\(([1-5])\)", r"\1\2", text)
+    return re.sub(r"([1346])-(?=[a-z]|$)", r"-\1", text)  # Fm3-m: the bar behind its digit
 
 
 _DASHES = {ord(c): "-" for c in "\u2010\u2011\u2012\u2013\u2014\u2212~"}

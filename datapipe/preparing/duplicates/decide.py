@@ -15,9 +15,9 @@ from crysforge.datapipe.preparing.duplicates.matcher import Group, Match, Matche
 from crysforge.datapipe.preparing.duplicates.records import (
     WITHIN,
     Duplicates,
+    FormulaTask,
     Found,
     Reference,
-    Task,
 )
 from crysforge.datapipe.storage.dataset import Dataset
 
@@ -34,7 +34,7 @@ class _Entry:
 
 
 class _Known:
-    """Crystals that others are compared with, by what their primitive cells hold."""
+    """Index of candidate crystals, grouped by primitive-cell composition."""
 
     def __init__(self) -> None:
         self.by_id: dict[str, _Entry] = {}
@@ -57,7 +57,7 @@ class Decide:
         self.settings = settings
         self.matcher = Matcher(settings.stol, settings.angle_tol, settings.ltol)
 
-    def __call__(self, task: Task) -> tuple[str, Found]:
+    def __call__(self, task: FormulaTask) -> tuple[str, Found]:
         found = Found()
         references = [_Known() for _ in task.references]
         for number, items in enumerate(task.references):
@@ -75,7 +75,9 @@ class Decide:
             found.matches += [hit for hit in hits if hit]
         return task.key, found
 
-    def _read(self, number: int, items: list[int], task: Task, found: Found) -> Iterator[_Entry]:
+    def _read(
+        self, number: int, items: list[int], task: FormulaTask, found: Found
+    ) -> Iterator[_Entry]:
         for item, crystal in self.sets[number].read(items):
             if not isinstance(crystal, Crystal):
                 raise OSError(f"{self.sets[number].root} changed while it was read: {crystal}")

@@ -110,7 +110,7 @@ OUTCOME = {
 
 
 @dataclass(frozen=True)
-class Task:
+class FormulaTask:
     """The crystals of one reduced formula, or a part of them."""
 
     key: str

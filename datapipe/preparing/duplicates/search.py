@@ -23,9 +23,9 @@ from crysforge.datapipe.preparing.duplicates.records import (
     OUTCOME,
     WITHIN,
     Duplicates,
+    FormulaTask,
     Found,
     Reference,
-    Task,
 )
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.datapipe.storage.manifest import SPLITS
@@ -105,7 +105,7 @@ def search(
     return found
 
 
-def _check_outcome(found: Found, task: Task, journal: str | os.PathLike) -> None:
+def _check_outcome(found: Found, task: FormulaTask, journal: str | os.PathLike) -> None:
     """Raises ValueError if an outcome that was kept is not one of the task."""
     sets = {n: {*items} for n, items in enumerate(task.references)} | {WITHIN: {*task.items}}
     for match in found.matches:
@@ -131,7 +131,7 @@ def tasks_of(
     settings: Duplicates,
     workers: int,
     progress: bool,
-) -> list[Task]:
+) -> list[FormulaTask]:
     """A task for each formula that may hold duplicates, large ones first."""
     sets = {n: r.dataset for n, r in enumerate(references)} | {WITHIN: dataset}
     items = {n: r.items for n, r in enumerate(references)} | {WITHIN: np.arange(len(dataset))}
@@ -145,7 +145,7 @@ def tasks_of(
         known = list(found.values())
         if (own and any(known)) or (settings.within and len(own) > 1):
             parts = 1 + (len(own) + sum(map(len, known))) // _LARGE
-            tasks += [Task(f"{formula} {i}", own, known, i, parts) for i in range(parts)]
+            tasks += [FormulaTask(f"{formula} {i}", own, known, i, parts) for i in range(parts)]
     return sorted(tasks, key=lambda t: (-len(t.items) - sum(map(len, t.references)), t.key))
 
 

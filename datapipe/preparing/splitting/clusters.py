@@ -19,7 +19,7 @@ from crysforge.datapipe.common.journal import Journal
 from crysforge.datapipe.common.workers import Workers
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.preparing.duplicates.matcher import Group, Matcher, Reduced
-from crysforge.datapipe.preparing.duplicates.records import WITHIN, Duplicates, Task
+from crysforge.datapipe.preparing.duplicates.records import WITHIN, Duplicates, FormulaTask
 from crysforge.datapipe.preparing.duplicates.search import read_formulas, tasks_of
 from crysforge.datapipe.storage.dataset import Dataset
 
@@ -48,7 +48,7 @@ class Link:
         self.dataset, self.settings = dataset, settings
         self.matcher = Matcher(settings.stol, settings.angle_tol, settings.ltol)
 
-    def __call__(self, task: Task) -> tuple[str, Linked]:
+    def __call__(self, task: FormulaTask) -> tuple[str, Linked]:
         found, union = Linked(), _Union()
         known: dict[tuple, Group] = defaultdict(Group)
         for crystal in self._by_id(task):
@@ -67,7 +67,7 @@ class Link:
             known[crystal.counts].add(crystal)
         return task.key, found
 
-    def _by_id(self, task: Task) -> list[Reduced | int]:
+    def _by_id(self, task: FormulaTask) -> list[Reduced | int]:
         """The crystals of a task, reduced, in an order that their ids give; the item of one that
         cannot be reduced."""
         entries: list[tuple[str, Reduced | int]] = []

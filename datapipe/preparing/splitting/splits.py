@@ -63,7 +63,7 @@ def choose_rule(settings: Mapping[str, Any], asked: str | None, default: str) ->
     if not given <= set(RULES[rule]):
         uses = ", ".join(RULES[rule]) or "no settings"
         others = ", ".join(sorted(given - set(RULES[rule])))
-        raise ValueError(f"split={rule} goes by {uses}, not by {others}")
+        raise ValueError(f"split={rule} uses {uses}, not {others}")
     if rule == "keep" and default != "keep":
         raise ValueError(
             "split=keep needs an input with splits: a prepared data set, or a folder with tables "
@@ -149,7 +149,7 @@ def published(
         n_train = n - n_val - n_test if counts[0] is None else counts[0]
     if not n:
         raise ValueError(
-            "no record has the label that the published split goes by: name another with "
+            "no record has the label that the published split uses: name another with "
             "split_target=…, or give the table that has it as labels=TABLE"
         )
     _check_counts(n, n_train, n_val, n_test)

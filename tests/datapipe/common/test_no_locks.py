@@ -15,8 +15,8 @@ KILLED = """
 import os, runpy, signal, sys
 from crysforge.datapipe.storage.writer import DatasetWriter
 add = DatasetWriter.add
-def killed(self, *args):
-    add(self, *args)
+def killed(self, *args, **more):
+    add(self, *args, **more)
     if len(self) == 20:
         os.kill(os.getpid(), signal.SIGKILL)
 DatasetWriter.add = killed

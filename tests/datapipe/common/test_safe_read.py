@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from crysforge.datapipe.common.places import inside
 from crysforge.datapipe.common.safe_read import (
     MAX_DEPTH,
-    inside,
     parse_json,
     parse_yaml,
     read_lines,
@@ -173,7 +173,7 @@ KNOWN = {
     "datapipe/sources/supercon3d.py": "crystals: rows of a CSV",
     "trainer/base/command_line.py": "settings and what is typed; files come from safe_read",
     "trainer/jobs/setup.py": "own values through JSON",
-    "launch/cluster/sweep.py": "what is typed in sweep=[…], and settings that were read safely",
+    "launch/cluster/planning/sweep.py": "what is typed in sweep=[…], settings read safely",
 }
 
 

@@ -360,7 +360,12 @@ def test_a_crystal_that_takes_too_long_is_named_and_costs_itself(call, tmp_path)
         (tmp_path / "in").mkdir(exist_ok=True)
         text = CIF.replace("'F m -3 m'", "P1") if i != 30 else CIF.replace("6\n", "600\n") + sites
         (tmp_path / "in" / f"{i:02d}.cif").write_text(text)
-    args = (f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "limits.seconds=0.1")
+    args = (
+        f"input={tmp_path / 'in'}",
+        f"output={tmp_path / 'out'}",
+        "limits.seconds=0.1",
+        "limits.atoms=2000000",
+    )
     code, out, err = call("prepare", *args, "workers=2", "progress=false")
     assert code == 0, err
     assert "59 crystals" in out and "dropped 1" in out
@@ -444,7 +449,7 @@ def test_a_damaged_or_large_row_of_a_database_costs_itself(tmp_path):
 
 
 def test_memory_of_a_reader_is_bounded(tmp_path):
-    """A POSCAR of three million atoms, 12 MB of text."""
+    """A POSCAR of 3,000,000 atoms."""
     head = "C\n1.0\n900 0 0\n0 900 0\n0 0 900\nC\n{}\nDirect\n"
     (tmp_path / "a.vasp").write_text(head.format(1) + "0 0 0\n")
     (tmp_path / "b.vasp").write_text(head.format(3_000_000) + "0 0 0\n" * 3_000_000)

@@ -270,12 +270,14 @@ def some_samples(count: int, ratio: float = 0.3) -> list[Sample]:
     ]
 
 
-def assert_equal_batches(a: CrystalBatch, b: CrystalBatch):
+def assert_equal_batches(a: CrystalBatch, b: CrystalBatch, steps: int = 0):
+    """Equal to the last bit, or but for a few float32 steps."""
+    rtol = steps * torch.finfo(torch.float32).eps
     for name, value in vars(a).items():
         other = getattr(b, name)
         if isinstance(value, torch.Tensor):
             assert value.dtype == other.dtype, name
-            torch.testing.assert_close(value, other, rtol=0, atol=0, equal_nan=True, msg=name)
+            torch.testing.assert_close(value, other, rtol=rtol, atol=0, equal_nan=True, msg=name)
         elif isinstance(value, dict):
             assert value.keys() == other.keys()
             for key in value:
@@ -401,4 +403,4 @@ def test_unpack_is_the_inverse_of_pack(quotient):
         np.testing.assert_allclose(away - np.rint(away), 0, atol=1e-6)
         np.testing.assert_allclose(ours.lattice, given.lattice, atol=1e-5)
         np.testing.assert_allclose(ours.targets["gap"], given.targets.get("gap", np.nan), rtol=1e-6)
-    assert_equal_batches(build(parts, SPECS["pddformer"], ["gap"], quotient), batch)
+    assert_equal_batches(build(parts, SPECS["pddformer"], ["gap"], quotient), batch, steps=2)

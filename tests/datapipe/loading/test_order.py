@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crysforge.datapipe.loading.order import OverLimit, Plan, default_lanes
+from crysforge.datapipe.loading.lanes import default_lanes
+from crysforge.datapipe.loading.order import OverLimit, Plan
 
 
 def readers(plan, position, workers=1):

@@ -25,7 +25,7 @@ from crysforge.datapipe.preparing.edit_configs import BakeConfig, VerifyConfig
 from crysforge.datapipe.preparing.verify import verify
 from crysforge.datapipe.schema import GraphSpec
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter, Manifest
-from crysforge.trainer.jobs.setup import graph_of
+from crysforge.trainer.jobs.starting import graph_of
 
 SPECS = {
     "pddformer": GraphSpec(neighbors=6, pdd=9, depth=3),

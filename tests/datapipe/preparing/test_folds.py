@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from crysforge.datapipe.preparing.inspect import InspectConfig, describe, statistics
 from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter, Manifest
 from crysforge.datapipe.storage.manifest import SPLITS
@@ -53,6 +54,12 @@ def test_a_data_set_knows_its_folds(folded):
     assert plain.with_fold(None).fold is None
     with pytest.raises(ValueError, match=r"fold=0, but .* has no folds: prepare it with folds=5"):
         plain.with_fold(0)
+
+
+def test_inspect_shows_folds(folded):
+    said = describe(statistics(InspectConfig(inspect=str(folded), workers=1, progress=False)))
+    assert said.startswith("120 crystals: 3 folds\n")
+    assert "split: folds split_by=formula seed=123" in said
 
 
 def test_folds_are_part_of_what_identifies_a_data_set(folded, tmp_path):

@@ -202,7 +202,7 @@ def test_classes_are_alike_and_quantities_are_left(tmp_path):
         assert metals == len(found[split]) // 3
     with pytest.raises(ValueError, match="stratify=gap: its 120 values are no classes"):
         prepare(config(source, tmp_path / "x", split="group", stratify="gap", targets=["gap"]))
-    with pytest.raises(ValueError, match=r"split=count goes by .* not by stratify"):
+    with pytest.raises(ValueError, match=r"split=count uses .*, not stratify"):
         prepare(config(source, tmp_path / "x", split="count", n_val=3, stratify="metal"))
     manifest = prepare(config(source, tmp_path / "auto", folds=3, targets=["metal"]))
     assert manifest.provenance["split"]["stratified_by"] == "metal"

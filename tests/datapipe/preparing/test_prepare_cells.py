@@ -14,6 +14,7 @@ from crysforge.datapipe.crystals.filters import Filters
 from crysforge.datapipe.crystals.per_cell import of_the_cell
 from crysforge.datapipe.preparing.edit import merge, subset
 from crysforge.datapipe.preparing.edit_configs import MergeConfig, SubsetConfig
+from crysforge.datapipe.preparing.inspect import InspectConfig, describe, statistics
 from crysforge.datapipe.preparing.prepare import prepare
 from crysforge.datapipe.preparing.write import summary
 from crysforge.datapipe.sources import UNITS
@@ -47,6 +48,10 @@ def crystals(path: Path):
     return {c.id: c for found in read(path).values() for c in found}
 
 
+def inspected(path: Path) -> str:
+    return describe(statistics(InspectConfig(inspect=str(path), workers=1, progress=False)))
+
+
 def test_cells_are_reduced_and_labels_of_the_cell_with_them(tmp_path, table):
     manifest = made(table, tmp_path / "out", extensive=["total_energy"])
     found = crystals(tmp_path / "out")
@@ -57,6 +62,9 @@ def test_cells_are_reduced_and_labels_of_the_cell_with_them(tmp_path, table):
     assert record["cell"] == {"rule": "primitive", "tolerance": 0.01, "reduced": 8}
     assert record["extensive"] == ["total_energy"]
     assert "cells reduced to primitive ones: 8" in summary(manifest, "out")
+    said = inspected(tmp_path / "out")
+    assert "cells: primitive (0.01 Å), 8 of them reduced; total_energy went with" in said
+    assert "read with checks=strict: 12 of 12 records kept, 0 dropped" in said
 
 
 @pytest.mark.parametrize(("cell", "atoms"), [("as_is", {5, 10, 20}), ("niggli", {5, 10, 20})])
@@ -67,6 +75,7 @@ def test_other_cells_keep_atoms_and_labels(tmp_path, table, cell, atoms):
     assert all(c.targets["total_energy"] == -8.0 * len(c) for c in found.values())
     assert manifest.provenance["cell"] == {"rule": cell, "reduced": 0}
     assert cells_of(manifest.provenance) == Cells(rule=cell)
+    assert f"cells: {cell}\n" in inspected(tmp_path / "out")
 
 
 @pytest.mark.parametrize("workers", [1, 2])

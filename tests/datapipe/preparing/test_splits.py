@@ -152,8 +152,8 @@ def test_rule_follows_from_what_is_given(settings, asked, default, rule):
 @pytest.mark.parametrize(
     ("settings", "asked", "words"),
     [
-        ({"n_val": 3, "split_ids": "x"}, None, "goes by ratio, stratify, not by n_val, split_ids"),
-        ({"ratio": [1, 0]}, "published-123", "not by ratio"),
+        ({"n_val": 3, "split_ids": "x"}, None, "uses ratio, stratify, not n_val, split_ids"),
+        ({"ratio": [1, 0]}, "published-123", "not ratio"),
         ({}, "keep", "split=keep needs an input with splits: a prepared data set"),
         ({}, "ids", "split=ids needs split_ids"),
     ],

@@ -66,7 +66,7 @@ def test_clutter_is_ignored_and_other_files_are_named(tmp_path, kind):
     assert labelled(path, notes=notes) == GAP_OF
     inside = "" if kind == "folder" else "set/"
     note = notes[-1]
-    assert note.startswith("passed over 2 other files (")
+    assert note.startswith("not read: 2 other files (")
     assert f"{inside}notes.md" in note and f"{inside}cifs/salt0.out" in note
 
 
@@ -232,7 +232,7 @@ def test_tables_of_splits_of_something_else_are_none(tmp_path):
     (folder / "gaps.csv").write_text(table(ROWS))
     manifest = prepare(config(input=str(folder), output=str(tmp_path / "out")))
     assert manifest.splits == {"train": 10, "val": 1, "test": 1}
-    assert "passed over 2 other files (test.csv, train.csv)" in manifest.provenance["notes"]
+    assert "not read: 2 other files (test.csv, train.csv)" in manifest.provenance["notes"]
 
 
 def test_lists_of_splits_of_which_one_has_labels(tmp_path):
@@ -262,7 +262,7 @@ def test_a_folder_of_one_file_for_each_split(tmp_path, suffix, kind):
     path = str(pack(folder, kind))
     manifest = prepare(config(input=path, output=str(tmp_path / "out")))
     assert manifest.splits == {"train": 8, "val": 2, "test": 2}
-    assert "passed over 1 other file (" in manifest.provenance["notes"][0]
+    assert "not read: 1 other file (" in manifest.provenance["notes"][0]
     assert "8 train, 2 val, 2 test" in plan(config(input=path, output=str(tmp_path / "b")))
 
 
@@ -427,3 +427,25 @@ def test_labels_change_what_identifies_a_set(tmp_path):
     assert names == [("cifs", "folder"), ("l.csv", "labels")]
     assert np.isfinite([c.targets["gap"] for c in read(out) if isinstance(c, Crystal)]).all()
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
+
+
+def test_a_workbook_of_labels_beside_a_folder_says_what_to_do(tmp_path):
+    folder = put(tmp_path / "set")
+    (folder / "labels.xlsx").write_bytes(b"PK\x03\x04")
+    with pytest.raises(
+        ValueError, match=r"if labels.xlsx has it, save its table as CSV .* labels="
+    ):
+        prepare(config(input=str(folder), output=str(tmp_path / "out"), targets=["gap"]))
+
+
+def test_folders_of_splits_are_told_of(tmp_path):
+    for split in ("train", "val", "test"):
+        put(tmp_path / "set" / split, split + "{}.cif", count=3)
+    manifest = prepare(
+        config(input=str(tmp_path / "set"), output=str(tmp_path / "out"), targets=[])
+    )
+    (note,) = manifest.provenance["notes"]
+    assert "read as one set" in note and f"test={tmp_path / 'set' / 'test'}" in note
+    given = dict(part.split("=") for part in note.split(" give ")[1].split())
+    one = prepare(config(input="", output=str(tmp_path / "split"), targets=[], **given))
+    assert set(one.splits.values()) == {3}

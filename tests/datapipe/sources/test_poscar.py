@@ -106,6 +106,8 @@ def test_cartesian_positions_are_scaled(scale):
         (lines(l2="one"), "scale factor"),
         (lines(l3="5.64 0"), "line 3.*3 numbers.*'5.64 0'"),
         (lines(l3="5.64 zero 0"), "line 3.*3 numbers"),
+        (lines(l3="5,64 0 0"), "line 3.*3 numbers.*'5,64 0 0'"),
+        (lines(l10="0,5 0,5 0"), "3 numbers.*'0,5 0,5 0'"),
         (lines(l7="4"), "2 elements and 1 numbers"),
         (lines(l7="4 four"), "numbers of atoms"),
         (lines(l7="4 5"), "lists|3 numbers"),

@@ -243,7 +243,7 @@ def test_tables_that_are_about_something_else(tmp_path):
     assert labelled(folder, notes=notes) == GAP_OF
     assert notes == [
         "labels are those of t.csv, whose column 1 names 12 of 12 files",
-        "passed over 3 other files (README.txt, broken.csv, elements.csv)",
+        "not read: 3 other files (README.txt, broken.csv, elements.csv)",
     ]
 
 

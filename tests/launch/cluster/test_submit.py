@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crysforge.launch import submit
-from crysforge.launch.cluster import request
 from crysforge.launch.cluster.code import ROOT
 from crysforge.launch.cluster.config import SubmitConfig, minutes
 from crysforge.launch.cluster.executors import script, slurm_executor
-from crysforge.launch.cluster.request import JOBS, Request
+from crysforge.launch.cluster.planning import request
+from crysforge.launch.cluster.planning.request import JOBS, Request
+from crysforge.launch.cluster.planning.sweep import grid, merge, names, read_sweep
 from crysforge.launch.cluster.submission import Submission
-from crysforge.launch.cluster.sweep import grid, merge, names, read_sweep
 from crysforge.trainer.base.command_line import parse
 from crysforge.trainer.jobs.schemas import FinetuneJob
 
@@ -82,7 +82,7 @@ def test_settings_of_submit_and_of_the_jobs_do_not_overlap():
 def test_mistakes_are_named_before_anything_is_submitted(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as error:
-        ask(*argv).cells()
+        ask(*argv).runs()
     assert all(w in str(error.value) for w in words), str(error.value)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -134,10 +134,10 @@ def test_what_is_no_time_limit(text):
 
 
 def test_grid_on_the_command_line():
-    cells = read_sweep("[target=[a,b],finetune.lr=[1e-3,2],name=['x,y']]")
-    assert len(cells) == 4
-    assert cells[0] == {"target": "a", "finetune.lr": 0.001, "name": "x,y"}
-    assert cells[3] == {"target": "b", "finetune.lr": 2, "name": "x,y"}
+    runs = read_sweep("[target=[a,b],finetune.lr=[1e-3,2],name=['x,y']]")
+    assert len(runs) == 4
+    assert runs[0] == {"target": "a", "finetune.lr": 0.001, "name": "x,y"}
+    assert runs[3] == {"target": "b", "finetune.lr": 2, "name": "x,y"}
 
 
 def test_sweep_files(tmp_path):
@@ -163,7 +163,7 @@ def test_sweep_files(tmp_path):
         ("[seed]", "not of the form"),
         ("[seed=[0,1]", "closing bracket|no list"),
         ("[seed=[0],seed=[1]]", "twice"),
-        ("[]", "no cell"),
+        ("[]", "no run"),
         ("sweep.yaml", "neither a grid"),
     ],
 )
@@ -178,10 +178,10 @@ values = st.one_of(
 
 
 @given(st.lists(st.dictionaries(st.text(max_size=20), values, min_size=1), min_size=1, max_size=8))
-def test_names_of_cells_are_different_safe_file_names(cells):
-    cells = [json.loads(c) for c in dict.fromkeys(json.dumps(c, sort_keys=True) for c in cells)]
-    found = names(cells)
-    assert len(set(found)) == len(cells)
+def test_names_of_runs_are_different_safe_file_names(runs):
+    runs = [json.loads(c) for c in dict.fromkeys(json.dumps(c, sort_keys=True) for c in runs)]
+    found = names(runs)
+    assert len(set(found)) == len(runs)
     for name in found:
         assert 0 < len(name) <= 130
         assert not set(name) - set(string.ascii_letters + string.digits + "._+-,=")
@@ -196,25 +196,25 @@ def test_names_say_what_was_swept_and_a_sweep_can_grow():
 
 def test_cells_change_only_what_they_name():
     base = {"finetune": {"lr": 1.0, "epochs": 3}, "seed": 0}
-    cell = merge(base, {"finetune.lr": 2.0, "label_fraction": 0.2})
-    assert cell == {"finetune": {"lr": 2.0, "epochs": 3}, "seed": 0, "label_fraction": 0.2}
+    run = merge(base, {"finetune.lr": 2.0, "label_fraction": 0.2})
+    assert run == {"finetune": {"lr": 2.0, "epochs": 3}, "seed": 0, "label_fraction": 0.2}
     assert base["finetune"]["lr"] == 1.0
 
 
 def test_every_cell_has_an_output_of_its_own(tmp_path):
-    cells = ask(*FINETUNE, "run_dir=runs/s", "sweep=[seed=[0,1],label_fraction=[0.2,1.0]]").cells()
-    assert [c.output for c in cells] == [
+    runs = ask(*FINETUNE, "run_dir=runs/s", "sweep=[seed=[0,1],label_fraction=[0.2,1.0]]").runs()
+    assert [c.output for c in runs] == [
         f"runs/s/seed={s},label_fraction={f}" for s in (0, 1) for f in (0.2, 1.0)
     ]
-    assert all(c.config["run_dir"] == c.output and c.config["target"] == "gap" for c in cells)
-    cells = ask(
+    assert all(c.config["run_dir"] == c.output and c.config["target"] == "gap" for c in runs)
+    runs = ask(
         "job=predict", "checkpoint=C", "output=p/all.csv", "input=x", "sweep=[input=[a.csv,b.csv]]"
-    ).cells()
-    assert [c.output for c in cells] == ["p/all/input=a.csv.csv", "p/all/input=b.csv.csv"]
+    ).runs()
+    assert [c.output for c in runs] == ["p/all/input=a.csv.csv", "p/all/input=b.csv.csv"]
     path = tmp_path / "s.yaml"
     path.write_text("- {seed: 0, run_dir: r}\n- {seed: 1, run_dir: r}\n")
-    with pytest.raises(ValueError, match="several cells of the sweep write r"):
-        ask(*FINETUNE, "run_dir=runs/s", f"sweep={path}").cells()
+    with pytest.raises(ValueError, match="several runs of the sweep write r"):
+        ask(*FINETUNE, "run_dir=runs/s", f"sweep={path}").runs()
 
 
 # --- the sbatch script ---------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def test_request_help_lists_everything(capsys):
 def recorded(request: Request) -> list[str]:
     """Arguments of the jobs' scripts."""
     submission = request.submission()
-    tasks = request.tasks(submission, request.cells(), Path("code"))
+    tasks = request.tasks(submission, request.runs(), Path("code"))
     return [task.argv[1:] for task in tasks]
 
 
@@ -351,7 +351,7 @@ def test_places_in_sweeps_are_typed_too(tmp_path, monkeypatch):
     Path("env.yaml").write_text("data: ['${oc.env:HOME}']\n")
     for name, words in (("sweep", "typed"), ("list", "typed"), ("env", "values elsewhere")):
         with pytest.raises(ValueError, match=words):
-            ask("job=finetune", *rest, f"sweep={name}.yaml").cells()
+            ask("job=finetune", *rest, f"sweep={name}.yaml").runs()
 
 
 @pytest.mark.parametrize("key", ["sweep: '[data=[pipe:x]]'", "suite: a.yaml", "site: b.yaml"])
@@ -373,17 +373,17 @@ def test_cells_lie_beside_their_submission(tmp_path, monkeypatch):
     [
         ({"schema": 2}, "has schema 2"),
         ({"job": "rm"}, "job must be"),
-        ({"cells": {"../a": {"output": "../runs", "values": {}}}}, "a file's name"),
-        ({"cells": {"a": {"output": "../../runs", "values": {}}}}, "the output of a is not beside"),
-        ({"cells": {"a": {"output": "/etc", "values": {}}}}, "a path beside the folder"),
-        ({"attempts": [{"cluster": "slurm"}]}, "missing key 'attempts"),
-        ({"attempts": {}}, "attempts must be a list"),
+        ({"runs": {"../a": {"output": "../runs", "values": {}}}}, "a file's name"),
+        ({"runs": {"a": {"output": "../../runs", "values": {}}}}, "the output of a is not beside"),
+        ({"runs": {"a": {"output": "/etc", "values": {}}}}, "a path beside the folder"),
+        ({"history": [{"cluster": "slurm"}]}, "missing key 'history"),
+        ({"history": {}}, "history must be a list"),
     ],
 )
 def test_a_strangers_submission(change, words, tmp_path):
     folder = tmp_path / "runs.submit"
     folder.mkdir()
-    record = {"schema": 1, "job": "finetune", "cells": {}, "attempts": []}
+    record = {"schema": 1, "job": "finetune", "runs": {}, "history": []}
     (folder / "submission.json").write_text(json.dumps(record | change))
     with pytest.raises(ValueError, match=words) as error:
         Submission.read(folder)

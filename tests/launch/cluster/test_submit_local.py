@@ -1,4 +1,4 @@
-"""Local cells: stops, crashes, failures, cancellation."""
+"""Local runs: stops, crashes, failures, cancellation."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from crysforge.datapipe.common.config import configure
 from crysforge.launch.cluster import status
 from crysforge.launch.cluster.code import ROOT
 from crysforge.launch.cluster.config import SubmitConfig
-from crysforge.launch.cluster.events import EventLog, ends_of_turn
+from crysforge.launch.cluster.events import EventLog, ends_of_attempt
 from crysforge.launch.cluster.executors import run_here, run_local
-from crysforge.launch.cluster.submission import Submission, new_attempt
+from crysforge.launch.cluster.submission import Submission, new_entry
 from crysforge.launch.cluster.worker import Task
 from crysforge.trainer.base.signals import REQUEUE
 from tests.families import left_of, orphans, until
@@ -26,9 +26,9 @@ from tests.families import left_of, orphans, until
 SCRIPT = """
 import json, pathlib, sys, os, signal, time
 run = pathlib.Path(sys.argv[1]); run.mkdir(parents=True, exist_ok=True)
-turns = run / "turns"
-n = len(turns.read_text()) if turns.exists() else 0
-turns.write_text("x" * (n + 1))
+attempts = run / "attempts"
+n = len(attempts.read_text()) if attempts.exists() else 0
+attempts.write_text("x" * (n + 1))
 (run / "processes").write_text(os.environ["CRYSFORGE_PROCESSES"])
 behaviour = json.loads(sys.argv[2])
 what = behaviour[min(n, len(behaviour) - 1)]
@@ -55,19 +55,19 @@ sys.exit(what)
 
 
 def local(tmp_path: Path, behaviours: dict[str, list], **settings) -> tuple[Submission, list[str]]:
-    """Runs cells whose turns end as given, on this machine; returns those that failed."""
+    """Carries out runs whose attempts end as given, on this machine; returns those that failed."""
     config = configure(SubmitConfig, {"job": "pretrain", "cluster": "local", **settings})
     (tmp_path / "script.py").write_text(SCRIPT)
     submission = Submission(Submission.folder_of(tmp_path / "runs"), "pretrain")
     tasks = []
-    for cell, behaviour in behaviours.items():
-        output = tmp_path / "runs" / cell
-        submission.add(cell, str(output), {"x": cell}, {})
+    for name, behaviour in behaviours.items():
+        output = tmp_path / "runs" / name
+        submission.add(name, str(output), {"x": name}, {})
         argv = (str(tmp_path / "script.py"), str(output), json.dumps(behaviour))
         limits = config.max_requeues, config.max_crashes
-        tasks.append(Task(cell, argv, str(submission.folder), str(output), *limits))
-    submission.attempts.append(new_attempt("local", ROOT, {}))
-    ids = submission.attempts[-1]["ids"]
+        tasks.append(Task(name, argv, str(submission.folder), str(output), *limits))
+    submission.history.append(new_entry("local", ROOT, {}))
+    ids = submission.history[-1]["ids"]
     failed = run_local(config, tasks, submission.folder, ROOT, ids.__setitem__)
     submission.write()
     return submission, failed
@@ -87,10 +87,10 @@ def test_local_cells_stop_crash_fail_and_finish(tmp_path):
         max_crashes=2,
         array_parallelism=2,
     )
-    # A cancelled submission starts no more cells and no more turns; it was the last one.
+    # A cancelled submission starts no more runs and no more attempts; it was the last one.
     assert set(failed) == {"hopeless", "wrong", "cancelled"}
-    turns = {c: len((tmp_path / "runs" / c / "turns").read_text()) for c in submission.cells}
-    assert turns == {
+    attempts = {c: len((tmp_path / "runs" / c / "attempts").read_text()) for c in submission.runs}
+    assert attempts == {
         "good": 1,
         "stopped": 3,
         "crashing": 3,
@@ -98,9 +98,9 @@ def test_local_cells_stop_crash_fail_and_finish(tmp_path):
         "wrong": 1,
         "cancelled": 1,
     }
-    at_once = {(tmp_path / "runs" / c / "processes").read_text() for c in submission.cells}
+    at_once = {(tmp_path / "runs" / c / "processes").read_text() for c in submission.runs}
     assert at_once == {"2"} and "CRYSFORGE_PROCESSES" not in os.environ
-    rows = {r.cell: r for r in status.statuses(tmp_path / "runs")}
+    rows = {r.name: r for r in status.statuses(tmp_path / "runs")}
     assert {c: r.state for c, r in rows.items()} == {
         "good": "finished",
         "stopped": "finished",
@@ -123,15 +123,15 @@ def test_crashes_with_progress_in_between_are_no_loop(tmp_path):
 def test_turns_are_limited(tmp_path):
     submission, failed = local(tmp_path, {"a": [75]}, max_requeues=2)
     assert failed == ["a"]
-    assert len((tmp_path / "runs/a/turns").read_text()) == 3
+    assert len((tmp_path / "runs/a/attempts").read_text()) == 3
     assert EventLog(submission.folder, "a").read()[-1]["event"] == "gave up"
     assert status.statuses(tmp_path / "runs")[0].state == "failed"
 
 
-def test_turns_in_vain_are_not_repeated(tmp_path):
+def test_attempts_without_progress_are_not_repeated(tmp_path):
     _, failed = local(tmp_path, {"a": [75]}, time="1")
     assert failed == ["a"]
-    assert len((tmp_path / "runs/a/turns").read_text()) == 2
+    assert len((tmp_path / "runs/a/attempts").read_text()) == 2
     row = status.statuses(tmp_path / "runs")[0]
     assert row.state == "failed" and "twice its time was up before it got" in row.reason
 
@@ -139,12 +139,12 @@ def test_turns_in_vain_are_not_repeated(tmp_path):
 def test_local_cells_may_stop_more_often_than_submitit_restarts_them(tmp_path):
     _, failed = local(tmp_path, {"a": [75] * 6 + [0]})
     assert not failed
-    assert len((tmp_path / "runs/a/turns").read_text()) == 7
+    assert len((tmp_path / "runs/a/attempts").read_text()) == 7
     assert status.statuses(tmp_path / "runs")[0].retries == "6"
 
 
 def two_processes(tmp_path: Path, code: str) -> list[str]:
-    """Runs a script in both processes of a local cell."""
+    """Runs a script in both processes of a local run."""
     config = configure(SubmitConfig, {"job": "pretrain", "cluster": "local", "tasks_per_node": 2})
     (tmp_path / "script.py").write_text(code)
     argv = (str(tmp_path / "script.py"), str(tmp_path / "rank"))
@@ -161,7 +161,7 @@ def test_processes_of_a_cell_know_each_other(tmp_path):
 
 
 def test_the_process_that_knows_what_is_wrong_is_heard(tmp_path):
-    """Rank 0 only lost the other, which says why a little later: nobody starts the cell again."""
+    """Rank 0 only lost the other, which says why a little later: nobody starts the run again."""
     log = EventLog(tmp_path / "f", "a", 0).path
     code = "import os, pathlib, sys, time; rank = int(os.environ['RANK'])\n"
     code += f"log = pathlib.Path({str(log)!r})\n"
@@ -170,12 +170,12 @@ def test_the_process_that_knows_what_is_wrong_is_heard(tmp_path):
     assert two_processes(tmp_path, code) == ["a"]
     start, end = EventLog(tmp_path / "f", "a").read()
     assert (start["event"], end["event"], end["rank"], end["code"]) == ("start", "failed", 1, 2)
-    ends = ends_of_turn(tmp_path / "f", "a", start["job"], 0)
+    ends = ends_of_attempt(tmp_path / "f", "a", start["job"], 0)
     assert [(e["rank"], e["event"]) for e in ends] == [(0, "crashed"), (1, "failed")]
 
 
 def test_cancel_ends_local_cells(tmp_path):
-    """From another process, as a user would: the run is stopped in order, waiting cells do not
+    """From another process, as a user would: the run is stopped in order, waiting runs do not
     start."""
     code = (
         "import sys\nfrom pathlib import Path\n"
@@ -188,9 +188,9 @@ def test_cancel_ends_local_cells(tmp_path):
             assert process.poll() is None
         submission = Submission(Submission.folder_of(tmp_path / "runs"), "pretrain")
         events = EventLog(submission.folder, "a").read()
-        for cell in ("a", "b"):
-            submission.add(cell, str(tmp_path / "runs" / cell), {}, {})
-        submission.attempts.append(new_attempt("local", ROOT, {"a": events[0]["job"]}))
+        for name in ("a", "b"):
+            submission.add(name, str(tmp_path / "runs" / name), {}, {})
+        submission.history.append(new_entry("local", ROOT, {"a": events[0]["job"]}))
         submission.write()
         assert status.statuses(tmp_path / "runs")[0].state == "running"
         assert status.cancel(tmp_path / "runs") == 1
@@ -213,21 +213,21 @@ def test_debug_runs_here_and_goes_on_after_a_failure(tmp_path):
     assert run_here(tasks, tmp_path) == ["raise", "2"]
 
 
-# When those that run cells are killed
+# When those that carry runs out are killed
 
 
 @contextmanager
 def supervised(tmp_path):
-    """A process that runs a cell which does not heed SIGINT and is told by SIGTERM to save."""
+    """A process whose run does not heed SIGINT and is told by SIGTERM to save."""
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from crysforge.trainer.base.command_line import run\n"
+        "from crysforge.trainer.base.script import run\n"
         "from tests.launch.cluster.test_submit_local import local\n"
         "run(lambda: local(Path(sys.argv[1]), {'a': ['wait']}))"
     )
     process = psutil.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
     try:
-        until((tmp_path / "runs/a/waiting").exists, "the cell runs")
+        until((tmp_path / "runs/a/waiting").exists, "it runs")
         yield process
     finally:
         if process.is_running():
@@ -255,4 +255,4 @@ def test_submit_that_is_asked_to_end_lets_its_cells_save(tmp_path):
         assert left_of(family) == []
     folder = Submission.folder_of(tmp_path / "runs")
     assert [e["event"] for e in EventLog(folder, "a").read()] == ["start", "stopped"]
-    assert len((tmp_path / "runs/a/turns").read_text()) == 1
+    assert len((tmp_path / "runs/a/attempts").read_text()) == 1

@@ -47,3 +47,26 @@ def test_what_was_submitted_meanwhile_is_not_submitted_again(tmp_path, monkeypat
     monkeypatch.setattr(Submission, "alone", late)
     submit.main()
     assert "s: finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "part", ["cells", "logs", "events", "events/s", "code-1", "logs/1_0_log.out"]
+)
+def test_a_folder_with_a_part_elsewhere_is_not_submitted_to(part, tmp_path, monkeypatch, capsys):
+    """As may be of somebody else's: nothing is written, or removed, where the link leads."""
+    mine = tmp_path / "mine"
+    (mine / "launch").mkdir(parents=True)
+    (mine / "launch" / "pretrain.py").write_text("mine")
+    folder = tmp_path / "r" / "s.submit"
+    (folder / part).parent.mkdir(parents=True)
+    (folder / part).symlink_to(mine)
+    submission = Submission(folder, "finetune")
+    submission.add("x", str(tmp_path / "r" / "x"), {}, {}) if part != "cells" else None
+    submission.write()
+    monkeypatch.setattr(sys, "argv", ["submit", *FINETUNE, f"run_dir={tmp_path}/r/s"])
+    with pytest.raises(ValueError, match=f"{part} is a symbolic link out of"):
+        submit.main()
+    assert [p.relative_to(mine).as_posix() for p in mine.rglob("*")] == [
+        "launch", "launch/pretrain.py",
+    ]  # fmt: skip
+    assert (mine / "launch" / "pretrain.py").read_text() == "mine"

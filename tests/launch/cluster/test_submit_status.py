@@ -15,17 +15,17 @@ from crysforge.launch.cluster import code as running
 from crysforge.launch.cluster import status
 from crysforge.launch.cluster.events import EventLog
 from crysforge.launch.cluster.runs import SILENT_S, read_run
-from crysforge.launch.cluster.submission import Submission, new_attempt
+from crysforge.launch.cluster.submission import Submission, new_entry
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.runs import logger
 from tests.launch.cluster.test_submit import FINETUNE, ask
 
 
-def submitted(tmp_path: Path, cells: dict[str, str], cluster: str = "slurm") -> Submission:
+def submitted(tmp_path: Path, names: dict[str, str], cluster: str = "slurm") -> Submission:
     submission = Submission(Submission.folder_of(tmp_path / "runs"), "finetune")
-    for cell in cells:
-        submission.add(cell, str(tmp_path / "runs" / cell), {"seed": cell}, {"seed": 0})
-    submission.attempts.append(new_attempt(cluster, running.ROOT, cells))
+    for name in names:
+        submission.add(name, str(tmp_path / "runs" / name), {"seed": name}, {"seed": 0})
+    submission.history.append(new_entry(cluster, running.ROOT, names))
     submission.write()
     return submission
 
@@ -93,7 +93,7 @@ def test_table_and_results_after_the_fact(tmp_path, monkeypatch):
     monkeypatch.setattr(status, "slurm_states", lambda ids: {})
     submitted(tmp_path, {"a": "1_0", "b": "1_1"})
     finish(tmp_path / "runs/a", 0.25)
-    rows = {r.cell: r for r in status.statuses(tmp_path / "runs")}
+    rows = {r.name: r for r in status.statuses(tmp_path / "runs")}
     assert (rows["a"].state, rows["a"].run.step, rows["a"].run.value) == (
         "finished",
         "finetune 7",
@@ -102,7 +102,7 @@ def test_table_and_results_after_the_fact(tmp_path, monkeypatch):
     path, count, done = status.collect(tmp_path / "runs")
     assert (count, done) == (2, 1)
     with open(path, newline="") as file:
-        table = {r["cell"]: r for r in csv.DictReader(file)}
+        table = {r["run"]: r for r in csv.DictReader(file)}
     assert (table["a"]["test.mae"], table["a"]["seed"], table["a"]["targets"]) == (
         "0.25",
         "a",
@@ -115,7 +115,7 @@ def test_status_and_collect_work_on_runs_that_were_not_submitted(tmp_path):
     finish(tmp_path / "runs/a", 0.25)
     (tmp_path / "runs/b").mkdir()
     (tmp_path / "runs/b/run.json").write_text('{"identity": {"stages": ["vae"]}, "finished": []}')
-    rows = {r.cell: r.state for r in status.statuses(tmp_path / "runs")}
+    rows = {r.name: r.state for r in status.statuses(tmp_path / "runs")}
     assert rows == {"a": "finished", "b": "unfinished"}
     assert status.collect(tmp_path / "runs")[1:] == (2, 1)
     with pytest.raises(ValueError, match="nowhere"):
@@ -179,17 +179,17 @@ def test_a_damaged_file_hides_neither_its_run_nor_others(tmp_path, monkeypatch, 
         (tmp_path / run / "run.json").write_text('{"identity": {}, "finished": []}')
     (tmp_path / "a" / name).write_text(content)
     rows = status.statuses(tmp_path)
-    assert [r.cell for r in rows] == ["a", "b"]
+    assert [r.name for r in rows] == ["a", "b"]
     assert rows[1].run.step == "vae 21/50"
     assert status.table(rows).splitlines()[1].startswith("a ")
 
 
 def test_the_table_leaves_out_what_says_nothing(tmp_path, monkeypatch):
-    rows = [status.CellStatus("a", "pending"), status.CellStatus("b", "pending")]
+    rows = [status.RunStatus("a", "pending"), status.RunStatus("b", "pending")]
     assert status.table(rows).split("\n") == [
-        "cell  state",
-        "a     pending",
-        "b     pending",
+        "run  state",
+        "a    pending",
+        "b    pending",
         "2 pending",
     ]
     log_a_run(tmp_path, monkeypatch)
@@ -213,8 +213,8 @@ def test_a_crash_names_the_rank_that_knows(tmp_path, monkeypatch):
     monkeypatch.setattr(status, "slurm_states", lambda ids: {"1": ("FAILED", "")})
     submission = submitted(tmp_path, {"a": "1"})
     log = EventLog(submission.folder, "a")
-    log.note("start", job="1", turn=0, node="node[1-2]", progress="")
-    log.note("crashed", job="1", turn=0, rank=3, node="node2", code=-9, progress="")
+    log.note("start", job="1", attempt=0, node="node[1-2]", progress="")
+    log.note("crashed", job="1", attempt=0, rank=3, node="node2", code=-9, progress="")
     (submission.folder / "logs").mkdir()
     for rank in (0, 3):
         (submission.folder / f"logs/1_{rank}_log.out").write_text(f"error: of rank {rank}\nbye\n")
@@ -225,8 +225,8 @@ def test_a_crash_names_the_rank_that_knows(tmp_path, monkeypatch):
 def test_a_job_that_is_not_started_again_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(status, "slurm_states", lambda ids: {"1": ("FAILED", "")})
     log = EventLog(submitted(tmp_path, {"a": "1"}).folder, "a")
-    log.note("start", job="1", turn=0, node="n", progress="")
-    log.note("stopped", job="1", turn=0, rank=0, node="n", code=75, progress="")
+    log.note("start", job="1", attempt=0, node="n", progress="")
+    log.note("stopped", job="1", attempt=0, rank=0, node="n", code=75, progress="")
     log.note("gave up", job="1", reason="its time was up")
     row = status.statuses(tmp_path / "runs")[0]
     assert (row.state, row.reason) == ("failed", "not started again: its time was up")
@@ -234,9 +234,9 @@ def test_a_job_that_is_not_started_again_says_why(tmp_path, monkeypatch):
 
 def test_cancel_asks_slurm_of_its_own_jobs_and_says_if_it_does_not_answer(tmp_path, monkeypatch):
     submission = submitted(tmp_path, {"a": "debug"}, cluster="debug")
-    submission.attempts += [new_attempt("local", running.ROOT, {"a": "0"})]
-    submission.attempts += [new_attempt("slurm", running.ROOT, {"a": "4"})]
-    submission.attempts += [new_attempt("slurm", running.ROOT, {"a": "5"})]
+    submission.history += [new_entry("local", running.ROOT, {"a": "0"})]
+    submission.history += [new_entry("slurm", running.ROOT, {"a": "4"})]
+    submission.history += [new_entry("slurm", running.ROOT, {"a": "5"})]
     submission.write()
     known, done = {"4": ("COMPLETED", ""), "5": ("RUNNING", "n")}, []
     monkeypatch.setattr(status, "slurm_states", lambda ids: {i: known[i] for i in ids})
@@ -254,9 +254,11 @@ def test_a_turn_that_nobody_summed_up_ended_as_its_processes_say(tmp_path, monke
     """The batch script was killed before it could."""
     monkeypatch.setattr(status, "slurm_states", lambda ids: {})
     submission = submitted(tmp_path, {"a": "1"})
-    EventLog(submission.folder, "a").note("start", job="1", turn=0, node="n", progress="")
+    EventLog(submission.folder, "a").note("start", job="1", attempt=0, node="n", progress="")
     assert status.statuses(tmp_path / "runs")[0].state == "lost"
-    EventLog(submission.folder, "a", 0).note("stopped", job="1", turn=0, rank=0, node="n", code=75)
+    EventLog(submission.folder, "a", 0).note(
+        "stopped", job="1", attempt=0, rank=0, node="n", code=75
+    )
     assert status.statuses(tmp_path / "runs")[0].state == "stopped"
 
 
@@ -267,12 +269,12 @@ def test_what_has_finished_or_still_runs_is_not_submitted_again(tmp_path, monkey
     submitted(tmp_path, {"seed=0": "1_0", "seed=1": "1_1", "seed=2": "1_2"})
     finish(tmp_path / "runs/seed=0", 0.25)
     asked = ask(*FINETUNE, "run_dir=runs", "sweep=[seed=[0,1,2,3]]")
-    left = asked.left(asked.submission(), asked.cells())
-    assert [cell.name for cell in left] == ["seed=2", "seed=3"]
+    left = asked.left(asked.submission(), asked.runs())
+    assert [run.name for run in left] == ["seed=2", "seed=3"]
     assert "seed=0: finished already" in capsys.readouterr().out
     monkeypatch.setattr(status, "slurm_states", lambda ids: None)
     with pytest.raises(ValueError, match="squeue does not answer"):
-        asked.left(asked.submission(), asked.cells())
+        asked.left(asked.submission(), asked.runs())
     with pytest.raises(ValueError, match="is of a finetune job"):
         ask("job=pretrain", "data=D", "run_dir=runs").submission()
 

@@ -1,4 +1,4 @@
-"""What runs on a node, and what decides whether a job gets another turn."""
+"""What runs on a node, and what decides whether a job gets another attempt."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from crysforge.datapipe.common.config import configure
 from crysforge.launch.cluster import events
 from crysforge.launch.cluster.code import ROOT
 from crysforge.launch.cluster.config import SubmitConfig
-from crysforge.launch.cluster.events import EventLog, ends_of_turn, outcome_of, verdict
+from crysforge.launch.cluster.events import EventLog, ends_of_attempt, outcome_of, verdict
 from crysforge.launch.cluster.executors import script, slurm_executor
 from crysforge.launch.cluster.worker import Task, progress, rank_environ, run_to_end
-from crysforge.trainer.base import command_line as config
+from crysforge.trainer.base import script as config
 
 
 @pytest.mark.parametrize(
@@ -75,10 +75,12 @@ def test_a_turn_ends_as_those_say_who_know_most(tmp_path, codes, outcome):
     """Ranks, in order of time, and their exit codes."""
     for when, (rank, code) in enumerate(codes.items()):
         log = EventLog(tmp_path, "a", rank)
-        log.note(outcome_of(75), job="1", turn=0, rank=rank, node="n", code=75)  # an earlier turn
-        log.note("start", job="1", turn=1, rank=rank, node="n")
-        log.note(outcome_of(code), job="1", turn=1, rank=rank, node="n", code=code, time=when)
-    end = verdict(ends_of_turn(tmp_path, "a", "1", 1), 137)
+        log.note(
+            outcome_of(75), job="1", attempt=0, rank=rank, node="n", code=75
+        )  # an earlier attempt
+        log.note("start", job="1", attempt=1, rank=rank, node="n")
+        log.note(outcome_of(code), job="1", attempt=1, rank=rank, node="n", code=code, time=when)
+    end = verdict(ends_of_attempt(tmp_path, "a", "1", 1), 137)
     assert (end["event"], end.get("rank")) == outcome
 
 
@@ -135,8 +137,8 @@ def test_ranks_meet_at_one_address():
 
 def test_neighbouring_jobs_and_turns_meet_at_other_ports(monkeypatch):
     ports = set()
-    for turn in range(5):
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(turn))
+    for attempt in range(5):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
         environs = [rank_environ(environment(0, 1, 1, str(job))) for job in range(100, 400)]
         ports |= {e["MASTER_PORT"] for e in environs}
     assert len(ports) == 5 * 300
@@ -165,7 +167,7 @@ def test_progress_is_of_the_stage_under_way(tmp_path):
 
 
 def test_crashes_count_where_nothing_was_gained(tmp_path):
-    log = EventLog(tmp_path, "cell")
+    log = EventLog(tmp_path, "a")
     log.note("start", job="1", progress="a")
     assert log.crashes("a") == 1
     assert log.crashes("b") == 0  # it came further before it crashed
@@ -179,7 +181,7 @@ def test_crashes_count_where_nothing_was_gained(tmp_path):
 
 
 def test_events_survive_a_cut_line(tmp_path):
-    log = EventLog(tmp_path, "cell")
+    log = EventLog(tmp_path, "a")
     log.note("start", job="1")
     with open(log.path, "a") as file:
         file.write('{"event": "fini')
@@ -187,7 +189,7 @@ def test_events_survive_a_cut_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("turns", "last"),
+    ("attempts", "last"),
     [
         ([(75, 60, 0), (75, 60, 0)], "gave up"),
         ([(-signal.SIGUSR2, 60, 0), (-signal.SIGUSR2, -60, 0)], "gave up"),  # could not listen yet
@@ -200,33 +202,35 @@ def test_events_survive_a_cut_line(tmp_path):
     ],
 )
 def test_turns_too_short_to_get_anywhere_are_not_repeated(
-    tmp_path, monkeypatch, capsys, turns, last
+    tmp_path, monkeypatch, capsys, attempts, last
 ):
-    """Exit code of each turn, seconds that it had left, and whether it gained a checkpoint."""
+    """Exit code of each attempt, seconds that it had left, and whether it gained a checkpoint."""
     monkeypatch.setattr("crysforge.launch.cluster.worker._ask", lambda *command: "RUNNING None")
     env = SimpleNamespace(job_id="7", hostname="n", name=lambda: "slurm")
     task = Task("a", ("script.py",), str(tmp_path), str(tmp_path / "run"), 1000, 3)
     log = EventLog(tmp_path, "a")
-    log.note("stopped", job="6", turn=0, code=75, in_vain=True)  # submitted before, with less time
-    for turn, (code, left, gained) in enumerate(turns):
+    log.note(
+        "stopped", job="6", attempt=0, code=75, no_progress=True
+    )  # submitted before, with less time
+    for attempt, (code, left, gained) in enumerate(attempts):
         ends = None if left is None else int(time.time() + left)
-        log.note("start", job="7", turn=turn, ends=ends, progress=progress(task.output))
+        log.note("start", job="7", attempt=attempt, ends=ends, progress=progress(task.output))
         if gained:
-            path = tmp_path / "run" / "checkpoints" / f"vae-{turn:08d}"
+            path = tmp_path / "run" / "checkpoints" / f"vae-{attempt:08d}"
             path.mkdir(parents=True)
             (path / "COMPLETE").touch()
-        here = {"job": "7", "turn": turn, "rank": 0, "node": "n"}
+        here = {"job": "7", "attempt": attempt, "rank": 0, "node": "n"}
         EventLog(tmp_path, "a", 0).note(outcome_of(code), **here, code=code)
-        task.settle(env, turn, 0)
+        task.settle(env, attempt, 0)
         assert (log.read()[-1]["event"] == "requeue") == (
-            turn < len(turns) - 1 or last != "gave up"
+            attempt < len(attempts) - 1 or last != "gave up"
         )
     assert log.read()[-1]["event"] == last
     said = "error: not started again: twice its time was up before it got beyond "
     assert (said in capsys.readouterr().out) == (last == "gave up")
 
 
-# --- after a turn --------------------------------------------------------------------------------
+# --- after an attempt ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -259,7 +263,7 @@ def test_batch_script_asks_for_another_turn(tmp_path, state, codes, noted, exit_
         (folder / "cancelled").touch()
     for rank, code in codes.items():
         EventLog(folder, "a", rank).note(
-            outcome_of(code), job="7", turn=2, rank=rank, node="n", code=code
+            outcome_of(code), job="7", attempt=2, rank=rank, node="n", code=code
         )
     shown = {"TIMEOUT": "COMPLETING TimeLimit", "cancelled": "RUNNING None"}.get(state, state)
     for name, line in {
@@ -283,7 +287,7 @@ def test_batch_script_asks_for_another_turn(tmp_path, state, codes, noted, exit_
     assert done.returncode == exit_code
     log = EventLog(folder, "a").read()
     assert [e["event"] for e in log] == noted
-    assert log[0]["node"] == "n[1-2]" and {e.get("turn", 2) for e in log} == {2}
+    assert log[0]["node"] == "n[1-2]" and {e.get("attempt", 2) for e in log} == {2}
     asked = tmp_path / "asked"
     assert (asked.read_text() if asked.exists() else "") == (
         "requeue 7\n" if "requeue" in noted else ""

@@ -14,9 +14,9 @@ from crysforge.datapipe.storage.dataset import DatasetWriter
 from crysforge.launch import submit
 from crysforge.launch.cluster.code import ROOT
 from crysforge.launch.cluster.config import SubmitConfig
-from crysforge.launch.cluster.jobs import groups, settings_of, waves
+from crysforge.launch.cluster.planning.jobs import groups, settings_of, waves
+from crysforge.launch.cluster.planning.suite import SuitePlan
 from crysforge.launch.cluster.status import statuses
-from crysforge.launch.cluster.suite import Suite
 from crysforge.launch.evaluate import find
 from crysforge.trainer.evaluation.compare import arms_of, compare
 from crysforge.trainer.evaluation.results import gather
@@ -78,25 +78,25 @@ def salt(id: str, i: int) -> Crystal:
 
 
 def test_every_combination_is_a_cell_after_the_run_it_starts_from(file):
-    suite = Suite([file()], [])
-    finetunings = [c for c in suite.cells if c.job == "finetune"]
+    suite = SuitePlan([file()], [])
+    finetunings = [c for c in suite.runs if c.job == "finetune"]
     assert len(finetunings) == 2 * 2 * 2
-    assert len({c.output for c in suite.cells}) == len(suite.cells) == 8 + 2
+    assert len({c.output for c in suite.runs}) == len(suite.runs) == 8 + 2
     done: set[str] = set()
-    for cell in suite.cells:
-        assert set(cell.after) <= done
-        done.add(cell.name)
-    for cell in finetunings:
-        assert cell.config["seed"] == cell.values["seed"]
-        encoder = {"big": "pddformer", "other": "cgcnn"}[cell.values["encoder"]]
-        assert cell.config["encoder"]["name"] == encoder
-        if cell.values["pretraining"] == "none":
-            assert cell.after == ()
+    for run in suite.runs:
+        assert set(run.after) <= done
+        done.add(run.name)
+    for run in finetunings:
+        assert run.config["seed"] == run.values["seed"]
+        encoder = {"big": "pddformer", "other": "cgcnn"}[run.values["encoder"]]
+        assert run.config["encoder"]["name"] == encoder
+        if run.values["pretraining"] == "none":
+            assert run.after == ()
             continue
-        (start,) = (c for c in suite.cells if (c.name,) == cell.after)
-        assert start.output == cell.config["init_from"]
-        assert start.config["encoder"] == cell.config["encoder"]
-        assert start.values == {"pretraining": "ours", "encoder": cell.values["encoder"]}
+        (start,) = (c for c in suite.runs if (c.name,) == run.after)
+        assert start.output == run.config["init_from"]
+        assert start.config["encoder"] == run.config["encoder"]
+        assert start.values == {"pretraining": "ours", "encoder": run.values["encoder"]}
 
 
 def test_a_setting_changes_no_more_than_it_names(file, tmp_path):
@@ -106,8 +106,8 @@ def test_a_setting_changes_no_more_than_it_names(file, tmp_path):
     settings = {"stages": ["vae"], "vae": {"max_steps": 2}}
     runs = {"made": {**TINY["runs"]["made"], "config": ["pre.yaml"], "settings": settings}}
     path = file(config=["fine.yaml"], runs=runs)
-    suite = Suite([path], ["settings.finetune.max_steps=3", "runs.made.settings.vae.epochs=1"])
-    found = {c.job: c.config for c in suite.cells}
+    suite = SuitePlan([path], ["settings.finetune.max_steps=3", "runs.made.settings.vae.epochs=1"])
+    found = {c.job: c.config for c in suite.runs}
     changed = {"lr": 0.005, "epochs": 7, "max_steps": 3, "batch_size": 4}
     assert found["finetune"]["finetune"] == changed
     assert found["pretrain"]["vae"] == {"lr": 0.006, "max_steps": 2, "epochs": 1}
@@ -120,8 +120,8 @@ def test_an_override_that_is_a_mapping_takes_the_place_of_what_it_names(file):
     path = file(factors={**TINY["factors"], "task": two})
 
     def tasks(*overrides):
-        suite = Suite([path], list(overrides))
-        return {c.values["task"] for c in suite.cells if c.job == "finetune"}, suite
+        suite = SuitePlan([path], list(overrides))
+        return {c.values["task"] for c in suite.runs if c.job == "finetune"}, suite
 
     assert tasks()[0] == {"energy", "other"}
     assert tasks("factors.task={mine: {data: b, target: e}}")[0] == {"mine"}
@@ -131,11 +131,11 @@ def test_an_override_that_is_a_mapping_takes_the_place_of_what_it_names(file):
         "energy", "other", "more",
     }  # fmt: skip
     _, suite = tasks("settings={}", "settings.finetune.max_steps=9")
-    assert {tuple(c.config["finetune"].items()) for c in suite.cells if c.job == "finetune"} == {
+    assert {tuple(c.config["finetune"].items()) for c in suite.runs if c.job == "finetune"} == {
         (("max_steps", 9),)
     }
     _, suite = tasks("factors.seed=[4]", "factors.task={mine: {data: b, target: e}}")
-    assert [c.values["seed"] for c in suite.cells if c.job == "finetune"] == [4] * 4
+    assert [c.values["seed"] for c in suite.runs if c.job == "finetune"] == [4] * 4
 
 
 def test_the_plan_names_every_run_and_what_it_costs(file, monkeypatch, capsys):
@@ -149,7 +149,7 @@ def test_the_plan_names_every_run_and_what_it_costs(file, monkeypatch, capsys):
     runs = {"made": {**TINY["runs"]["made"], "settings": {"stages": ["vae"], "vae.epochs": 10}}}
     path = file(runs=runs, settings=settings, factors={**TINY["factors"], "encoder": encoder})
     said = plan("--dry-run", "hardware=cpu")
-    names = {cell.name for cell in Suite([path], []).cells}
+    names = {run.name for run in SuitePlan([path], []).runs}
     assert len(names) == 5 and all(f"# {name}: " in said for name in names)
     assert said.count("(vae: 60 crystals") == 1  # 10 epochs of 6
     assert said.count("(finetune: 1,800 crystals") == 4
@@ -161,8 +161,8 @@ def test_the_plan_names_every_run_and_what_it_costs(file, monkeypatch, capsys):
     assert "\n# pretrain: 60 crystals in all\n" in said
     said = plan("--dry-run", "settings.finetune.max_steps=5", "settings.finetune.batch_size=2")
     assert said.count("(finetune: 10 crystals)") == 4
-    (suite,) = [Suite([path], ["hardware=h200"])]
-    assert {c.config["trainer"]["precision"] for c in suite.cells} == {"bf16"}
+    (suite,) = [SuitePlan([path], ["hardware=h200"])]
+    assert {c.config["trainer"]["precision"] for c in suite.runs} == {"bf16"}
 
 
 def test_a_run_that_starts_from_a_run_comes_after_it(file):
@@ -176,17 +176,17 @@ def test_a_run_that_starts_from_a_run_comes_after_it(file):
         },
     }
     factors = {**TINY["factors"], "pretraining": {"none": {}, "taught": {"init_from": "taught"}}}
-    suite = Suite([file(runs=runs, factors=factors)], [])
-    names = [c.name for c in suite.cells]
+    suite = SuitePlan([file(runs=runs, factors=factors)], [])
+    names = [c.name for c in suite.runs]
     for encoder in ("big", "other"):
         assert names.index(f"made,encoder={encoder}") < names.index(f"taught,encoder={encoder}")
-    assert [len(w) for w in waves(suite.cells)] == [2, 4, 2, 4]
-    assert {c.job for c in waves(suite.cells)[0]} == {"pretrain"}
+    assert [len(w) for w in waves(suite.runs)] == [2, 4, 2, 4]
+    assert {c.job for c in waves(suite.runs)[0]} == {"pretrain"}
 
 
 def test_cells_that_wait_for_the_same_run_are_one_array(file):
-    suite = Suite([file()], [])
-    assert sorted((len(g), g[0].after) for g in groups(suite.cells)) == [
+    suite = SuitePlan([file()], [])
+    assert sorted((len(g), g[0].after) for g in groups(suite.runs)) == [
         (2, ()),
         (2, ("made,encoder=big",)),
         (2, ("made,encoder=other",)),
@@ -214,13 +214,13 @@ def test_cells_that_wait_for_the_same_run_are_one_array(file):
         ({"runs": {}}, ["init_from: unknown name 'made'"]),
         ({"settings": {"finetune.epoch": 1}}, ["'finetune.epoch'", "'epochs'"]),
         ({"exclude": [{"seeds": 1}]}, ["'seeds'", "'seed'"]),
-        ({"exclude": [{"task": "energy"}]}, ["no cell left"]),
+        ({"exclude": [{"task": "energy"}]}, ["no run left"]),
         ({"output": ""}, ["'output' is required"]),
     ],
 )
 def test_a_mistake_is_named(file, changes, words):
     with pytest.raises(ValueError) as error:
-        Suite([file(**changes)], [])
+        SuitePlan([file(**changes)], [])
     for word in words:
         assert word in str(error.value)
 
@@ -229,21 +229,21 @@ def test_a_missing_data_set_is_named_with_where_it_comes_from(file, tmp_path):
     path = file()
     (tmp_path / "data" / "b" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=re.escape("b is not at data/b — somewhere far")):
-        Suite([path], [])
-    suite = Suite([path], ["skip_missing=true"])
-    assert {c.values["pretraining"] for c in suite.cells} == {"none"}
+        SuitePlan([path], [])
+    suite = SuitePlan([path], ["skip_missing=true"])
+    assert {c.values["pretraining"] for c in suite.runs} == {"none"}
     assert list(suite.missing) == ["b"]
     moved = (tmp_path / "data" / "a").rename(tmp_path / "elsewhere")
-    suite = Suite([path], [f"data.a.path={moved}", f"data.b.path={moved}"])
-    assert {c.config["data"] for c in suite.cells} == {str(moved)}
+    suite = SuitePlan([path], [f"data.a.path={moved}", f"data.b.path={moved}"])
+    assert {c.config["data"] for c in suite.runs} == {str(moved)}
 
 
 def test_some_values_of_a_factor_can_be_chosen(file):
-    suite = Suite([file()], ["only.encoder=[other]", "only.seed=[1]"])
-    assert {(c.values["encoder"], c.values.get("seed", 1)) for c in suite.cells} == {("other", 1)}
+    suite = SuitePlan([file()], ["only.encoder=[other]", "only.seed=[1]"])
+    assert {(c.values["encoder"], c.values.get("seed", 1)) for c in suite.runs} == {("other", 1)}
     for chosen, word in (("only.encoder=[othr]", "'othr'"), ("only.seed=[2]", "'2'")):
         with pytest.raises(ValueError, match=f"only.*{word}"):
-            Suite([file()], [chosen])
+            SuitePlan([file()], [chosen])
 
 
 def test_what_is_the_same_run_is_trained_once(file):
@@ -259,19 +259,19 @@ def test_what_is_the_same_run_is_trained_once(file):
     }
     pretraining = {name: {"init_from": name} for name in ("made", "again", "more")}
     factors = {**TINY["factors"], "encoder": ONE_ENCODER, "pretraining": pretraining}
-    suite = Suite([file(runs=runs, factors=factors, baseline="")], [])
-    made = {c.name for c in suite.cells if c.job == "pretrain"}
+    suite = SuitePlan([file(runs=runs, factors=factors, baseline="")], [])
+    made = {c.name for c in suite.runs if c.job == "pretrain"}
     assert made == {"made,encoder=other", "more,encoder=other"}
-    more = next(c for c in suite.cells if c.name == "more,encoder=other")
+    more = next(c for c in suite.runs if c.name == "more,encoder=other")
     assert more.after == ("made,encoder=other",) and more.config["init_from"].endswith(more.after)
-    after = {(c.values["pretraining"], c.after) for c in suite.cells if c.job == "finetune"}
+    after = {(c.values["pretraining"], c.after) for c in suite.runs if c.job == "finetune"}
     assert {a for p, a in after if p != "more"} == {("made,encoder=other",)}
 
 
 def test_excluded_combinations_are_no_cells(file):
-    suite = Suite([file(exclude=[{"pretraining": "ours", "encoder": "other"}])], [])
-    assert {c.name for c in suite.cells if c.job == "pretrain"} == {"made,encoder=big"}
-    assert sum(c.job == "finetune" for c in suite.cells) == 6
+    suite = SuitePlan([file(exclude=[{"pretraining": "ours", "encoder": "other"}])], [])
+    assert {c.name for c in suite.runs if c.job == "pretrain"} == {"made,encoder=big"}
+    assert sum(c.job == "finetune" for c in suite.runs) == 6
 
 
 def test_a_suite_runs_to_its_end_grows_and_leaves_the_unaffected_alone(
@@ -287,14 +287,14 @@ def test_a_suite_runs_to_its_end_grows_and_leaves_the_unaffected_alone(
     run("factors.seed=[0]")
     record = json.loads((tmp_path / "out" / "suite.json").read_text())
     assert record["factors"] == ["task", "encoder", "pretraining", "seed"]
-    assert len(record["cells"]) == 3
-    for cell in record["cells"].values():
-        run_json = json.loads((tmp_path / "out" / cell["run"] / "run.json").read_text())
-        assert run_json["finished"] == (["vae"] if cell["job"] == "pretrain" else ["finetune"])
+    assert len(record["runs"]) == 3
+    for one in record["runs"].values():
+        run_json = json.loads((tmp_path / "out" / one["path"] / "run.json").read_text())
+        assert run_json["finished"] == (["vae"] if one["job"] == "pretrain" else ["finetune"])
     assert {s.state for s in statuses(tmp_path / "out")} == {"finished"}
     said = run()
     assert said.count("finished already") == 3
-    assert len(json.loads((tmp_path / "out" / "suite.json").read_text())["cells"]) == 5
+    assert len(json.loads((tmp_path / "out" / "suite.json").read_text())["runs"]) == 5
 
 
 def test_what_waits_for_a_failed_run_is_left_out_and_the_rest_is_run(
@@ -307,10 +307,10 @@ def test_what_waits_for_a_failed_run_is_left_out_and_the_rest_is_run(
     (tmp_path / "out" / "gone" / "mine.txt").write_text("not a run")
     argv = ["submit.py", f"suite={path}", "cluster=debug", "factors.seed=[0]"]
     monkeypatch.setattr("sys.argv", argv)
-    with pytest.raises(ValueError, match="3 of 4 cells did not finish"):
+    with pytest.raises(ValueError, match="3 of 4 runs did not finish"):
         submit.main()
     assert "left out, since made,encoder=other did not finish" in capsys.readouterr().out
-    states = {s.cell: s.state for s in statuses(tmp_path / "out")}
+    states = {s.name: s.state for s in statuses(tmp_path / "out")}
     assert states.pop("gone") == "failed"
     assert sorted(states.values()) == ["finished", "not started", "not started"]
 
@@ -335,7 +335,7 @@ def test_a_suite_runs_over_folds_and_seeds_which_are_replicates(file, tmp_path, 
     path = file(data=data, runs=runs, factors=factors, settings=settings)
     monkeypatch.setattr("sys.argv", ["submit.py", f"suite={path}", "cluster=debug"])
     submit.main()
-    assert {s.cell for s in statuses(tmp_path / "out") if s.cell.startswith("made")} == {
+    assert {s.name for s in statuses(tmp_path / "out") if s.name.startswith("made")} == {
         "made,fold=0", "made,fold=1",
     }  # fmt: skip
     suite = find(tmp_path / "out")
@@ -353,15 +353,15 @@ def test_a_suite_runs_over_folds_and_seeds_which_are_replicates(file, tmp_path, 
 def test_the_suites_here_are_sound_but_for_their_data(path, tmp_path):
     settings = [f"output={tmp_path}", f"data_dir={tmp_path}"]
     with pytest.raises(ValueError, match="data sets are missing") as error:
-        Suite([str(path)], settings)
+        SuitePlan([str(path)], settings)
     missing = re.findall(r"^  (\S+) is not at \S+ — .+", str(error.value), re.MULTILINE)
     for name in missing:
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text("{}")
-    suite = Suite([str(path)], settings)
+    suite = SuitePlan([str(path)], settings)
     assert suite.config.title and suite.config.baseline
-    assert set(suite.config.data) == set(missing), "a data set that no cell needs"
-    tuned = [c for c in suite.cells if c.job == "finetune"]
+    assert set(suite.config.data) == set(missing), "a data set that no run needs"
+    tuned = [c for c in suite.runs if c.job == "finetune"]
     replicates = {
         c.values.get("seed", c.values.get("fold"))
         for c in tuned
@@ -371,10 +371,10 @@ def test_the_suites_here_are_sound_but_for_their_data(path, tmp_path):
 
 
 def test_data_sets_below_an_address_that_is_typed(file, tmp_path):
-    remote = Suite([file()], ["output=runs", "data_dir=s3://bucket"])
-    assert {c.config["data"] for c in remote.cells} == {"s3://bucket/a", "s3://bucket/b"}
-    one = Suite([file()], ["output=runs", "data.b.path=s3://bucket/b"])
-    assert {c.config["data"] for c in one.cells} == {"data/a", "s3://bucket/b"}
+    remote = SuitePlan([file()], ["output=runs", "data_dir=s3://bucket"])
+    assert {c.config["data"] for c in remote.runs} == {"s3://bucket/a", "s3://bucket/b"}
+    one = SuitePlan([file()], ["output=runs", "data.b.path=s3://bucket/b"])
+    assert {c.config["data"] for c in one.runs} == {"data/a", "s3://bucket/b"}
     for change, words in (
         ({"data_dir": "s3://bucket"}, "data_dir is 's3://bucket' in a config file"),
         ({"data": {"a": {"path": "pipe:x"}, "b": {}}}, "data.a.path is 'pipe:x' in a config file"),
@@ -384,15 +384,15 @@ def test_data_sets_below_an_address_that_is_typed(file, tmp_path):
         ({"data": {"a": ["x"], "b": {}}}, "must be settings by name, not a list of 1"),
     ):
         with pytest.raises(ValueError, match=words):
-            Suite([file(**change)], ["output=runs"])
+            SuitePlan([file(**change)], ["output=runs"])
     odd = {**TINY["data"], "../a": {}}
     task = {**TINY["factors"], "task": {"energy": {"data": "../a", "target": "e"}}}
     with pytest.raises(ValueError, match="no plain name below s3://bucket"):
-        Suite([file(data=odd, factors=task)], ["output=runs", "data_dir=s3://bucket"])
+        SuitePlan([file(data=odd, factors=task)], ["output=runs", "data_dir=s3://bucket"])
 
 
 def test_a_suite_that_includes_itself(tmp_path):
     (tmp_path / "a.yaml").write_text("include: [b.yaml]\n")
     (tmp_path / "b.yaml").write_text("include: [a.yaml]\n")
     with pytest.raises(ValueError, match="includes itself"):
-        Suite([str(tmp_path / "a.yaml")], ["output=runs"])
+        SuitePlan([str(tmp_path / "a.yaml")], ["output=runs"])

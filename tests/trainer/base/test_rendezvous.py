@@ -166,9 +166,9 @@ def test_who_comes_late_hears_it_as_well_and_the_first_reason_counts():
 def test_a_rank_that_never_comes_is_named():
     met = meetings(4, timeout_s=0.5)
     errors = at_once(*(lambda m=m: agree(m, FACTS) for m in met if m.rank not in (1, 2)))
-    assert "waited 0.5 s (trainer.timeout_s) for ranks 1-2 in vain" in str(errors[0])
+    assert "waited 0.5 s (trainer.timeout_s) for ranks 1-2, which did not answer" in str(errors[0])
     assert isinstance(errors[0], TimeoutError)
-    assert "waited 0.5 s (trainer.timeout_s) for rank 0 in vain" in str(errors[1])
+    assert "waited 0.5 s (trainer.timeout_s) for rank 0, which did not answer" in str(errors[1])
 
 
 def test_whoever_is_not_of_the_job_is_sent_away_and_disturbs_nobody():

@@ -75,7 +75,7 @@ def test_a_seed_without_a_partner_is_left_out_and_named(tmp_path):
     assert "(2 of 3)" in (report.path / "tables" / "results.md").read_text()
 
 
-def test_missing_cells_are_told_apart(tmp_path):
+def test_missing_runs_are_told_apart(tmp_path):
     root = arms_and_seeds(tmp_path, {"none": 0.2, "a": 0.1}, seeds=(0, 1, 2, 3, 4))
     write_json(root / "a-0" / "run.json", {"finished": []})
     beat = {"status": "running", "step": 30, "total": 100}
@@ -84,12 +84,12 @@ def test_missing_cells_are_told_apart(tmp_path):
     (root / "a-2" / "predictions_test.csv").write_text("id,target,prediction\nx,1,nan\n")
     (root / "a-3" / "predictions_test.csv").write_text("id,target,prediction\nx,1,9\n")
     record = read_mapping(root / "suite.json")
-    record["cells"]["a-5"] = {**record["cells"]["a-4"], "run": "nowhere"}
-    record["cells"]["a-5"]["values"] = {"pretraining": "a", "seed": 5}
+    record["runs"]["a-5"] = {**record["runs"]["a-4"], "path": "nowhere"}
+    record["runs"]["a-5"]["values"] = {"pretraining": "a", "seed": 5}
     write_json(root / "suite.json", record)
     found = Suite.read(root)
     results, missing = gather(found)
-    reasons = {m.cell.name: m.reason for m in missing}
+    reasons = {m.run.name: m.reason for m in missing}
     assert len(results) == 6
     assert reasons.keys() == {"a-0", "a-1", "a-2", "a-3", "a-5"}
     assert reasons["a-0"] == "not finished: running at step 30 of 100"
@@ -107,8 +107,8 @@ def test_identical_arms_have_no_difference(tmp_path):
 def test_only_crystals_in_common_are_compared(tmp_path):
     root = arms_and_seeds(tmp_path, {"none": 0.2}, seeds=(0,))
     finetuned(root / "a", 0.1, count=30, fingerprint="other")
-    cells = {name: {"pretraining": name[:4].rstrip("-"), "seed": 0} for name in ("none-0", "a")}
-    suite(root, cells, ["pretraining", "seed"])
+    runs = {name: {"pretraining": name[:4].rstrip("-"), "seed": 0} for name in ("none-0", "a")}
+    suite(root, runs, ["pretraining", "seed"])
     _, (found,) = compared(root)
     assert found.bootstrap.n == 30
     assert found.notes == [
@@ -118,13 +118,13 @@ def test_only_crystals_in_common_are_compared(tmp_path):
 
 
 def test_rows_are_the_other_factors_and_gains_are_averaged_over_them(tmp_path):
-    cells = {}
+    runs = {}
     for task, errors in {"x": (0.2, 0.1), "y": (0.4, 0.3)}.items():
         for pretraining, error in zip(("none", "dpf"), errors, strict=True):
             name = f"{task}-{pretraining}"
             finetuned(tmp_path / name, error)
-            cells[name] = {"task": task, "pretraining": pretraining, "seed": 0}
-    suite(tmp_path, cells, ["task", "pretraining", "seed"])
+            runs[name] = {"task": task, "pretraining": pretraining, "seed": 0}
+    suite(tmp_path, runs, ["task", "pretraining", "seed"])
     _, found = compared(tmp_path)
     assert [c.improvement for c in found] == pytest.approx([50, 25], abs=0.01)
     assert mean_improvements(found, "pretraining")["dpf"] == (pytest.approx(37.5, abs=0.01), 2)
@@ -139,13 +139,13 @@ def test_rows_are_the_other_factors_and_gains_are_averaged_over_them(tmp_path):
 
 
 def test_columns_of_other_units_say_theirs(tmp_path):
-    cells = {}
+    runs = {}
     for task, unit, scale in (("gap", "eV", 1), ("bulk", "GPa", 100)):
         for pretraining, error in (("none", 0.2), ("dpf", 0.1)):
             name = f"{task}-{pretraining}"
             finetuned(tmp_path / name, error * scale, unit=unit)
-            cells[name] = {"task": task, "pretraining": pretraining, "seed": 0}
-    suite(tmp_path, cells, ["task", "pretraining", "seed"])
+            runs[name] = {"task": task, "pretraining": pretraining, "seed": 0}
+    suite(tmp_path, runs, ["task", "pretraining", "seed"])
     across = write(tmp_path).main
     assert across.columns[:4] == ["task", "unit", "none", "dpf"]
     assert [row[1] for row in across.rows] == ["eV", "GPa"]
@@ -156,12 +156,12 @@ def test_columns_of_other_units_say_theirs(tmp_path):
 
 
 def test_several_targets_of_a_run_are_several_rows(tmp_path):
-    cells = {}
+    runs = {}
     for name in ("none", "a"):
         finetuned(tmp_path / name, 0.1, targets=("gap", "energy"))
-        cells[name] = {"pretraining": name, "seed": 0}
-    cells["b"] = {"pretraining": "b", "seed": 0}  # not started: missing in both rows
-    arms, found = compared(suite(tmp_path, cells, ["pretraining", "seed"]))
+        runs[name] = {"pretraining": name, "seed": 0}
+    runs["b"] = {"pretraining": "b", "seed": 0}  # not started: missing in both rows
+    arms, found = compared(suite(tmp_path, runs, ["pretraining", "seed"]))
     assert [(a.values["target"], a.values["pretraining"]) for a in arms] == [
         (t, p) for p in ("none", "a", "b") for t in ("gap", "energy")
     ]
@@ -171,7 +171,7 @@ def test_several_targets_of_a_run_are_several_rows(tmp_path):
 def test_runs_that_others_start_from_are_not_compared(tmp_path):
     root = arms_and_seeds(tmp_path, {"none": 0.2, "a": 0.1})
     record = read_mapping(root / "suite.json")
-    record["cells"]["start"] = {"run": "none-0", "job": "finetune", "values": {"pretraining": "a"}}
+    record["runs"]["start"] = {"path": "none-0", "job": "finetune", "values": {"pretraining": "a"}}
     write_json(root / "suite.json", record)
     assert len(gather(Suite.read(root))[0]) == 6
 
@@ -198,7 +198,7 @@ def test_area_under_the_curve_counts_pairs():
 
 
 def test_folds_are_replicates_that_share_no_crystal(tmp_path):
-    cells = {}
+    runs = {}
     for fold in range(3):
         data = tmp_path / f"data-{fold}"
         fingerprint = dataset(data, 30, first=30 * fold)
@@ -208,8 +208,8 @@ def test_folds_are_replicates_that_share_no_crystal(tmp_path):
                 tmp_path / name, spread, count=30, first=30 * fold, fingerprint=fingerprint,
                 data=str(data),
             )  # fmt: skip
-            cells[name] = {"pretraining": pretraining, "fold": fold}
-    suite(tmp_path, cells, ["pretraining", "fold"])
+            runs[name] = {"pretraining": pretraining, "fold": fold}
+    suite(tmp_path, runs, ["pretraining", "fold"])
     record = json.loads((tmp_path / "suite.json").read_text())
     (tmp_path / "suite.json").write_text(json.dumps({**record, "replicate": "fold"}))
     _, (found,) = compared(tmp_path)
@@ -247,15 +247,15 @@ def test_factors_of_plain_runs_are_the_settings_that_differ(tmp_path):
 
 
 def test_a_submitted_sweep_is_evaluated_by_its_values(tmp_path):
-    cells = {}
+    runs = {}
     for init in ("none", "runs/pre"):
         for seed in (0, 1):
             name = f"{init[-3:]}-{seed}"
             finetuned(tmp_path / "out" / name, 0.1, seed)
             values = {"init_from": init, "seed": seed}
-            cells[name] = {"output": f"../out/{name}", "values": values}
+            runs[name] = {"output": f"../out/{name}", "values": values}
     (tmp_path / "out.submit").mkdir()
-    record = {"schema": 1, "job": "finetune", "cells": cells, "attempts": []}
+    record = {"schema": 1, "job": "finetune", "runs": runs, "history": []}
     (tmp_path / "out.submit" / "submission.json").write_text(json.dumps(record))
     for path in (tmp_path / "out", tmp_path / "out.submit"):
         found = find(path)
@@ -324,7 +324,7 @@ def test_a_failure_leaves_the_last_report_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"baseline": "pretraining=dpf"}, ["no cell has pretraining=dpf", "none, a"]),
+        ({"baseline": "pretraining=dpf"}, ["no run has pretraining=dpf", "none, a"]),
         ({"baseline": "encoder=x"}, ["'encoder=x'", "pretraining"]),
         ({"baseline": "seed=0"}, ["seeds are replicates"]),
         ({"columns": "encoder"}, ["'encoder'", "pretraining"]),
@@ -342,8 +342,8 @@ def test_settings_that_do_not_fit_are_named(tmp_path, settings, words):
 
 def test_two_cells_with_the_same_values_are_refused(tmp_path):
     root = arms_and_seeds(tmp_path, {"none": 0.2}, seeds=(0,))
-    cells = {"none-0": {"pretraining": "none", "seed": 0}}
-    suite(root, {**cells, "again": {**cells["none-0"], "run": "none-0"}}, ["pretraining", "seed"])
+    runs = {"none-0": {"pretraining": "none", "seed": 0}}
+    suite(root, {**runs, "again": {**runs["none-0"], "path": "none-0"}}, ["pretraining", "seed"])
     with pytest.raises(ValueError, match="'none-0' and 'again' have the same values"):
         write(root)
 

@@ -25,8 +25,8 @@ from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.preparing.config import PrepareConfig
 from crysforge.datapipe.storage.dataset import Dataset, DatasetWriter
 from crysforge.datapipe.storage.manifest import Target
-from crysforge.launch.cluster import sweep
-from crysforge.launch.cluster.request import Request
+from crysforge.launch.cluster.planning import sweep
+from crysforge.launch.cluster.planning.request import Request
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.base.command_line import from_sources, to_yaml
 from crysforge.trainer.base.distributed import World
@@ -95,23 +95,23 @@ def test_lists_that_need_quotes_say_so(given):
 
 def test_submitted_jobs_and_sweeps_take_any_name(tmp_path):
     given = ["job=finetune", f"run_dir={tmp_path}/r", "data=d", "encoder.name=cgcnn"]
-    (cell,) = Request.parse([*given, "target=E: 1e5 (eV)"], None).cells()
-    assert cell.config["target"] == "E: 1e5 (eV)"
-    cells = sweep.read_sweep('[target=[Young\'s modulus,E/N,"a,b",能隙,磁矩,gap,Gap],seed=[0,1]]')
-    assert [c["target"] for c in cells[::2]] == [
+    (planned,) = Request.parse([*given, "target=E: 1e5 (eV)"], None).runs()
+    assert planned.config["target"] == "E: 1e5 (eV)"
+    runs = sweep.read_sweep('[target=[Young\'s modulus,E/N,"a,b",能隙,磁矩,gap,Gap],seed=[0,1]]')
+    assert [c["target"] for c in runs[::2]] == [
         "Young's modulus", "E/N", "a,b", "能隙", "磁矩", "gap", "Gap"
     ]  # fmt: skip
-    names = sweep.names(cells)
-    assert len({n.lower() for n in names}) == len(cells)
+    names = sweep.names(runs)
+    assert len({n.lower() for n in names}) == len(runs)
     assert all(re.fullmatch(r"[A-Za-z0-9._+=,-]+", n) for n in names)
 
 
 def test_mappings_by_name_in_a_file_of_runs(tmp_path):
     path = tmp_path / "sweep.yaml"
-    cells = [{"units": {"E (eV, 0.1 K)": "eV", "[b]": "K"}, "loader": {"workers": 0}}]
-    path.write_text(yaml.safe_dump(cells), encoding="utf-8")
-    (cell,) = sweep.read_sweep(str(path))
-    assert sweep.merge({"targets": ["[b]"]}, cell) == {"targets": ["[b]"], **cells[0]}
+    runs = [{"units": {"E (eV, 0.1 K)": "eV", "[b]": "K"}, "loader": {"workers": 0}}]
+    path.write_text(yaml.safe_dump(runs), encoding="utf-8")
+    (planned,) = sweep.read_sweep(str(path))
+    assert sweep.merge({"targets": ["[b]"]}, planned) == {"targets": ["[b]"], **runs[0]}
 
 
 def test_parts_of_file_names_are_safe_and_differ():

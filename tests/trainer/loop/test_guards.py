@@ -1,4 +1,4 @@
-"""What watches over training: updates left out, spikes, hangs, signals, walltime, averages."""
+"""What watches over training: skipped updates, spikes, hangs, signals, walltime, averages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from crysforge.models.encoders import build_encoder
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.signals import REQUEUE, SIGNALS, Requeue, StopRequest
 from crysforge.trainer.base.tensors import load_tensors, save_tensors
-from crysforge.trainer.jobs import setup as jobs
+from crysforge.trainer.jobs import starting
 from crysforge.trainer.loop.config import TrainerConfig
 from crysforge.trainer.loop.dry_step import try_batch
 from crysforge.trainer.loop.ema import WeightAverage
@@ -73,7 +73,7 @@ def train(data, tmp_path):
     """Runs a tiny VAE; `train(name, **trainer settings)` returns (run directory, fit's result)."""
 
     def train(name="run", before=None, spoil=None, monitor=None, stop=None, **settings):
-        jobs.seed_everything(0, "test")
+        starting.seed_everything(0, "test")
         section = VAEConfig(max_steps=STEPS, batch_size=4, epochs=9)
         stage = Probe(section, build_encoder({"name": "pddformer", "tiny": True}))
         stage.before, stage.spoil = before or stage.before, spoil or stage.spoil

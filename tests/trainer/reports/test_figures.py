@@ -23,7 +23,7 @@ from tests.evaluation_runs import arms_and_seeds, finetuned, suite
 def arms_at(root):
     found = Suite.read(root)
     arms = arms_of(found, *gather(found))
-    return arms, figures.Look(found, arms)
+    return arms, figures.ArmStyle(found, arms)
 
 
 @pytest.fixture
@@ -52,14 +52,14 @@ def facts(count: int = 40) -> Facts:
 
 
 def test_curves_show_every_arm_over_its_labels(tmp_path, saved):
-    cells = {}
+    runs = {}
     for labels in (100, 200, 400):
         for arm in ("none", "a"):
             for seed in range(3 if arm == "a" else 1):
                 name = f"{arm}-{labels}-{seed}"
                 finetuned(tmp_path / name, 5 / labels, seed, labels=labels)
-                cells[name] = {"label_fraction": labels / 400, "pretraining": arm, "seed": seed}
-    suite(tmp_path, cells, ["label_fraction", "pretraining", "seed"])
+                runs[name] = {"label_fraction": labels / 400, "pretraining": arm, "seed": seed}
+    suite(tmp_path, runs, ["label_fraction", "pretraining", "seed"])
     arms, look = arms_at(tmp_path)
     figures.label_curves({"gap": arms}, look, tmp_path / "c", 0.95)
     axes = saved[0].axes[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from crysforge.launch.evaluate import find
 from crysforge.trainer.reports.report import EvaluateConfig, evaluate
 from tests.evaluation_runs import arms_and_seeds, dataset
@@ -28,3 +30,27 @@ def test_a_runs_address_is_opened_only_below_one_that_is_typed(tmp_path):
         for settings in ({"data_dir": server.url}, {"data_dir": url}, {"data": [url]}):
             page = evaluated(root, **settings)
             assert "by number of atoms" in page and server.asked
+
+
+def test_no_link_of_a_suite_makes_another_directory_its_report(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "report.md").write_text("my thesis")
+    root = arms_and_seeds(tmp_path / "suite", {"none": 0.2, "x": 0.1}, seeds=(0, 1))
+    (root / "report").symlink_to(mine)
+    with pytest.raises(ValueError, match="report leads out of"):
+        evaluated(root)
+    assert (mine / "report.md").read_text() == "my thesis"
+    evaluated(root, output=str(tmp_path / "link"))
+    (tmp_path / "again").symlink_to(tmp_path / "link")
+    evaluated(root, output=str(tmp_path / "again"))  # a link of one's own
+
+
+def test_a_folder_with_more_than_a_report_is_not_replaced(tmp_path):
+    root = arms_and_seeds(tmp_path / "suite", {"none": 0.2, "x": 0.1}, seeds=(0, 1))
+    evaluated(root)
+    evaluated(root)
+    (root / "report" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="report is there and is no report"):
+        evaluated(root)
+    assert (root / "report" / "thesis.tex").read_text() == "mine"

@@ -160,25 +160,34 @@ def test_other_tasks_are_not_set_on_a_par(tmp_path, other):
 
 
 def test_models_are_known_by_the_papers_titles_too(tmp_path):
-    cells = {}
+    runs = {}
     for name, encoder in (("PDDFormer", "pddformer"), ("CrysLDNet (Matformer)", "matformer")):
         finetuned(tmp_path / encoder, 0.03, targets=["ehull"], data="jarvis_ehull", labels=44296,
                   encoder=encoder, unit="eV/atom")  # fmt: skip
-        cells[name] = {"model": name, "seed": 0, "run": encoder}
-    suite(tmp_path, cells, ["model", "seed"], baseline="model=PDDFormer")
+        runs[name] = {"model": name, "seed": 0, "path": encoder}
+    suite(tmp_path, runs, ["model", "seed"], baseline="model=PDDFormer")
     found = Suite.read(tmp_path)
     known = published().select("jarvis")
     arms = arms_of(found, *gather(found))
     assert [known.value(a, "model")[0] for a in arms] == [0.033, 0.045]
 
 
-def test_the_unified_suite_has_runs_for_every_published_row():
-    factors = read_yaml(ROOT / "configs" / "suites" / "unified.yaml")["factors"]
-    models = [*itertools.product(factors["encoder"], factors["objective"])]
+def test_the_unified_suites_have_runs_for_every_published_row():
+    suites = ROOT / "configs" / "suites"
+    factors = read_yaml(suites / "unified.yaml")["factors"]
+    own = read_yaml(suites / "unified_own.yaml")["factors"]["objective"]
+    models = {
+        "crysldnet-unified": [*itertools.product(factors["encoder"], factors["objective"])],
+        "crysldnet-unified-own": [
+            (values.get("encoder.name") or values["encoder"]["name"], name)
+            for name, values in own.items()
+        ],
+    }
     tables = published().select("unified").tables
-    assert len(tables) == 2
-    for row in (row for table in tables for row in table.rows):
-        assert any(row.is_of(*model) for model in models), row.title
+    assert [table.key for table in tables] == list(models)
+    for table in tables:
+        for row in table.rows:
+            assert any(row.is_of(*model) for model in models[table.key]), row.title
 
 
 # --- costs ---------------------------------------------------------------------------------------
@@ -197,8 +206,8 @@ def test_costs_count_views_once_and_say_what_did_not_finish(tmp_path):
              "memory/peak_gb": 0.1 * s} for s in (10, 20)
         ]  # fmt: skip
         write_text(tmp_path / name / "metrics.jsonl", "\n".join(map(json.dumps, lines)))
-    cells = {n: {"pretraining": n, "job": "pretrain"} for n in (*stages, "dpf")}
-    suite(tmp_path, cells, ["pretraining", "seed"], baseline=None)
+    runs = {n: {"pretraining": n, "job": "pretrain"} for n in (*stages, "dpf")}
+    suite(tmp_path, runs, ["pretraining", "seed"], baseline=None)
     found = costs_table(Suite.read(tmp_path), published().select("unified").costs)
     rows = list(csv.DictReader(io.StringIO(found.csv())))
     twins, xpp, dpf = rows[:3]

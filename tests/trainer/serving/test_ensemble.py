@@ -13,7 +13,7 @@ import torch
 
 from crysforge import load
 from crysforge.datapipe.storage.dataset import Dataset
-from crysforge.trainer.serving.ensemble import Predictions, calibration, create, fit_scale
+from crysforge.trainer.serving.ensemble import MemberPredictions, calibration, create, fit_scale
 from tests.launching import FINETUNE
 
 
@@ -116,7 +116,7 @@ def test_the_scale_is_that_of_the_errors():
     members = rng.normal(scale=0.5, size=(50, 4000, 2))
     labels = rng.normal(scale=[0.5, 2.0], size=(4000, 2))
     labels[::3, 1] = np.nan
-    scale = fit_scale(Predictions([""] * 4000, labels, members))
+    scale = fit_scale(MemberPredictions([""] * 4000, labels, members))
     np.testing.assert_allclose(scale, [1, 4], rtol=0.1)
 
 
@@ -126,7 +126,7 @@ def test_members_that_agree_by_chance_do_not_blow_up_the_scale(members):
     rng = np.random.default_rng(0)
     drawn = rng.normal(size=(members, 4000, 1))
     drawn[:, 0] = drawn[0, 0]
-    found = Predictions([""] * 4000, rng.normal(size=(4000, 1)), drawn)
+    found = MemberPredictions([""] * 4000, rng.normal(size=(4000, 1)), drawn)
     np.testing.assert_allclose(fit_scale(found), (1 + 1 / members) ** 0.5, rtol=0.05)
 
 
@@ -137,7 +137,7 @@ def test_calibration_needs_no_new_numpy(monkeypatch):
 
 
 def test_members_that_agree_exactly_are_no_division_by_zero():
-    found = Predictions(["x", "y"], np.array([[1.0], [2.0]]), np.ones((3, 2, 1)))
+    found = MemberPredictions(["x", "y"], np.array([[1.0], [2.0]]), np.ones((3, 2, 1)))
     assert np.isfinite(fit_scale(found)).all() and (found.spread > 0).all()
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from crysforge.datapipe.preparing.splitting.splits import by_fold
 from crysforge.launch import leaderboard
-from crysforge.trainer.base.command_line import run as run_script
+from crysforge.trainer.base.script import run as run_script
 from crysforge.trainer.serving.leaderboards import MATBENCH, digest, jarvis, matbench, scores
 
 TASK = "matbench_jdft2d"
@@ -162,17 +162,30 @@ def test_jarvis_gets_a_zipped_table_for_each_property(tmp_path):
     assert script.count("launch/finetune.py") == 2
 
 
+@pytest.mark.parametrize("odd", ["=1+1", "", "x", "@a"])
+def test_what_is_no_number_is_no_prediction_for_jarvis(odd, tmp_path):
+    run = finetuned(tmp_path / "run", ["JVASP-1", "JVASP-2"], "slme")
+    path = run / "predictions_test.csv"
+    *lines, last = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, f"{last.rpartition(',')[0]},{odd}"]) + "\n")
+    with pytest.raises(ValueError, match=r"is no (finite )?number") as error:
+        jarvis([run], tmp_path / "out", TEAM)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
 def test_runs_can_come_from_a_suite(folds, tmp_path, monkeypatch, capsys):
-    cells = {
+    listed = {
         f"fold={run.name}": {
-            "run": run.name, "job": "finetune", "values": {"pretraining": "ours", "fold": run.name},
+            "path": run.name,
+            "job": "finetune",
+            "values": {"pretraining": "ours", "fold": run.name},
         }
         for run in folds
     }  # fmt: skip
-    cells["none"] = {"run": "gone", "job": "finetune", "values": {"pretraining": "none"}}
-    cells["start"] = {"run": "start", "job": "pretrain", "values": {"pretraining": "ours"}}
+    listed["none"] = {"path": "gone", "job": "finetune", "values": {"pretraining": "none"}}
+    listed["start"] = {"path": "start", "job": "pretrain", "values": {"pretraining": "ours"}}
     record = {"schema": 1, "title": "Folds", "baseline": "", "factors": ["pretraining", "fold"]}
-    record["cells"] = cells
+    record["runs"] = listed
     (tmp_path / "runs" / "suite.json").write_text(json.dumps(record))
     base = ["leaderboard", "to=matbench", f"suite={tmp_path / 'runs'}"]
     base += [f"metadata.{k}={v}" for k, v in PERSON.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,30 @@ def test_hashing_is_done_once(shared, monkeypatch):
     path.write_bytes(path.read_bytes())
     cache.open(url, shard).close()
     assert len(read) == 1
+
+
+@pytest.mark.parametrize("name", ["{}.partial", "lock"])
+def test_a_second_name_of_another_file_is_none_of_a_copy(name, shared, tmp_path):
+    """Where the system lets others link files of ours."""
+    shard = Manifest.load(SET).shards[0]
+    victim = tmp_path / "thesis.tex"
+    victim.write_text("mine")
+    os.link(victim, Path(shared.cache_dir) / name.format(f"{shard.bytes}-{shard.sha256}"))
+    with pytest.raises(ValueError, match="somebody tampers there"):
+        ShardCache(shared).open(str(SET / shard.name), shard)
+    assert victim.read_text() == "mine"
+
+
+def test_making_room_opens_no_links(shared, tmp_path):
+    """Of what others put there under the name of a copy, only that goes."""
+    shard = Manifest.load(SET).shards[0]
+    os.mkfifo(tmp_path / "pipe")
+    other = Path(shared.cache_dir) / f"9-{'0' * 64}.tar"
+    other.symlink_to(tmp_path / "pipe")
+    access = replace(shared, cache_gb=1.5 * shard.bytes / 1e9)
+    (Path(shared.cache_dir) / f"{shard.bytes}-{'1' * 64}.tar").write_bytes(b"0" * shard.bytes)
+    ShardCache(access).open(str(SET / shard.name), shard).close()
+    assert other.is_symlink() and not list(Path(shared.cache_dir).glob(f"*-{'1' * 64}.tar"))
 
 
 @pytest.mark.parametrize("name", ["{}.tar", "{}.partial", "lock"])

@@ -1,5 +1,5 @@
 """What a command line of `submit` asks for: settings of the cluster, and checked configs of the
-job's cells."""
+job's runs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from crysforge.datapipe.common.claims import is_unused
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.files import sha256
 from crysforge.datapipe.common.names import nearest
-from crysforge.launch.cluster import status, sweep
+from crysforge.launch.cluster import status
 from crysforge.launch.cluster.config import SubmitConfig
-from crysforge.launch.cluster.jobs import JOBS, Cell, Job, check, check_names
+from crysforge.launch.cluster.planning import sweep
+from crysforge.launch.cluster.planning.jobs import JOBS, Job, PlannedRun, check, check_names
+from crysforge.launch.cluster.planning.suite import SuitePlan
 from crysforge.launch.cluster.submission import Submission
-from crysforge.launch.cluster.suite import Suite
 from crysforge.launch.cluster.worker import Task
 from crysforge.trainer.base.command_line import (
     RECORDED,
@@ -89,15 +90,15 @@ class Request:
         return self.suite.output if self.suite else Path(str(self._base[self.job.output]))
 
     @cached_property
-    def suite(self) -> Suite | None:
+    def suite(self) -> SuitePlan | None:
         """The suite that was asked for, if one was."""
         if not self.config.suite:
             return None
         if self.config.sweep:
             raise ValueError("a suite has factors=… in place of sweep=…")
-        return Suite([self.config.suite, *self.files], self.overrides)
+        return SuitePlan([self.config.suite, *self.files], self.overrides)
 
-    def cells(self) -> list[Cell]:
+    def runs(self) -> list[PlannedRun]:
         """The runs asked for, each checked against the job's own schema.
 
         Raises:
@@ -105,7 +106,7 @@ class Request:
                 takes one.
         """
         if self.suite:
-            return self.suite.cells
+            return self.suite.runs
         if self.config.processes > 1 and not self.job.distributed:
             raise ValueError(
                 f"{self.config.job} runs in one process, not {self.config.processes}: leave out "
@@ -116,19 +117,21 @@ class Request:
         if not self.config.sweep:
             output = str(base[self.job.output])
             check(self.job, base)
-            return [Cell(Path(output).name, output, {}, base, self.config.job)]
+            return [PlannedRun(Path(output).name, output, {}, base, self.config.job)]
         grid = sweep.read_sweep(self.config.sweep)
-        cells = []
+        runs = []
         for name, values in zip(sweep.names(grid), grid, strict=True):
             check_names(schema, values, _OWN)
             config = sweep.merge(base, {**self._output_of(name, values), **values})
             check(self.job, config)
-            cells.append(Cell(name, str(config[self.job.output]), values, config, self.config.job))
-        outputs = [cell.output for cell in cells]
-        for cell in cells:
-            if outputs.count(cell.output) > 1:
-                raise ValueError(f"several cells of the sweep write {cell.output}")
-        return cells
+            runs.append(
+                PlannedRun(name, str(config[self.job.output]), values, config, self.config.job)
+            )
+        outputs = [run.output for run in runs]
+        for run in runs:
+            if outputs.count(run.output) > 1:
+                raise ValueError(f"several runs of the sweep write {run.output}")
+        return runs
 
     def submission(self) -> Submission:
         """The submission this one continues, or a new one."""
@@ -142,18 +145,18 @@ class Request:
             raise ValueError(f"{folder} is of a {submission.job} job: choose another output")
         return submission
 
-    def left(self, submission: Submission, cells: Sequence[Cell]) -> list[Cell]:
-        """Cells to submit: those that neither have finished nor wait or run."""
+    def left(self, submission: Submission, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+        """Runs to submit: those that neither have finished nor wait or run."""
         left = []
-        known = {row.cell: row for row in status.of_submission(submission)}
-        for cell in cells:
-            row = known.get(cell.name)
+        known = {row.name: row for row in status.of_submission(submission)}
+        for run in runs:
+            row = known.get(run.name)
             if row is not None and row.state == "unknown":
-                raise ValueError(f"{cell.name} may still run: squeue does not answer, try later")
+                raise ValueError(f"{run.name} may still run: squeue does not answer, try later")
             if row is not None and (row.state == "finished" or row.active):
-                print(f"{cell.name}: {row.state} already")
+                print(f"{run.name}: {row.state} already")
             else:
-                left.append(cell)
+                left.append(run)
         return left
 
     def record(self) -> None:
@@ -161,25 +164,25 @@ class Request:
         if self.suite:
             self.suite.write()
 
-    def tasks(self, submission: Submission, cells: Sequence[Cell], code: Path) -> list[Task]:
-        """Writes the cells' configs, and returns what runs them."""
+    def tasks(self, submission: Submission, runs: Sequence[PlannedRun], code: Path) -> list[Task]:
+        """Writes the runs' configs, and returns their tasks."""
         tasks = []
-        for cell in cells:
-            settings = cell.config
-            if settings.get("resume") == "never":  # a later turn finds the run of the first
-                if Path(cell.output).exists():
-                    raise ValueError(f"resume=never, but {cell.output} is there already")
+        for run in runs:
+            settings = run.config
+            if settings.get("resume") == "never":  # a later attempt finds the run of the first
+                if Path(run.output).exists():
+                    raise ValueError(f"resume=never, but {run.output} is there already")
                 settings = {**settings, "resume": "auto"}
-            config = submission.add(cell.name, cell.output, cell.values, settings, cell.job)
+            config = submission.add(run.name, run.output, run.values, settings, run.job)
             tasks.append(
                 Task(
-                    cell=cell.name,
+                    name=run.name,
                     argv=(
-                        str(code / JOBS[cell.job].script),
+                        str(code / JOBS[run.job].script),
                         *("--config", str(config), f"{RECORDED}{sha256(config)}"),
                     ),
                     folder=str(submission.folder),
-                    output=str(submission.output(cell.name)),
+                    output=str(submission.output(run.name)),
                     max_requeues=self.config.max_requeues,
                     max_crashes=self.config.max_crashes,
                 )
@@ -195,7 +198,7 @@ class Request:
         return base
 
     def _output_of(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
-        """The output setting of a cell of a sweep: a directory, or file, of its own."""
+        """The output setting of a run of a sweep: a directory, or file, of its own."""
         output = self.output
         if self.job.output in values:
             return {}

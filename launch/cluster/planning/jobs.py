@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import importlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,49 +18,46 @@ class Job:
     """A launch script that can be submitted."""
 
     script: str
-    schema: Callable[[], type]
-    """Dataclass of its settings; importing it takes a moment."""
+    settings: str
+    """Dataclass of its settings, or what makes it: module and name. It is imported when it is asked
+    for: PyTorch takes seconds, and the status of jobs needs none of it."""
     output: str
     """Setting that says where it writes."""
     required: tuple[str, ...]
     distributed: bool = False
     """Whether it runs on several processes."""
 
-
-def _pretrain() -> type:
-    from crysforge.trainer.jobs.schemas import pretrain_schema
-
-    return pretrain_schema()
-
-
-def _finetune() -> type:
-    from crysforge.trainer.jobs.schemas import FinetuneJob
-
-    return FinetuneJob
-
-
-def _prepare() -> type:
-    from crysforge.datapipe.preparing.config import PrepareConfig
-
-    return PrepareConfig
-
-
-def _predict() -> type:
-    from crysforge.trainer.serving.config import PredictConfig
-
-    return PredictConfig
+    def schema(self) -> type:
+        """Dataclass of its settings."""
+        module, name = self.settings.split(":")
+        found = getattr(importlib.import_module(f"crysforge.{module}"), name)
+        schema: type = found if isinstance(found, type) else found()
+        return schema
 
 
 JOBS = {
-    "pretrain": Job("launch/pretrain.py", _pretrain, "run_dir", ("data", "stages"), True),
-    "finetune": Job("launch/finetune.py", _finetune, "run_dir", ("data", "targets")),
-    "prepare": Job("launch/prepare.py", _prepare, "output", ()),
-    "predict": Job("launch/predict.py", _predict, "output", ("checkpoint", "input")),
+    "pretrain": Job(
+        "launch/pretrain.py",
+        "trainer.jobs.schemas:pretrain_schema",
+        "run_dir",
+        ("data", "stages"),
+        distributed=True,
+    ),
+    "finetune": Job(
+        "launch/finetune.py", "trainer.jobs.schemas:FinetuneJob", "run_dir", ("data", "targets")
+    ),
+    "prepare": Job("launch/prepare.py", "datapipe.preparing.config:PrepareConfig", "output", ()),
+    "predict": Job(
+        "launch/predict.py",
+        "trainer.serving.config:PredictConfig",
+        "output",
+        ("checkpoint", "input"),
+    ),
 }
 
 
 @dataclass(frozen=True)
-class Cell:
+class PlannedRun:
     """One run of a submission."""
 
     name: str
@@ -70,7 +68,7 @@ class Cell:
     """Settings of its job."""
     job: str
     after: tuple[str, ...] = ()
-    """Cells that must have finished before."""
+    """Runs that must have finished before."""
 
 
 def check_names(schema: type, values: Mapping[str, Any], others: Collection[str] = ()) -> None:
@@ -91,34 +89,27 @@ def check(job: Job, values: Mapping[str, Any]) -> None:
     """
     config: Any = configure(job.schema(), values)
     required(config, *job.required)
-    if hasattr(config, "encoder") and ("name" in config.encoder or not config.init_from):
-        from crysforge.models.encoders import build_encoder
-
-        build_encoder(config.encoder)
-    if hasattr(config, "stages"):
-        from crysforge.trainer.stages.base import STAGES
-
-        for stage in config.stages:
-            STAGES[stage]
+    if hasattr(config, "check"):
+        config.check()
 
 
-def waves(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The cells, those before that others wait for; the cells of a wave have the same job."""
-    left, found = list(cells), []
+def waves(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
+    """The runs, those before that others wait for; the runs of a wave have the same job."""
+    left, found = list(runs), []
     while left:
         names = {c.name for c in left}
         ready = [c for c in left if not names & set(c.after)]
-        assert ready, "cells wait for each other"
+        assert ready, "runs wait for each other"
         found += [[c for c in ready if c.job == job] for job in dict.fromkeys(c.job for c in ready)]
         left = [c for c in left if c not in ready]
     return found
 
 
-def groups(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The waves, each taken apart into cells that wait for the same."""
+def groups(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
+    """The waves, each taken apart into runs that wait for the same."""
     return [
         [c for c in wave if c.after == after]
-        for wave in waves(cells)
+        for wave in waves(runs)
         for after in dict.fromkeys(c.after for c in wave)
     ]
 

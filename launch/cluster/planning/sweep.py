@@ -1,4 +1,4 @@
-"""Sweeps: from a grid or a list of settings to cells, each with a name made of its values."""
+"""Sweeps: from a grid or a list of settings to the values and the name of each run."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from crysforge.datapipe.common.config import refuse_references
 from crysforge.datapipe.common.safe_names import file_part
 from crysforge.trainer.base.command_line import merge_sources, read_plain
 
-Cell = dict[str, Any]
+Values = dict[str, Any]
 """Settings of one run: dotted key → value."""
 
 _KEY = re.compile(r"\w[\w-]*")
 """A part of a dotted key."""
 _LONGEST = 120
-"""Characters of a cell's name; longer ones are cut and end in a hash."""
+"""Characters of a run's name; longer ones are cut and end in a hash."""
 
 
-def read_sweep(text: str) -> list[Cell]:
-    """The cells of a sweep.
+def read_sweep(text: str) -> list[Values]:
+    """The runs of a sweep.
 
     Args:
         text: a grid `[target=[a,b],seed=[0,1]]`, or a YAML file that holds a grid (a mapping of
-            keys to lists) or a list of cells (mappings of keys to values).
+            keys to lists) or a list of runs (mappings of keys to values).
 
     Raises:
-        ValueError: neither of these, no cell, or a cell that is there twice.
+        ValueError: neither of these, no run, or a run that is there twice.
     """
     if text.startswith("["):
-        cells = grid(_parse_grid(text))
+        runs = grid(_parse_grid(text))
     else:
         path = Path(text)
         if not path.is_file():
             raise ValueError(
                 f"sweep={text!r} is neither a grid such as [seed=[0,1,2],target=[a,b]] nor a file"
             )
-        cells = _from_file(path)
-    if not cells:
-        raise ValueError(f"sweep={text!r} has no cell")
-    seen: dict[str, Cell] = {}
-    for cell in cells:
-        key = json.dumps(cell, sort_keys=True, default=str)
+        runs = _from_file(path)
+    if not runs:
+        raise ValueError(f"sweep={text!r} has no run")
+    seen: dict[str, Values] = {}
+    for run in runs:
+        key = json.dumps(run, sort_keys=True, default=str)
         if key in seen:
-            raise ValueError(f"sweep={text!r} has the cell {cell} twice")
-        seen[key] = cell
-    return cells
+            raise ValueError(f"sweep={text!r} has the run {run} twice")
+        seen[key] = run
+    return runs
 
 
-def grid(axes: Mapping[str, Any]) -> list[Cell]:
+def grid(axes: Mapping[str, Any]) -> list[Values]:
     """Every combination of the axes' values; the last axis varies fastest."""
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
@@ -67,19 +67,19 @@ def grid(axes: Mapping[str, Any]) -> list[Cell]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def names(cells: list[Cell]) -> list[str]:
-    """A directory name for each cell: `target=e_form,seed=0`. The names depend on the cell alone,
+def names(runs: list[Values]) -> list[str]:
+    """A directory name for each run: `target=e_form,seed=0`. The names depend on the run alone,
     so that a sweep can grow; they are all different."""
-    found = [_name(cell) for cell in cells]
+    found = [_name(run) for run in runs]
     if len({name.casefold() for name in found}) < len(found):
-        found = [f"{_name(cell)[: _LONGEST - 9]},{_hash(cell)}" for cell in cells]
+        found = [f"{_name(run)[: _LONGEST - 9]},{_hash(run)}" for run in runs]
     return found
 
 
-def merge(base: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
-    """The base settings with a cell's on top; dotted keys reach into sections."""
+def merge(base: Mapping[str, Any], run: Values) -> dict[str, Any]:
+    """The base settings with a run's on top; dotted keys reach into sections."""
     merged = OmegaConf.create(dict(base))
-    for key, value in cell.items():
+    for key, value in run.items():
         OmegaConf.update(merged, key, value, merge=False)
     result = OmegaConf.to_container(merged, resolve=True)
     assert isinstance(result, dict)
@@ -155,16 +155,16 @@ def _split(text: str) -> list[str]:
     return [p for p in parts if p.strip()]
 
 
-def _from_file(path: Path) -> list[Cell]:
+def _from_file(path: Path) -> list[Values]:
     value = read_plain(path, "sweep file")
     if isinstance(value, dict):
         return grid({str(k): v for k, v in value.items()})
-    cells = []
+    runs = []
     for i, item in enumerate(value if isinstance(value, list) else [value]):
         if not isinstance(item, dict):
             raise ValueError(f"sweep file {path}: entry {i + 1} is not a mapping of keys to values")
-        cells.append(dict(dotted(item)))
-    return cells
+        runs.append(dict(dotted(item)))
+    return runs
 
 
 def dotted(value: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -180,9 +180,9 @@ def dotted(value: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-def _name(cell: Cell) -> str:
-    text = ",".join(f"{file_part(key)}={file_part(_text(value))}" for key, value in cell.items())
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 9]},{_hash(cell)}"
+def _name(run: Values) -> str:
+    text = ",".join(f"{file_part(key)}={file_part(_text(value))}" for key, value in run.items())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 9]},{_hash(run)}"
 
 
 def _text(value: Any) -> str:
@@ -195,6 +195,6 @@ def _text(value: Any) -> str:
     return text.rstrip("/").rsplit("/", 1)[-1] if "/" in text else text
 
 
-def _hash(cell: Cell) -> str:
-    text = json.dumps(cell, sort_keys=True, default=str)
+def _hash(run: Values) -> str:
+    text = json.dumps(run, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -10,7 +10,7 @@ A suite is a YAML file (configs/suites/, schema `SuiteConfig`):
     runs:                               # runs that others start from
       crysldnet: {job: pretrain, data: corpus, config: [configs/pretrain/small.yaml]}
     config: [configs/finetune/small.yaml]
-    factors:                            # every combination is one finetuning, or cell
+    factors:                            # every combination is one finetuning, or run
       task:                             # name of each value → its settings
         formation energy: {data: mp20, target: formation_energy_per_atom}
       pretraining:
@@ -39,9 +39,9 @@ from crysforge.datapipe.common.files import write_json
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.storage.manifest import MANIFEST
 from crysforge.datapipe.storage.remote import is_below, is_remote, local_path
-from crysforge.launch.cluster import sweep
-from crysforge.launch.cluster.config import DataSource, StartRun, SuiteConfig
-from crysforge.launch.cluster.jobs import JOBS, Cell, check
+from crysforge.launch.cluster.planning import sweep
+from crysforge.launch.cluster.planning.jobs import JOBS, PlannedRun, check
+from crysforge.launch.cluster.planning.suite_config import DataSource, StartRun, SuiteConfig
 from crysforge.trainer.base.command_line import merge_sources, read_yaml, refuse_locations
 from crysforge.trainer.evaluation.suite import SCHEMA, SUITE, read_suite, replicates_of
 
@@ -54,12 +54,12 @@ def prepared(file: str, data_dir: str) -> dict[str, bool]:
     return {name: (Path(data_dir) / name / MANIFEST).is_file() for name in found}
 
 
-class Suite:
-    """A suite as its cells.
+class SuitePlan:
+    """A suite as its runs.
 
     Attributes:
         config: its settings.
-        cells: the runs to start from, then the finetunings; each after those it needs.
+        runs: the runs to start from, then the finetunings; each after those it needs.
         missing: data sets that are not there, with what their absence costs.
 
     Raises:
@@ -77,22 +77,22 @@ class Suite:
         self._runs = {k: configure(StartRun, v or {}) for k, v in self.config.runs.items()}
         self._factors = {k: _values(k, v) for k, v in self.config.factors.items()}
         self._check()
-        self._start: dict[str, Cell] = {}
-        cells = list(self._cells())
-        self.missing = self._missing(cells)
+        self._start: dict[str, PlannedRun] = {}
+        runs = list(self._finetunings())
+        self.missing = self._missing(runs)
         absent = {str(self.path(name)) for name in self.missing}
-        gone = {c.name for c in [*self._start.values(), *cells] if c.config["data"] in absent}
-        kept = [c for c in cells if not gone & {c.name, *self._needs(c)}]
-        needed = {name for cell in kept for name in self._needs(cell)}
-        self.cells = [c for c in self._start.values() if c.name in needed] + kept
+        gone = {c.name for c in [*self._start.values(), *runs] if c.config["data"] in absent}
+        kept = [c for c in runs if not gone & {c.name, *self._needs(c)}]
+        needed = {name for run in kept for name in self._needs(run)}
+        self.runs = [c for c in self._start.values() if c.name in needed] + kept
         if not kept:
-            raise ValueError("the suite has no cell left")
-        alike = {_checked(cell): cell for cell in reversed(self.cells)}
-        for cell in reversed(alike.values()):
+            raise ValueError("the suite has no run left")
+        alike = {_checked(run): run for run in reversed(self.runs)}
+        for run in reversed(alike.values()):
             try:
-                check(JOBS[cell.job], cell.config)
+                check(JOBS[run.job], run.config)
             except ValueError as error:
-                raise ValueError(f"{cell.job} {cell.name}: {error}") from None
+                raise ValueError(f"{run.job} {run.name}: {error}") from None
 
     def path(self, data: str) -> str:
         """Where a data set lies."""
@@ -107,10 +107,10 @@ class Suite:
         return path
 
     def write(self) -> None:
-        """Writes what `evaluate` has to know; cells of earlier submissions stay."""
+        """Writes what `evaluate` has to know; runs of earlier submissions stay."""
         path = self.output / SUITE
-        known = read_suite(path)["cells"] if path.is_file() else {}
-        cells = {c.name: {"run": c.name, "job": c.job, "values": c.values} for c in self.cells}
+        known = read_suite(path)["runs"] if path.is_file() else {}
+        found = {c.name: {"path": c.name, "job": c.job, "values": c.values} for c in self.runs}
         record = {
             "schema": SCHEMA,
             "title": self.config.title,
@@ -118,12 +118,12 @@ class Suite:
             "factors": list(self._factors),
             "replicate": replicates_of(self.config.replicate),
             "paper": self.config.paper or None,
-            "cells": {**known, **cells},
+            "runs": {**known, **found},
         }
         self.output.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
 
-    def _cells(self) -> Iterator[Cell]:
+    def _finetunings(self) -> Iterator[PlannedRun]:
         """The finetunings; the runs they start from are noted on the way."""
         base = merge_sources(self._with_preset(self.config.config))
         combinations = list(itertools.product(*self._factors.values()))
@@ -133,9 +133,9 @@ class Suite:
             values = [v for v in values if v[factor] in some]
         for name, chosen in zip(sweep.names(values), values, strict=True):
             settings = {**self.config.settings, **self._settings(chosen)}
-            yield self._cell(name, "finetune", base, settings, chosen, chosen)
+            yield self._planned(name, "finetune", base, settings, chosen, chosen)
 
-    def _cell(
+    def _planned(
         self,
         name: str,
         job: str,
@@ -143,7 +143,7 @@ class Suite:
         settings: Mapping[str, Any],
         chosen: Mapping[str, Any],
         values: Mapping[str, Any],
-    ) -> Cell:
+    ) -> PlannedRun:
         config = sweep.merge(base, dict(sweep.dotted(settings)))  # no more than they name
         if "data" not in config:
             raise ValueError(f"{name}: no factor or setting says which data set")
@@ -155,10 +155,10 @@ class Suite:
             run = self._start_run(self._known("init_from", start, self._runs), chosen)
             config["init_from"], after = run.output, (run.name,)
         output = str(self.output / name)
-        return Cell(name, output, dict(values), {**config, "run_dir": output}, job, after)
+        return PlannedRun(name, output, dict(values), {**config, "run_dir": output}, job, after)
 
-    def _start_run(self, key: str, chosen: Mapping[str, Any]) -> Cell:
-        """The cell of a run to start from."""
+    def _start_run(self, key: str, chosen: Mapping[str, Any]) -> PlannedRun:
+        """A run that others start from."""
         run = self._runs[key]
         per = {factor: chosen[factor] for factor in run.per}
         name = ",".join([key, *(sweep.names([per]) if per else [])])
@@ -174,12 +174,13 @@ class Suite:
             for value, given in names.items()
             if _filled(given.get("init_from"), chosen) == key
         }
-        cell = self._cell(name, run.job, base, {**shared, **run.settings}, chosen, values | per)
+        settings = {**shared, **run.settings}
+        start = self._planned(name, run.job, base, settings, chosen, values | per)
         for other in self._start.values():  # trained once, whatever it is called
-            if other.job == cell.job and _alike(other) == _alike(cell):
+            if other.job == start.job and _alike(other) == _alike(start):
                 return other
-        self._start[name] = cell  # after what it starts from itself
-        return cell
+        self._start[name] = start  # after what it starts from itself
+        return start
 
     def _with_preset(self, files: Sequence[str]) -> list[str]:
         """Config files of a run, and that of the hardware."""
@@ -192,18 +193,18 @@ class Suite:
             for key, value in self._factors[factor][name].items()
         }
 
-    def _needs(self, cell: Cell) -> set[str]:
-        """All runs that have to be there before a cell."""
-        names = set(cell.after)
+    def _needs(self, run: PlannedRun) -> set[str]:
+        """All runs that have to be there before one."""
+        names = set(run.after)
         return names.union(*(self._needs(self._start[n]) for n in names))
 
-    def _missing(self, cells: Sequence[Cell]) -> dict[str, str]:
+    def _missing(self, runs: Sequence[PlannedRun]) -> dict[str, str]:
         """Data sets that are not there → what they are.
 
         Raises:
             ValueError: there are some, and they are not to be skipped.
         """
-        used = {c.config["data"] for c in [*self._start.values(), *cells]}
+        used = {c.config["data"] for c in [*self._start.values(), *runs]}
         missing = {}
         for name, data in self._data.items():
             path = self.path(name)
@@ -213,7 +214,7 @@ class Suite:
         if missing and not self.config.skip_missing:
             listed = "\n  ".join(" ".join(text.split()) for text in missing.values())
             raise ValueError(
-                f"data sets are missing (say where with data.NAME.path=DIR, or leave their cells "
+                f"data sets are missing (say where with data.NAME.path=DIR, or leave their runs "
                 f"out with skip_missing=true):\n  {listed}"
             )
         return missing
@@ -252,16 +253,16 @@ def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
     return value
 
 
-def _alike(cell: Cell) -> dict[str, Any]:
+def _alike(run: PlannedRun) -> dict[str, Any]:
     """What a run is, wherever it writes."""
-    return {k: v for k, v in cell.config.items() if k != "run_dir"}
+    return {k: v for k, v in run.config.items() if k != "run_dir"}
 
 
-def _checked(cell: Cell) -> str:
-    """What the check of a cell's config depends on."""
-    config = {k: v for k, v in cell.config.items() if k not in ("data", "init_from", "run_dir")}
+def _checked(run: PlannedRun) -> str:
+    """What the check of a run's config depends on."""
+    config = {k: v for k, v in run.config.items() if k not in ("data", "init_from", "run_dir")}
     seed = {"seed": type(config.get("seed")).__name__}
-    return json.dumps([cell.job, bool(cell.after), config | seed], sort_keys=True)
+    return json.dumps([run.job, bool(run.after), config | seed], sort_keys=True)
 
 
 def _with_included(file: str, above: tuple[str, ...] = ()) -> list[str]:

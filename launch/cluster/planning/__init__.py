@@ -1,0 +1,1 @@
+"""What a submission consists of, before anything is submitted: its runs, checked."""
