@@ -57,8 +57,8 @@ def main() -> None:
     model, dataset = open_model(config.checkpoint, config.stage), Dataset.open(config.data)
     request = asked(config, model, dataset, config.checkpoint)
     if not analysed_before(config.output, request):
-        encoder = model.build_encoder().to(device)
-        analyse(encoder, dataset, config, config.output, config.checkpoint, request)
+        stage = model.build_stage().to(device)
+        analyse(stage, dataset, config, config.output, config.checkpoint, request)
     text = (Path(config.output) / "analysis.md").read_text(encoding="utf-8")
     print(text + f"\nanalysis: {config.output}")
 

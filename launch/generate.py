@@ -23,13 +23,19 @@ from crysforge.datapipe.common import threads
 
 threads.choose()
 
-from crysforge.trainer.base import distributed
 from crysforge.trainer.base.command_line import parse, required
-from crysforge.trainer.base.script import run
+from crysforge.trainer.base.script import CONTINUES, run
 from crysforge.trainer.generation.config import GenerateConfig
-from crysforge.trainer.runs.model_directory import open_model
-from crysforge.trainer.serving.generate import Generation
-from crysforge.trainer.serving.generator import Generator, generates
+
+
+def again() -> str:
+    return CONTINUES
+
+
+def ended(error: Exception | None, code: int) -> None:
+    """Lets other ranks know, once this one may have any."""
+    if distributed := sys.modules.get("crysforge.trainer.base.distributed"):
+        distributed.ended(error, code)
 
 
 def main() -> None:
@@ -37,6 +43,11 @@ def main() -> None:
     required(config, "checkpoint", "output")
     if not (config.formula or config.input or config.n):
         raise ValueError("say what to make: formula=LiFePO4, input=formulas.csv or n=100")
+    from crysforge.trainer.base import distributed
+    from crysforge.trainer.runs.model_directory import open_model
+    from crysforge.trainer.serving.generate import Generation
+    from crysforge.trainer.serving.generator import Generator, generates
+
     exported = open_model(config.checkpoint, config.stage)
     if not generates(exported.stage):
         raise ValueError(f"{config.checkpoint} is of stage {exported.stage!r}, which makes none")
@@ -60,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, distributed.ended)
+    run(main, ended, again)

@@ -57,6 +57,44 @@ def cgcnn(encoder, batch: CrystalBatch) -> Tensor:
     return x
 
 
+def cogn(encoder, batch: CrystalBatch) -> Tensor:
+    j, i = batch.edge_index
+    x = one_hot(encoder.embed_node, batch.node_numbers)
+    rbf, layer = encoder.embed_edge
+    centres = [8 * (k + 1) / rbf.bins for k in range(rbf.bins)]
+    sigma = (8 / rbf.bins) ** 0.5
+    away = batch.edge_distance[:, None] - torch.tensor(centres, dtype=x.dtype)
+    e = linear(layer, torch.exp(-(away**2) / (2 * sigma**2)))
+    for conv in encoder.convs:
+        h = F.silu(linear(conv.edge, x[i], x[j], e))
+        for hidden in conv.hidden:
+            h = F.silu(hidden(h))
+        x = x + F.silu(conv.node(summed(h, i, len(x))))
+    return x
+
+
+def gatgnn(encoder, batch: CrystalBatch) -> Tensor:
+    j, i = batch.edge_index
+    x = one_hot(encoder.embed_node, batch.node_numbers)
+    bins = encoder.rbf.bins
+    e = gaussians(batch.edge_distance, 0, 8, bins, (8 / (bins - 1)) ** 2)
+    e = F.leaky_relu(encoder.embed_edge(e), 0.2)
+    for conv, after in zip(encoder.convs, encoder.norms, strict=True):
+        weight = torch.cat([conv.node.weight, conv.edge.weight], dim=1)
+        both = [F.softplus(torch.cat([x[k], e], 1) @ weight.t()) for k in (i, j)]
+        target, source = (y.view(len(i), conv.heads, -1) for y in both)
+        att = torch.cat([conv.attention[0], conv.attention[1]], dim=-1)
+        alpha = F.softplus((torch.cat([target, source], dim=-1) * att).sum(-1))
+        alpha = softmax(F.softplus(norm(conv.norm_score, alpha)), i, num_nodes=len(x))
+        out = summed(source * alpha[..., None], i, len(x)).mean(dim=1) + conv.bias
+        x = F.softplus(norm(after, out))
+    seen = F.one_hot(batch.node_numbers, encoder.inputs).to(x)
+    atoms = batch.ptr.diff()[:, None].to(x)
+    composition = (summed(seen, batch.batch, batch.num_crystals) / atoms)[batch.batch]
+    score = encoder.score(torch.cat([x, composition], dim=1))
+    return x * softmax(score, batch.batch) * atoms[batch.batch]
+
+
 def schnet(encoder, batch: CrystalBatch) -> Tensor:
     x = one_hot(encoder.embed_node, batch.node_numbers)
     distance = batch.edge_distance
@@ -219,6 +257,8 @@ def equiformer(encoder, batch: CrystalBatch) -> Tensor:
 
 PLAIN = {
     "cgcnn": cgcnn,
+    "cogn": cogn,
+    "gatgnn": gatgnn,
     "ecomformer": ecomformer,
     "equiformer": equiformer,
     "icomformer": icomformer,

@@ -44,10 +44,12 @@ class Encoder(nn.Module):
 _OURS = {
     "alignn": "alignn",
     "cgcnn": "cgcnn",
+    "cogn": "cogn",
     "cspnet": "cspnet",
     "dimenet++": "dimenet",
     "ecomformer": "ecomformer",
     "equiformer": "equiformer",
+    "gatgnn": "gatgnn",
     "icomformer": "icomformer",
     "matformer": "matformer",
     "megnet": "megnet",

@@ -8,10 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from crysforge.datapipe.crystals.crystal import Crystal, crystal_key, wrap
+from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders import Encoder
 from crysforge.trainer.analysis.latents import latents
+from crysforge.trainer.stages.joint import JointStage
 
 SIGMAS = (0.01, 0.02, 0.05, 0.1, 0.2)
 """Standard deviations of Cartesian displacements in Å."""
@@ -63,6 +66,22 @@ def invariance(encoder: Encoder, crystals: Sequence[Crystal], seed: int = 0) -> 
             "difference": float(np.abs(moved - clean).max() / spread),
         }
     return out
+
+
+class Denoised(Encoder):
+    """The latents of a stage 2 after its denoiser has seen them half noised, in an encoder's place
+    (Appendix G of the CrysLDNet paper)."""
+
+    def __init__(self, stage: JointStage) -> None:
+        super().__init__()
+        self.stage = stage
+        self.graph, self.dim = stage.encoder.graph, stage.encoder.dim
+
+    def nodes(self, batch: CrystalBatch) -> Tensor:
+        raise TypeError("latents are denoised by atoms, not by nodes")
+
+    def forward(self, batch: CrystalBatch) -> Tensor:
+        return self.stage.denoised(batch)
 
 
 def _displaced(crystal: Crystal, sigma: float, key: int) -> Crystal:

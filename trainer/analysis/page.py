@@ -69,6 +69,15 @@ def _invariance_part(v: Mapping[str, Any], config: AnalysisConfig) -> list[str]:
     ]
 
 
+def _denoised_part(v: Mapping[str, Any], config: AnalysisConfig) -> list[str]:
+    return [
+        "## Invariance of the denoised latents",
+        "The same of what stage 2's denoiser makes of latents that are half noise, with the same "
+        "noise before and after. Another order of atoms, or a larger cell, gets other noise.",
+        *_invariance_part(v, config)[2:],
+    ]
+
+
 def _collapse_part(c: Mapping[str, Any], config: AnalysisConfig) -> list[str]:
     return [
         "## Collapse",
@@ -101,6 +110,7 @@ _PARTS: Mapping[str, Callable[[Mapping[str, Any], AnalysisConfig], list[str]]] =
     "information": _information_part,
     "smoothness": _smoothness_part,
     "invariance": _invariance_part,
+    "invariance_denoised": _denoised_part,
     "collapse": _collapse_part,
     "variance_over_training": _variance_part,
     "map": _map_part,

@@ -17,7 +17,7 @@ from crysforge.datapipe.preparing.request import HOW, request_of
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.models.encoders import Encoder
 from crysforge.trainer.analysis.config import AnalysisConfig
-from crysforge.trainer.analysis.geometry import invariance, smoothness
+from crysforge.trainer.analysis.geometry import Denoised, invariance, smoothness
 from crysforge.trainer.analysis.health import collapse, variance_over_training
 from crysforge.trainer.analysis.information import mutual_information
 from crysforge.trainer.analysis.latents import Latents, latents, sample
@@ -26,10 +26,12 @@ from crysforge.trainer.analysis.page import page
 from crysforge.trainer.analysis.probes import reconstruction
 from crysforge.trainer.figures.style import STYLE, TRAIN, VAL, new_figure, save_png
 from crysforge.trainer.runs.model_directory import Exported
+from crysforge.trainer.stages.base import Stage
+from crysforge.trainer.stages.joint import JointStage
 
 
 def analyse(
-    encoder: Encoder,
+    stage: Stage,
     dataset: Dataset,
     config: AnalysisConfig,
     output: str | Path,
@@ -40,12 +42,14 @@ def analyse(
     directory that appears when it is complete.
 
     Args:
+        stage: whose encoder is looked at; of stage 2 also the denoised latents.
         run: the encoder's run, whose log says how the latents' variance went.
         request: what is asked for, kept in analysis.json; see `analysed_before`.
 
     Raises:
         ValueError: `output` exists, an unknown target, or an empty split.
     """
+    encoder = stage.encoder
     targets = dataset.names if config.targets is None else config.targets
     for name in targets:
         if name not in dataset.names:
@@ -67,6 +71,9 @@ def analyse(
             _variance_figure(curves, work / "variance.png")
         if "invariance" in config.analyses:
             out["invariance"] = invariance(encoder, crystals[:200], config.seed)
+            if isinstance(stage, JointStage):
+                several = [c for c in crystals[:200] if len(c) > 1]
+                out["invariance_denoised"] = invariance(Denoised(stage), several, config.seed)
         if "collapse" in config.analyses:
             out["collapse"] = collapse(found)
         if "map" in config.analyses:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from crysforge.datapipe.cif.formula import NUMBERS
 from crysforge.datapipe.common.names import nearest
-from crysforge.trainer.generation.ranking import AGREEMENT
-from crysforge.trainer.generation.request import numbers_of, parse_units
+
+AGREEMENT = "agreement"
 
 DIRECTIONS = ("down", "toward", "up")
 
@@ -107,3 +109,30 @@ class GenerateConfig:
             raise ValueError("atoms and elements go with n=N, where the model chooses")
         parse_units(self.z)
         numbers_of(self.elements)
+
+
+def parse_units(text: str) -> list[int]:
+    """Formula units from `4`, `1-4` or `1,2,4`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    out: list[int] = []
+    for part in str(text).split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            raise ValueError(f"z={text} is no number of formula units: give 4, 1-4 or 1,2,4")
+        if max(len(low), len(high)) > 4:
+            raise ValueError(f"z={text} is too many formula units for a cell")
+        out += range(int(low), int(high or low) + 1)
+    if not out or min(out) < 1:
+        raise ValueError(f"z={text} holds no number of formula units")
+    return sorted(set(out))
+
+
+def numbers_of(symbols: Sequence[str]) -> list[int]:
+    """Atomic numbers of elements. Raises ValueError for one that is none."""
+    for symbol in symbols:
+        if symbol not in NUMBERS:
+            raise ValueError(f"elements: {symbol!r} is no element")
+    return [NUMBERS[s] for s in symbols]

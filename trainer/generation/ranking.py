@@ -10,7 +10,6 @@ from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.preparing.duplicates.matcher import Matcher, Reduced
 from crysforge.trainer.generation.request import Asked
 
-AGREEMENT = "agreement"
 Judge = Callable[[Sequence[Crystal]], Sequence[float]]
 """Crystals → an energy per atom of each, NaN where there is none; lower is better."""
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ase.data import atomic_numbers, chemical_symbols
+from ase.data import chemical_symbols
 
 from crysforge.datapipe.cif.formula import parse_formula
 from crysforge.datapipe.crystals.crystal import Crystal, crystal_key
 from crysforge.datapipe.storage.dataset import Dataset
+from crysforge.trainer.generation.config import parse_units
 from crysforge.trainer.stages.base import Stage
 from crysforge.trainer.stages.made import Wanted
 
@@ -153,31 +154,6 @@ def composition(formula: str) -> dict[int, int]:
             f"{formula!r} is no formula: give elements and whole numbers, such as LiFePO4"
         )
     return whole
-
-
-def parse_units(text: str) -> list[int]:
-    """Formula units from `4`, `1-4` or `1,2,4`.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    out: list[int] = []
-    for part in str(text).split(","):
-        low, dash, high = part.strip().partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
-            raise ValueError(f"z={text} is no number of formula units: give 4, 1-4 or 1,2,4")
-        out += range(int(low), int(high or low) + 1)
-    if not out or min(out) < 1:
-        raise ValueError(f"z={text} holds no number of formula units")
-    return sorted(set(out))
-
-
-def numbers_of(symbols: Sequence[str]) -> list[int]:
-    """Atomic numbers of elements. Raises ValueError for one that is none."""
-    for symbol in symbols:
-        if symbol not in atomic_numbers or symbol == "X":
-            raise ValueError(f"elements: {symbol!r} is no element")
-    return [atomic_numbers[s] for s in symbols]
 
 
 def outside(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crysforge.trainer.judging.validity import oxidation_states
+from crysforge.datapipe.common.names import nearest
 from crysforge.trainer.reports.config import EvaluateConfig
+
+OXIDATION = ("smact14", "icsd")
+"""Sets of oxidation states."""
 
 
 @dataclass(kw_only=True)
@@ -36,4 +39,7 @@ class JudgeConfig(EvaluateConfig):
             raise ValueError(f"{given[0]}={getattr(self, given[0])} needs reference=DATA")
         if not 0 <= self.workers <= 1024:
             raise ValueError(f"workers must be from 0 to 1024, got {self.workers}")
-        oxidation_states(self.oxidation)
+        if self.oxidation not in OXIDATION:
+            raise ValueError(
+                f"unknown oxidation {self.oxidation!r}: {nearest(self.oxidation, OXIDATION)}"
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,28 @@ STYLE: Any = drawing.STYLE | {
     "svg.hashsalt": "crysforge",
     "hatch.linewidth": 0.6,
 }
+
+
+def stage_curves(
+    curves: Mapping[str, Sequence[tuple[int, float]]], ylabel: str, path: Path
+) -> None:
+    """Losses of one stage of several runs over the optimiser's steps, on a log scale."""
+    import matplotlib.ticker
+
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(4.0)
+        axes = figure.add_subplot()
+        for i, (name, points) in enumerate(curves.items()):
+            x, y = zip(*points, strict=True)
+            k = i % len(COLORS)
+            axes.plot(x, y, color=COLORS[k], linestyle=DASHES[k], label=plain_text(name))
+        axes.set(xlabel="optimiser step", ylabel=ylabel, yscale="log")
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter("{x:g}")
+        axes.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))
+        axes.legend(fontsize="small")
+        save(figure, path)
 
 
 class ArmStyle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from crysforge.trainer.reports.formats import Table
 from crysforge.trainer.reports.published_tables import published_table
 from crysforge.trainer.reports.scores_tables import missing_table, scores_table
 from crysforge.trainer.reports.tables import comparisons_table, results_table
+from crysforge.trainer.runs.logger import read_metrics
 
 REPORT = "report.md"
 _LABELS = ("label_fraction", "label_count")
@@ -101,6 +103,7 @@ def evaluate(suite: Suite, config: EvaluateConfig) -> Report:
         if config.figures:
             (work / "figures").mkdir()
             drawn = _draw(suite, arms, facts, config, work / "figures")
+            drawn += _stage2(suite, work / "figures")
         text = _text(suite, tables, drawn, notes, known, config, len(suite.evaluated), len(without))
         write_text(work / REPORT, text)
     return Report(output, main, len(without))
@@ -167,6 +170,21 @@ def _draw(
             name = path("space_groups", f"Error by space group: {title}", title)
             crystal_figures.by_space_group(line, known, title, look, name)
     return drawn
+
+
+def _stage2(suite: Suite, folder: Path) -> list[Figure]:
+    """The flow losses of all runs of stage 2 in one figure (Figure 5 of the CrysLDNet paper); none
+    where fewer than two have a log."""
+    curves = {}
+    for run in suite.runs:
+        if run.job == "pretrain":
+            with suppress(OSError, ValueError):
+                curves[run.name] = read_metrics(run.path, "joint").get("train/flow", [])
+    curves = {name: points for name, points in curves.items() if len(points) > 1}
+    if len(curves) < 2:
+        return []
+    figures.stage_curves(curves, "flow loss", folder / "stage2")
+    return [Figure("stage2", "Flow loss of stage 2", "stage2", "")]
 
 
 def _text(

@@ -18,21 +18,24 @@ from crysforge.datapipe.preparing.duplicates.matcher import Matcher
 from crysforge.datapipe.storage.dataset import Dataset
 from crysforge.trainer.base.distributed import World
 from crysforge.trainer.base.tensors import code_version
-from crysforge.trainer.generation.config import GenerateConfig
+from crysforge.trainer.generation.config import (
+    AGREEMENT,
+    GenerateConfig,
+    numbers_of,
+    parse_units,
+)
 from crysforge.trainer.generation.files import RankedRow, describe, write_failed, write_rows
 from crysforge.trainer.generation.guiding import guidance
 from crysforge.trainer.generation.known import Known, composition_of
 from crysforge.trainer.generation.picture import picture
-from crysforge.trainer.generation.ranking import AGREEMENT, Judge, Ranked, ranked
+from crysforge.trainer.generation.ranking import Judge, Ranked, ranked
 from crysforge.trainer.generation.request import (
     Asked,
     chunks,
-    numbers_of,
     of_formula,
     of_nothing,
     of_table,
     of_targets,
-    parse_units,
 )
 from crysforge.trainer.generation.work import Chunks
 from crysforge.trainer.runs.model_directory import open_model

@@ -13,16 +13,9 @@ from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
 from crysforge.models.generative.sampler import SamplingConfig, check
+from crysforge.trainer.generation.config import numbers_of, parse_units
 from crysforge.trainer.generation.ranking import ranked
-from crysforge.trainer.generation.request import (
-    Asked,
-    chunks,
-    numbers_of,
-    of_formula,
-    of_nothing,
-    outside,
-    parse_units,
-)
+from crysforge.trainer.generation.request import Asked, chunks, of_formula, of_nothing, outside
 from crysforge.trainer.generation.work import unless_absurd
 from crysforge.trainer.runs.model_directory import Exported
 from crysforge.trainer.serving.predictor import Predictor

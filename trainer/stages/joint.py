@@ -19,7 +19,7 @@ from crysforge.models.generative.flows import Linear
 from crysforge.models.generative.guidance import Guidance
 from crysforge.models.generative.rows import Packing
 from crysforge.models.generative.sampler import Field, Fields, SamplingConfig, sample
-from crysforge.models.objectives.flow import T_MIN, flow_losses
+from crysforge.models.objectives.flow import T_MIN, centred_noise, flow_losses
 from crysforge.models.objectives.vae import (
     DecoderConfig,
     Posterior,
@@ -142,6 +142,18 @@ class JointStage(Stage):
             z, kl = latents.sample(posterior_noise(batch, latents.mean.shape[1])), latents.kl()
             terms["kl"] = Term(kl.sum(), kl.new_full((), len(kl)))
         return terms | {name: Term(*pair) for name, pair in self.heads(z, batch).items()}
+
+    def denoised(self, batch: CrystalBatch, t: float = 0.5) -> Tensor:
+        """What the denoiser makes of the latents at a time, [A, D]; the noise follows from the
+        crystals' keys."""
+        z1 = self.encoder(batch).float()
+        if self.config.latent_norm:
+            z1 = F.layer_norm(z1, z1.shape[1:])
+        noise = centred_noise(batch.rng_key, batch.batch, batch.ptr, z1.shape[1])
+        times = z1.new_full((batch.num_crystals,), t)
+        state = (1 - t) * noise + t * z1
+        sizes = batch.atoms_per_crystal or None
+        return self.denoiser(state, times, batch.batch, batch.ptr, sizes)
 
     def take(self, before: Saved) -> None:
         """The bottleneck and the heads of stage 1, where they are retained.

@@ -76,6 +76,24 @@ def test_cgcnn_parameters():
     assert count(encoder, nn.Linear(64, 128), nn.Linear(128, 1)) == 80_833
 
 
+def test_cogn_parameters():
+    encoder = build_encoder({"name": "cogn"})
+    assert [count(c) for c in encoder.convs] == [131_840] * 5
+    assert count(encoder) == 119 * 128 + 128 + 32 * 128 + 128 + 5 * 131_840 == 678_784
+
+
+def test_gatgnn_parameters():
+    """What the released network uses of its own, which counts 92 element features in and 103 for
+    the composition, a rectifier that nothing goes through in each layer, and the bias of a score
+    that the softmax takes away."""
+    encoder = build_encoder({"name": "gatgnn", "node_inputs": 92})
+    assert [count(c) for c in encoder.convs] == [128 * 256 + 4 * 128 + 64 + 8] * 3
+    behind = count(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 1))
+    total = count(encoder) + (103 - 92) * 32 + 1 + behind
+    assert total == 5_952 + 2_688 + 3 * (33_352 + 128) + 5_409 + behind == 122_874
+    assert count(build_encoder({"name": "gatgnn"})) == 116_728
+
+
 def test_schnet_parameters():
     from torch_geometric.nn import SchNet
 

@@ -152,6 +152,10 @@ def test_all_analyses_of_a_run(runs, data, call, tmp_path):
     assert code == 0, err
     found = json.loads((output / "analysis.json").read_text())
     assert {"probes", "information", "smoothness", "invariance", "collapse", "map"} <= set(found)
+    for change in ("rotation", "translation"):  # also through the denoiser
+        assert found["invariance_denoised"][change]["cosine"] > 1 - 1e-6
+    assert found["invariance_denoised"] != found["invariance"]
+    assert "Invariance of the denoised latents" in out
     assert found["variance_over_training"]["train/latent_variance"]
     assert "Linear probes" in out and "nan" not in out.replace("nans", "")
     for name in ("map", "smoothness", "variance"):

@@ -9,16 +9,10 @@ import pytest
 
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.datapipe.crystals.prototypes import prototypes
+from crysforge.trainer.generation.config import parse_units
 from crysforge.trainer.generation.known import Known, composition_of
 from crysforge.trainer.generation.ranking import ranked
-from crysforge.trainer.generation.request import (
-    chunks,
-    composition,
-    of_formula,
-    of_table,
-    outside,
-    parse_units,
-)
+from crysforge.trainer.generation.request import chunks, composition, of_formula, of_table, outside
 from crysforge.trainer.judging.novelty import SAME
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -15,6 +16,7 @@ from crysforge.trainer.reports import bars as bar_figures
 from crysforge.trainer.reports import crystal_figures, figures
 from crysforge.trainer.reports.bars import bars
 from crysforge.trainer.reports.crystals import Facts
+from crysforge.trainer.reports.report import _stage2
 from tests.evaluation_runs import arms_and_seeds, finetuned, suite
 
 
@@ -130,6 +132,28 @@ def test_a_suite_that_compares_nothing_is_drawn(tmp_path, saved):
     crystal_figures.by_element(arms, facts(), "gap", look, tmp_path / "e")
     crystal_figures.by_atoms(arms, facts(), "gap", look, tmp_path / "n")
     assert len(saved) == 3
+
+
+def test_flow_losses_of_all_runs_of_stage_2_are_in_one_figure(tmp_path, saved):
+    """Of those that have a log; none is drawn for one alone."""
+    logs = {"both": [(1, 5.4), (2, 0.88), (300, 0.003)], "flow alone": [(1, 1.4), (300, 1.7e-4)]}
+    cells = {name: {"job": "pretrain", "pretraining": name} for name in [*logs, "not begun"]}
+    for name, points in logs.items():
+        (tmp_path / name).mkdir()
+        lines = [{"stage": "joint", "step": s, "train/flow": v, "seconds": 1.0} for s, v in points]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    suite(tmp_path, cells, ["pretraining"], baseline=None)
+    found = Suite.read(tmp_path)
+    (drawn,) = _stage2(found, tmp_path)
+    (axes,) = saved[0].axes
+    assert [line.get_label() for line in axes.lines] == list(logs) and axes.get_yscale() == "log"
+    for line, points in zip(axes.lines, logs.values(), strict=True):
+        assert list(zip(*line.get_data(), strict=True)) == points
+    labels = [t.get_text() for t in axes.get_yticklabels() if t.get_text()]
+    assert labels and not any("mathdefault" in label for label in labels)
+    assert (tmp_path / f"{drawn.name}.png").is_file()
+    (tmp_path / "both" / "metrics.jsonl").unlink()
+    assert _stage2(found, tmp_path) == [] and len(saved) == 1
 
 
 def test_the_same_figure_has_the_same_bytes_and_no_date(tmp_path):
