@@ -123,7 +123,7 @@ def parse_units(text: str) -> list[int]:
         if not low.isdigit() or (dash and not high.isdigit()):
             raise ValueError(f"z={text} is no number of formula units: give 4, 1-4 or 1,2,4")
         if max(len(low), len(high)) > 4:
-            raise ValueError(f"z={text} is too many formula units for a cell")
+            raise ValueError(f"z={text} is no number of formula units in a cell")
         out += range(int(low), int(high or low) + 1)
     if not out or min(out) < 1:
         raise ValueError(f"z={text} holds no number of formula units")

@@ -23,7 +23,7 @@ def test_formula_units(text, units):
     assert parse_units(text) == units
 
 
-@pytest.mark.parametrize("text", ["", "0", "a", "1-", "-2", "3-1"])
+@pytest.mark.parametrize("text", ["", "0", "a", "1-", "-2", "3-1", "1-99999999999"])
 def test_what_is_no_number_of_units(text):
     with pytest.raises(ValueError, match="number of formula units"):
         parse_units(text)
