@@ -17,7 +17,6 @@ import torch
 
 from crysforge.models.encoders import ENCODERS, build_encoder
 from crysforge.trainer.base.signals import SIGNALS
-from crysforge.trainer.jobs import setup as jobs
 from crysforge.trainer.jobs import starting
 from crysforge.trainer.runs.model_directory import open_model, take_encoder
 from tests import plugin
@@ -116,7 +115,7 @@ def test_pretrained_finetuned_predicted(name, data, tmp_path, launched, monkeypa
         taken.append(take_encoder(*args))
         return copy.deepcopy(taken[-1])
 
-    monkeypatch.setattr(jobs, "take_encoder", spied)
+    monkeypatch.setattr(starting, "take_encoder", spied)
     job = [f"init_from={pre}", "target=density", f"data={data}", f"run_dir={fine}"]
     launched("finetune", *encoder, *settings("finetune"), *job)
     weights = of_joint.state_dict()
