@@ -1,4 +1,5 @@
-"""Evaluates a suite of runs: tables with statistics, published numbers beside, figures, a report.
+"""Evaluates a suite of runs: tables with statistics, published numbers beside, figures, a report;
+or generated crystals: how near they are to what exists, how valid, how new.
 
     python launch/evaluate.py suite=DIR
     … suite=SWEEP_OUTPUT baseline=init_from=none   a sweep that submit.py ran, or any runs
@@ -6,9 +7,12 @@
     … paper=crysldnet-unified                      published tables beside
     python launch/evaluate.py paper=crysldnet      every table and figure of a paper: the command,
                                                    what is there and what is not, ours beside
+    python launch/evaluate.py csp=DIR reference=DATA           structures predicted for a data set
+    python launch/evaluate.py generation=DIR reference=DATA    crystals of a model's own choice
 
 Writes DIR/report: report.md, tables (Markdown, CSV, LaTeX) and figures (PNG, SVG). Runs that have
-not finished are listed and marked; evaluate again when they have. See docs/evaluation.md.
+not finished are listed and marked; evaluate again when they have. See docs/evaluation.md. Of
+generated crystals: DIR/evaluation, with tables and a line for every structure (docs/generation.md).
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from crysforge.launch.cluster.submission import SUFFIX, Submission
 from crysforge.trainer.base.command_line import find_config, parse, required
 from crysforge.trainer.base.script import run
 from crysforge.trainer.evaluation.suite import SUITE, Suite, SuiteRun
-from crysforge.trainer.reports.config import EvaluateConfig
+from crysforge.trainer.judging.config import JudgeConfig
 
 
 def find(path: Path) -> Suite:
@@ -53,7 +57,13 @@ def find(path: Path) -> Suite:
 
 
 def main() -> None:
-    config = parse(EvaluateConfig, __doc__)
+    config = parse(JudgeConfig, __doc__)
+    if config.csp or config.generation:
+        from crysforge.trainer.judging.report import judge_generation, judge_prediction
+
+        table = judge_prediction(config) if config.csp else judge_generation(config)
+        print(table.title, table.markdown(), sep="\n\n")
+        return
     if config.paper and not config.suite:
         from crysforge.trainer.reports.published_tables import overview
 

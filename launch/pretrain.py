@@ -41,7 +41,6 @@ from crysforge.trainer.runs.model_directory import (
     lineage,
     open_model,
 )
-from crysforge.trainer.stages.base import STAGES
 
 
 def again() -> str:
@@ -77,10 +76,7 @@ def main() -> None:
             if world.main:
                 print(f"{name}: already finished, taken from {directory.path / name}", flush=True)
             continue
-        starting.seed_everything(config.seed, name)
-        stage = STAGES[name](section, encoder)
-        if before is not None:
-            stage.take(before)
+        stage = jobs.new_stage(name, section, encoder, before, config, dataset)
         train, validation = (
             jobs.make_stream(
                 dataset,

@@ -507,12 +507,12 @@ def markup_in_a_report(scene: Scene) -> None:
 def names_that_are_paths(scene: Scene) -> None:
     """Targets become names of figures."""
     name = scene.dice.choice(["../../../outside/x", "a/b", "..", "x" * 400, "a:b*?"])
-    from crysforge.trainer.serving.ensemble import Predictions, _report
+    from crysforge.trainer.serving.ensemble import MemberPredictions, _report
 
     path = scene.place("ensemble")
     path.mkdir()
     rng = np.random.default_rng(0)
-    found = {"val": Predictions(["a", "b", "c"], rng.random((3, 2)), rng.random((2, 3, 2)))}
+    found = {"val": MemberPredictions(["a", "b", "c"], rng.random((3, 2)), rng.random((2, 3, 2)))}
     _report(path, found, np.ones(2), [name, "b"], ["eV", "$x$"])
     assert len(list(path.iterdir())) == 5
 

@@ -21,6 +21,7 @@ from ase.data import atomic_numbers
 from crysforge.datapipe.cif import read_cif
 from crysforge.datapipe.common.text import decode
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
+from crysforge.datapipe.crystals.prototypes import prototype_crystal
 from crysforge.datapipe.sources.base import Payload
 from crysforge.datapipe.sources.poscar import read_poscar
 from crysforge.datapipe.sources.texts import check_size
@@ -196,12 +197,6 @@ def _expect(mapping: Any, *keys: str) -> None:
         raise BadCrystal(f"the structure has no {', '.join(map(repr, missing))}", "unreadable")
 
 
-def _prototype(place: tuple[int, int]) -> Crystal:
-    from crysforge.datapipe.crystals.prototypes import prototype_crystal
-
-    return prototype_crystal(*place)
-
-
 _PARSERS: Mapping[str, Callable[[Any], Crystal]] = {
     "arrays": _arrays,
     "ase": Crystal.from_ase,
@@ -211,7 +206,7 @@ _PARSERS: Mapping[str, Callable[[Any], Crystal]] = {
     "extxyz": _extxyz,
     "json": _json,
     "oqmd": _oqmd,
-    "prototype": _prototype,
+    "prototype": lambda place: prototype_crystal(*place),
     "pymatgen": Crystal.from_pymatgen,
     "structure": _structure,
 }

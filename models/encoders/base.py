@@ -45,6 +45,7 @@ _OURS = {
     "alignn": "alignn",
     "cgcnn": "cgcnn",
     "cogn": "cogn",
+    "cspnet": "cspnet",
     "dimenet++": "dimenet",
     "ecomformer": "ecomformer",
     "equiformer": "equiformer",

@@ -186,9 +186,11 @@ def _table(x: Tensor, inner: nn.Linear, weight: Tensor, edge_rows: Tensor) -> Te
 
 
 class WideLinear(nn.Linear):
-    """A linear layer that computes in fp32, autocast or not and however its weights are kept."""
+    """A linear layer that computes in fp32 or wider, autocast or not and however its weights are
+    kept."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
+        wide = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float(), bias)
+            return F.linear(x.to(wide), self.weight.to(wide), bias)

@@ -24,5 +24,8 @@ class ReadoutHead(nn.Module):
 
     def forward(self, nodes: Tensor, batch: CrystalBatch) -> Tensor:
         """Latents of the batch's nodes, [N, dim] (`Encoder.nodes`), to [B, out]."""
-        mean = mean_readout(nodes, batch)
+        return self.of_means(mean_readout(nodes, batch))
+
+    def of_means(self, mean: Tensor) -> Tensor:
+        """Means over the atoms of each crystal, [B, dim], to [B, out]."""
         return self.out(mean if self.hidden is None else F.silu(self.hidden(mean)))

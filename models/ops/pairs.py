@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crysforge.models.ops.edges import Edges
-
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
@@ -38,20 +36,3 @@ class Pairs:
     def starts(ptr: Tensor) -> Tensor:
         """[B+1] first pair of each crystal, then P, from the first atoms `ptr` [B+1]."""
         return F.pad(ptr.diff().square().cumsum(0), (1, 0))
-
-    def edges(self, ptr: Tensor) -> Edges:
-        """The complete graph of each crystal: an edge from j to i for every pair, with a feature
-        row of its own."""
-        sizes = ptr.diff()
-        degree = torch.repeat_interleave(sizes, sizes, output_size=self.atoms)
-        each = torch.arange(len(self.first), device=ptr.device)
-        ones = torch.ones(len(each), device=ptr.device)
-        return Edges(
-            source=self.second,
-            target=self.first,
-            row=each,
-            ptr=F.pad(degree.cumsum(0), (1, 0)),
-            count=ones,
-            weight=ones,
-            rows=len(each),
-        )

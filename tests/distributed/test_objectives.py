@@ -49,6 +49,47 @@ def test_two_ranks_learn_as_one(runs, stage):
         assert y == pytest.approx(x, rel=1e-4)
 
 
+GENERATIVE = [
+    "encoder={name: cspnet, width: 16, layers: 1, frequencies: 4, elements: vector}",
+    "stages=[csp,ab_initio]",
+    "ab_initio.types=masked",
+    "ab_initio.coords=torus_linear",
+    "ab_initio.lattice=linear",
+    "ab_initio.sampling={method: euler, corrector: 0}",
+    "ab_initio.sampling.steps=20",
+    *(
+        f"{s}.{k}"
+        for s in ("csp", "ab_initio")
+        for k in (f"max_steps={STEPS}", "batch_size=8", "lr=2e-4", "pct_start=0")
+    ),
+    *JOB[-3:],
+]
+
+
+@pytest.fixture(scope="module")
+def generative_runs(data, tmp_path_factory):
+    """Stages that make crystals, likewise."""
+    root = tmp_path_factory.mktemp("generative")
+    for name, ranks in (("one", None), ("two", 2)):
+        launch("pretrain", *GENERATIVE, f"data={data}", f"run_dir={root / name}", ranks=ranks)
+    return root / "one", root / "two"
+
+
+@pytest.mark.parametrize("stage", ["csp", "ab_initio"])
+def test_two_ranks_learn_to_generate_as_one(generative_runs, stage):
+    test_two_ranks_learn_as_one(generative_runs, stage)
+
+
+def test_two_ranks_generate_what_one_does(generative_runs, tmp_path):
+    """The same bytes."""
+    job = [f"checkpoint={generative_runs[0]}", "n=12", "atoms=3", "max_atoms=12", "pictures=0"]
+    job.append("sampling.steps=4")
+    for name, ranks in (("one", None), ("two", 2)):
+        launch("generate", *job, f"output={tmp_path / name}", ranks=ranks)
+    found = [(tmp_path / n / "generated.extxyz").read_bytes() for n in ("one", "two")]
+    assert found[0] == found[1] and found[0].count(b"Lattice") > 6
+
+
 SIZES = {"even": [4, 4], "uneven": [5, 3], "one rank has none": [8, 0]}
 
 

@@ -23,8 +23,9 @@ from crysforge.launch import analyse, demo, ensemble, export, leaderboard, prepa
 from crysforge.launch.cluster.planning.request import Request
 from crysforge.launch.cluster.planning.suite_config import SuiteConfig
 from crysforge.trainer.base.command_line import from_sources, merge_sources, split_arguments
+from crysforge.trainer.generation.config import GenerateConfig
 from crysforge.trainer.jobs.schemas import FinetuneJob, pretrain_schema
-from crysforge.trainer.reports.config import EvaluateConfig
+from crysforge.trainer.judging.config import JudgeConfig
 from crysforge.trainer.serving.config import PredictConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,9 +45,10 @@ SCHEMAS = {
     "analyse": analyse.AnalyseConfig,
     "demo": demo.DemoConfig,
     "ensemble": ensemble.EnsembleConfig,
-    "evaluate": EvaluateConfig,
+    "evaluate": JudgeConfig,
     "export": export.ExportConfig,
     "finetune": FinetuneJob,
+    "generate": GenerateConfig,
     "leaderboard": leaderboard.LeaderboardConfig,
     "predict": PredictConfig,
     "pretrain": pretrain_schema(),

@@ -28,21 +28,25 @@ ROOMS = [
     "models.ops",
     "models.layers",
     "models.objectives",
+    "models.generative",
     "models.denoisers",
     "models.kernels",
     "models.encoders",
     "trainer",
     "trainer.base",
     "trainer.stages",
+    "trainer.stages.generative",
     "trainer.engines",
     "trainer.runs",
     "trainer.figures",
     "trainer.loop",
     "trainer.jobs",
+    "trainer.generation",
     "trainer.serving",
     "trainer.analysis",
     "trainer.evaluation",
     "trainer.reports",
+    "trainer.judging",
     "launch.cluster",
     "launch.cluster.planning",
     "launch",
@@ -88,16 +92,7 @@ FULLER = {
     "trainer.loop": 13,
 }
 """Folders of more than `MOST_FILES` different things, and how many they may have."""
-UPWARD = {
-    "trainer/jobs/finetuning.py": {"trainer.serving.trained_on"},
-}
-"""What files import from above."""
-LATE = {
-    "datapipe/sources/parse.py _prototype": {"datapipe.crystals.prototypes"},
-    "trainer/base/script.py _in_words": {"trainer.base.distributed"},
-    "trainer/serving/ensemble.py __init__": {"trainer.serving.predictor"},
-}
-"""What functions import."""
+
 FILES = [p for name in MAY_USE for p in sorted((ROOT / name).rglob("*.py"))]
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -162,7 +157,7 @@ def test_imports_go_down(path):
         there = room(MODULES[name])
         where = f"{path.relative_to(ROOT)}:{line} imports {name}"
         down = there == here or ROOMS.index(there) < ROOMS.index(here)
-        assert down or name in UPWARD.get(key(path), ()), f"{where}, which is above"
+        assert down, f"{where}, which is above"
         assert {there, there.split(".")[0]} & MAY_USE[package], where
     if package == "models":
         used = {n for n in ours(path) if n.split(".")[0] == "datapipe"}
@@ -208,8 +203,7 @@ def test_our_own_code_is_imported_at_the_top(path):
             assert parsed, f"{path.name}: {node.name} imports {[*inner]} and parses nothing"
             assert min(inner.values()) > parsed[0], f"{path.name}: {node.name} imports too early"
         else:
-            others = inner.keys() - LATE.get(key(path, node), set())
-            assert not others, f"{key(path)}: {node.name} imports {[*others]}"
+            assert not inner, f"{key(path)}: {node.name} imports {[*inner]}"
 
 
 @each_file
@@ -241,13 +235,6 @@ def test_exceptions_are_needed():
     assert LONGER.keys() <= long, LONGER.keys() - long
     assert LONGER_FUNCTIONS.keys() <= long_functions, LONGER_FUNCTIONS.keys() - long_functions
     assert FULLER.keys() <= full, FULLER.keys() - full
-    for name, modules in UPWARD.items():
-        above = ROOMS[ROOMS.index(room(ROOT / name)) + 1 :]
-        found = {n for n in ours(ROOT / name) if room(MODULES[n]) in above}
-        assert modules <= found, (name, modules - found)
-    for name, modules in LATE.items():
-        found = {n for k, p, f in every if k == name for n in late(p, f)}
-        assert modules <= found, (name, modules - found)
 
 
 def test_tests_lie_where_the_code_does():

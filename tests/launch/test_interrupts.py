@@ -26,12 +26,14 @@ CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 75}
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Puts back the signal handlers of the test process."""
+    """Puts back the signal handlers of the test process, of which a job in the background of a
+    shell ignores Ctrl-C."""
     old = {s: signal.getsignal(s) for s in (*SIGNALS, signal.SIGINT)}
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    assert signal.getsignal(signal.SIGINT) is old[signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     for number, handler in old.items():
         signal.signal(number, handler)
 

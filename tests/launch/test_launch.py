@@ -145,7 +145,7 @@ MISTAKES = {
     "a section as a value": ("pretrain", ["encoder=pddformer"], ["'encoder'", "encoder.NAME=…"]),
     "a value as a section": ("pretrain", ["vae.lr.max=1"], ["'vae.lr'", "give it a value"]),
     "no GPU": ("predict", ["device=cuda:99"], ["device=cuda:99", "give device=cpu"]),
-    "no device": ("predict", ["device=gpu"], ["device=gpu", "cuda"]),
+    "no device": ("predict", ["device=gpu"], ["device 'gpu'", "cuda"]),
     "output is input": ("predict", ["output={data}", "overwrite=true"], ["is the input"]),
     "no input": ("predict", ["input={empty}/x.csv"], ["x.csv", "does not exist"]),
 }  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from crysforge.trainer.base import script
 from crysforge.trainer.base.agreement import agree
 from crysforge.trainer.base.rendezvous import (
     GRACE_S,
@@ -246,3 +247,6 @@ def lost_process(error: Exception, rank: int) -> Exception | None:
             f"({first_line(error)})"
         )
     return None
+
+
+script.EXPLANATIONS.append(lambda error: lost_process(error, place(os.environ)[0]))

@@ -19,6 +19,10 @@ STARTS_ANEW = "nothing is written; the same command starts anew"
 CONTINUES = "the same command continues"
 """What the same command does after an interrupt."""
 
+EXPLANATIONS: list[Callable[[Exception], Exception | None]] = []
+"""What modules that are imported know of errors of the libraries they use: what to tell a user, or
+None."""
+
 
 def run(
     main: Callable[[], Any],
@@ -65,8 +69,6 @@ def run(
 
 def _in_words(error: RuntimeError | MemoryError) -> Exception | None:
     """What to tell a user of a lost process, or of memory that does not suffice."""
-    from crysforge.trainer.base.distributed import lost_process, place
-
     text = str(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         asked = re.search(r"tried to allocate (\d+) bytes", text)
@@ -75,4 +77,4 @@ def _in_words(error: RuntimeError | MemoryError) -> Exception | None:
             f"this machine has not enough memory{more}: lower the batch size, loader.max_atoms or "
             "the size of the model"
         )
-    return lost_process(error, place(os.environ)[0])
+    return next((found for known in EXPLANATIONS if (found := known(error))), None)

@@ -21,7 +21,7 @@ from crysforge.trainer.jobs.baselines import baselines
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.jobs.tables import classification_scores, errors, write_predictions
 from crysforge.trainer.runs.logger import read_metrics
-from crysforge.trainer.serving.trained_on import Outsiders
+from crysforge.trainer.runs.trained_on import Outsiders
 from crysforge.trainer.stages.finetune import FinetuneStage
 
 if TYPE_CHECKING:

@@ -21,18 +21,16 @@ from crysforge.trainer.jobs.labels import class_statistics, standardisation
 from crysforge.trainer.jobs.schemas import FinetuneJob, JobConfig
 from crysforge.trainer.jobs.starting import seed_everything, starting_encoder
 from crysforge.trainer.runs.checkpoint import RunDirectory
-from crysforge.trainer.runs.model_directory import (
-    Scaler,
-    describe_data,
-    open_model,
-)
-from crysforge.trainer.stages.base import Stage, StageConfig, count_parameters
+from crysforge.trainer.runs.model_directory import Scaler, describe_data, open_model
+from crysforge.trainer.stages.base import STAGES, Saved, Stage, StageConfig, count_parameters
 from crysforge.trainer.stages.finetune import FinetuneStage
 
 TIES_ARE_CUT = (
     "graph.ties=cut: rounding chooses among equal neighbours, so equal atoms differ and quotient "
     "graphs are off"
 )
+LOOKED_AT = 20_000
+"""Crystals that a stage looks at before it learns."""
 
 
 def check_splits(dataset: Dataset, data: str, *names: str) -> None:
@@ -80,6 +78,28 @@ def _seen(dataset: Dataset, items: np.ndarray, read: bool) -> dict[str, Any]:
         "atoms": [int(atoms.min()), int(atoms.max())],
         "volume_per_atom": [round(float(v), 4) for v in (volume.min(), volume.max())],
     }
+
+
+def new_stage(
+    name: str,
+    section: StageConfig,
+    encoder: Encoder,
+    before: Saved | None,
+    config: JobConfig,
+    dataset: Dataset,
+) -> Stage:
+    """A pretraining stage that starts from an encoder and what the stage before has left; one that
+    wants to has looked at training crystals: at `LOOKED_AT` of them, evenly spread."""
+    seed_everything(config.seed, name)
+    stage = STAGES[name](section, encoder)
+    if type(stage).look is not Stage.look:
+        items = dataset.split_items("train")
+        items = items[:: -(-len(items) // LOOKED_AT)]
+        found = (crystal for _, crystal in dataset.read(items.tolist()))
+        stage.look(c for c in found if isinstance(c, Crystal))
+    if before is not None:
+        stage.take(before)
+    return stage
 
 
 def make_stream(
@@ -136,7 +156,8 @@ def claim(
     run: RunDirectory, world: World, config_yaml: str, identity: Mapping[str, Any], resume: str
 ) -> dict[str, Any]:
     """Rank 0 claims the run directory; every rank gets its run.json, and sees it where it is."""
-    record = run.start(config_yaml, identity, resume) if world.main else {}
+    defaults = {name: settings_of(STAGES[name].Config()) for name in identity if name in STAGES}
+    record = run.start(config_yaml, identity, resume, defaults) if world.main else {}
     record = world.share(record)
     same_file(world.meeting, run.path / "run.json")
     return record

@@ -61,7 +61,13 @@ class RunDirectory(Checkpoints):
         super().__init__(path)
         self._owner: dict[str, Any] = {}
 
-    def start(self, config_yaml: str, identity: Mapping[str, Any], resume: str) -> dict[str, Any]:
+    def start(
+        self,
+        config_yaml: str,
+        identity: Mapping[str, Any],
+        resume: str,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Claims the directory for a run, new or continued, and returns its run.json.
 
         Args:
@@ -71,6 +77,8 @@ class RunDirectory(Checkpoints):
                 one; `never` insists on an empty directory; the name of a checkpoint goes back to
                 it and sets aside what came later. Going back happens once: a requeued job with the
                 same command goes on. (Any other `resume` in between makes it possible again.)
+            defaults: sections of `identity` as they are by default: what stands for settings that
+                there were none of when the run was started.
 
         Of processes that start it at the same time one follows the other.
 
@@ -86,7 +94,7 @@ class RunDirectory(Checkpoints):
         busy = f"another process is starting the run in {self.path}: let it finish"
         with claim_directory(self.path.resolve(), busy, wait=START_S):
             if self._is_there(resume):
-                return self._continue(config_yaml, dict(identity), resume)
+                return self._continue(config_yaml, dict(identity), resume, defaults or {})
             return self._begin(config_yaml, dict(identity))
 
     def _is_there(self, resume: str) -> bool:
@@ -138,7 +146,13 @@ class RunDirectory(Checkpoints):
             path.rename(aside / path.name)
         log.warning("what was left of a run that was deleted is now in %s", aside)
 
-    def _continue(self, config_yaml: str, identity: dict[str, Any], resume: str) -> dict[str, Any]:
+    def _continue(
+        self,
+        config_yaml: str,
+        identity: dict[str, Any],
+        resume: str,
+        defaults: Mapping[str, Any],
+    ) -> dict[str, Any]:
         run = self.read()
         if run.get("schema") != SCHEMA:
             raise ValueError(
@@ -147,6 +161,7 @@ class RunDirectory(Checkpoints):
             )
         for key in identity.keys() | run["identity"].keys():
             old, new = run["identity"].get(key), identity.get(key)
+            old = _filled(old, defaults.get(key))
             if old != new:
                 raise ValueError(
                     f"{self.path} holds a run with another {key}: {_brief(old, new)}; "
@@ -232,6 +247,14 @@ class RunDirectory(Checkpoints):
             run["finished"].append(stage)
             write_json(self.path / "run.json", run)
         self.prune(stage, 0)
+
+
+def _filled(value: Any, defaults: Any) -> Any:
+    """A JSON value with the settings that it lacks."""
+    if not isinstance(value, Mapping) or not isinstance(defaults, Mapping):
+        return value
+    mine = {key: _filled(own, defaults.get(key)) for key, own in value.items()}
+    return {**defaults, **mine}
 
 
 def _brief(old: Any, new: Any) -> str:

@@ -29,8 +29,9 @@ from crysforge.trainer.jobs.tables import errors, suffixes, write_table
 from crysforge.trainer.runs.card import share
 from crysforge.trainer.runs.forms import ENSEMBLE as FORM
 from crysforge.trainer.runs.model_directory import open_model
+from crysforge.trainer.runs.trained_on import TrainedOn
 from crysforge.trainer.serving.inputs import crystals_of
-from crysforge.trainer.serving.trained_on import TrainedOn
+from crysforge.trainer.serving.predictor import Predictor
 
 ENSEMBLE = "ensemble.json"
 SCHEMA = 1
@@ -230,8 +231,6 @@ class Ensemble:
         device: str | torch.device = "cpu",
         max_pairs: int = MAX_PAIRS,
     ) -> None:
-        from crysforge.trainer.serving.predictor import Predictor
-
         root = Path(path)
         record = read_mapping(root / ENSEMBLE, FORM, schema=SCHEMA)
         members = [inside(root, str(i)) for i in range(record["members"])]

@@ -18,7 +18,7 @@ from crysforge.datapipe.sources import Failure, Reading, read_crystals
 from crysforge.datapipe.sources.folder import is_structure
 from crysforge.datapipe.sources.objects import TAKEN, as_raw, is_structure_object
 from crysforge.datapipe.sources.options import ReadingConfig
-from crysforge.trainer.serving.trained_on import Outsiders, TrainedOn
+from crysforge.trainer.runs.trained_on import Outsiders, TrainedOn
 
 
 @dataclass(kw_only=True)

@@ -9,6 +9,7 @@ import torch
 from crysforge.datapipe.crystals.pair_bound import MAX_PAIRS
 from crysforge.trainer.runs.model_directory import open_model
 from crysforge.trainer.serving.ensemble import ENSEMBLE, Ensemble
+from crysforge.trainer.serving.generator import Generator, generates
 from crysforge.trainer.serving.predictor import Predictor
 
 
@@ -17,9 +18,9 @@ def load(
     stage: str = "",
     device: str | torch.device = "cpu",
     max_pairs: int = MAX_PAIRS,
-) -> Predictor | Ensemble:
-    """The model in a run directory: a finetuned one predicts and embeds, a pretrained one embeds,
-    an ensemble predicts and says how sure it is.
+) -> Predictor | Ensemble | Generator:
+    """The model in a run directory: a finetuned one predicts and embeds, a pretrained one embeds, a
+    generative one makes crystals too, an ensemble predicts and says how sure it is.
 
     Args:
         path: run directory, or that of an exported model or an ensemble.
@@ -32,4 +33,7 @@ def load(
     """
     if (Path(path) / ENSEMBLE).is_file():
         return Ensemble(path, device, max_pairs)
-    return Predictor(open_model(path, stage), device, max_pairs)
+    exported = open_model(path, stage)
+    if generates(exported.stage):
+        return Generator(exported, device, max_pairs)
+    return Predictor(exported, device, max_pairs)

@@ -15,8 +15,8 @@ from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.sources import Failure
 from crysforge.trainer.jobs.finetuning import Predicted
 from crysforge.trainer.jobs.tables import cell
+from crysforge.trainer.runs.trained_on import Outsiders
 from crysforge.trainer.serving.request import keep_request
-from crysforge.trainer.serving.trained_on import Outsiders
 
 if TYPE_CHECKING:
     from crysforge.trainer.serving.ensemble import Ensemble

@@ -18,8 +18,8 @@ from crysforge.models.encoders import Encoder
 from crysforge.trainer.base.distributed import device_of
 from crysforge.trainer.jobs.tables import suffixes
 from crysforge.trainer.runs.model_directory import Exported
+from crysforge.trainer.runs.trained_on import TrainedOn
 from crysforge.trainer.serving.inputs import crystals_of
-from crysforge.trainer.serving.trained_on import TrainedOn
 from crysforge.trainer.stages.finetune import FinetuneStage
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from crysforge.datapipe.common.config import configure
 from crysforge.datapipe.common.names import nearest
-from crysforge.datapipe.crystals.crystal import Crystal
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.graphs.transforms import Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
+from crysforge.models.generative.guidance import Guidance
+from crysforge.models.generative.sampler import Field, SamplingConfig
 from crysforge.models.registry import Registry
 from crysforge.trainer.base.tensors import load_into
+from crysforge.trainer.stages.made import SampleRequest, Wanted, Watch
 
 
 @dataclass
@@ -116,20 +119,6 @@ class Saved(Protocol):
         """An encoder of its kind, with fresh weights."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleRequest:
-    """What a generative stage is asked for."""
-
-    count: int
-    """Number of crystals."""
-    formula: str = ""
-    """Composition of one formula unit; empty: the stage chooses."""
-    formula_units: int = 1
-    """Formula units in a cell."""
-    atoms: int | None = None
-    """Atoms in a cell where no formula says; None: drawn as in training."""
-
-
 class Stage(nn.Module):
     """Base of all stages: an encoder with an objective.
 
@@ -152,6 +141,8 @@ class Stage(nn.Module):
     config: Any
     weights: Mapping[str, float]
     """Terms that enter the loss, with their weights."""
+    fields: Mapping[str, Field]
+    """What `draw` samples, if the stage makes crystals so."""
 
     def transform(self) -> Transform | None:
         """What the loader does to a crystal before and after its graph is built."""
@@ -199,24 +190,81 @@ class Stage(nn.Module):
         load_into(stage, saved.weights(), str(saved.file))
         return stage
 
+    def look(self, crystals: Iterable[Crystal]) -> None:
+        """Notes in buffers what it needs to know of the training crystals before it learns from
+        them. Called once on every rank, with the same crystals, if it is overridden."""
+
     @property
     def generative(self) -> bool:
         """Whether it makes crystals."""
-        return type(self).sample is not Stage.sample
+        return type(self).sample is not Stage.sample or type(self).draw is not Stage.draw
 
     def sample(self, request: SampleRequest, generator: torch.Generator) -> list[Crystal]:
-        """New crystals, without gradients.
+        """New crystals, without gradients; those that came to nothing are left out.
+
+        Raises:
+            ValueError: the stage makes none, or none of the kind that is asked for.
+        """
+        from pymatgen.core import Composition
+
+        if type(self).draw is Stage.draw:
+            self.draw([])
+        numbers: list[int] = []
+        for element, count in Composition(request.formula or {}).items():
+            numbers += [element.Z] * round(count * request.formula_units)
+        keys = torch.randint(2**62, (request.count,), generator=generator)
+        sizes = [0] * request.count if numbers else self.sizes(keys)
+        wanted = [
+            Wanted(
+                name=str(i),
+                key=int(key),
+                numbers=tuple(sorted(numbers)),
+                atoms=request.atoms or size,
+            )
+            for i, (key, size) in enumerate(zip(keys, sizes, strict=True))
+        ]
+        return [c for c in self.draw(wanted) if isinstance(c, Crystal)]
+
+    def draw(
+        self,
+        wanted: Sequence[Wanted],
+        sampling: SamplingConfig | None = None,
+        guidance: Guidance | None = None,
+        watch: Watch | None = None,
+    ) -> list[Crystal | BadCrystal]:
+        """The crystals that are wanted, in order; for one that came to nothing, why.
+
+        Args:
+            sampling: instead of the settings that the stage has.
+            watch: is called after every step.
 
         Raises:
             ValueError: the stage makes none, or none of the kind that is asked for.
         """
         raise ValueError(f"stage {self.name!r} does not generate crystals")
 
+    def own_sampling(self) -> SamplingConfig:
+        """How samples are drawn unless somebody says otherwise."""
+        settings: SamplingConfig = self.config.sampling
+        return settings
+
+    def sizes(self, keys: Tensor) -> list[int]:
+        """Atoms in a cell for each key, distributed as those that the stage learned from.
+
+        Raises:
+            ValueError: it does not choose elements.
+        """
+        raise ValueError(f"stage {self.name!r} needs a formula: it does not choose elements")
+
 
 _OURS = ("crysdiff", "crysgnn", "crystal_twins", "crysxpp", "dpf", "finetune", "joint", "vae")
+_GENERATIVE = ("ab_initio", "crysldm", "crysldm_vae", "csp")
 STAGES: Registry[type[Stage]] = Registry(
     "stage",
-    modules={name: f"crysforge.trainer.stages.{name}" for name in _OURS},
+    modules={
+        **{name: f"crysforge.trainer.stages.{name}" for name in _OURS},
+        **{name: f"crysforge.trainer.stages.generative.{name}" for name in _GENERATIVE},
+    },
     plugins="crysforge.stages",
 )
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.graphs.transforms import MaskAtoms, Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.denoisers.dit import DiT, DiTConfig
 from crysforge.models.encoders.base import Encoder
-from crysforge.models.objectives.flow import centred_noise, flow_losses
+from crysforge.models.generative.flows import Linear
+from crysforge.models.generative.guidance import Guidance
+from crysforge.models.generative.rows import Packing
+from crysforge.models.generative.sampler import Field, Fields, SamplingConfig, sample
+from crysforge.models.objectives.flow import T_MIN, centred_noise, flow_losses
 from crysforge.models.objectives.vae import (
     DecoderConfig,
     Posterior,
@@ -25,6 +30,7 @@ from crysforge.models.objectives.vae import (
 from crysforge.models.ops.segments import crystal_mean
 from crysforge.trainer.base.tensors import load_into
 from crysforge.trainer.stages.base import STAGES, PretrainingConfig, Saved, Stage, Term
+from crysforge.trainer.stages.made import Wanted, Watch, made
 from crysforge.trainer.stages.vae import check_mask_ratio
 
 TIME_BINS = 5
@@ -65,6 +71,8 @@ class JointConfig(PretrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mask_ratio(self.mask_ratio)
+        if self.latent_dim is not None and self.latent_dim < 1:
+            raise ValueError(f"latent_dim must be at least 1, got {self.latent_dim}")
         if self.retain_decoder and not self.reconstruct.active():
             raise ValueError("joint.retain_decoder=true needs a positive weight in reconstruct")
 
@@ -105,6 +113,8 @@ class JointStage(Stage):
         self.weights = {"flow": 1.0, **config.reconstruct.active()}
         if retained:
             self.weights["kl"] = config.kl_weight
+        process = Linear(encoder.dim, predicts_clean=True, centred=True)
+        self.fields = {"latents": Field(process, True)}
         self.register_buffer("first_variance", torch.zeros(()))  # 0: not seen yet
 
     def transform(self) -> Transform | None:
@@ -170,6 +180,60 @@ class JointStage(Stage):
             return {}
         share = flow / within if within > 0 else math.inf
         return {self.robust: means["loss"] - flow + share}
+
+    # Sampling: the heads that are kept turn latents that the flow makes into crystals
+
+    def own_sampling(self) -> SamplingConfig:
+        return SamplingConfig(steps=100)
+
+    def sizes(self, keys: Tensor) -> list[int]:
+        raise ValueError("stage joint does not know how large cells are: give atoms=N")
+
+    def draw(
+        self,
+        wanted: Sequence[Wanted],
+        sampling: SamplingConfig | None = None,
+        guidance: Guidance | None = None,
+        watch: Watch | None = None,
+    ) -> list[Crystal | BadCrystal]:
+        if missing := {"atoms", "coords", "lattice"} - set(self.config.reconstruct.active()):
+            raise ValueError(
+                f"this run has no heads for {', '.join(sorted(missing))}: crystals need weights in "
+                "joint.reconstruct (configs/pretrain/latent_flow.yaml)"
+            )
+        if any(w.numbers or w.elements for w in wanted) or not all(w.atoms > 1 for w in wanted):
+            raise ValueError("stage joint chooses elements itself, for two atoms and more")
+        if self.posterior is not None and self.config.latent_norm:
+            raise ValueError("the kept decoder reads latents before joint.latent_norm")
+        device = self.first_variance.device
+        key = torch.tensor([w.key for w in wanted], device=device)
+        where = Packing.of(key, [w.atoms for w in wanted])
+        settings, done = sampling or self.own_sampling(), 0
+
+        def denoise(state: Fields, level: Tensor) -> Fields:
+            t = (1 - level).clamp(T_MIN, 1 - T_MIN)
+            found = self.denoiser(state["latents"], t, where.batch, where.ptr, where.sizes)
+            return {"latents": found.float()}
+
+        def after(level: float, state: Fields) -> None:
+            nonlocal done
+            done += 1
+            if watch is not None:
+                watch(done, settings.steps, lambda: self._crystals(wanted, where, state))
+
+        found = sample(denoise, self.fields, where, settings, None, guidance, after)
+        return self._crystals(wanted, where, found)
+
+    @torch.no_grad()
+    def _crystals(
+        self, wanted: Sequence[Wanted], where: Packing, state: Fields
+    ) -> list[Crystal | BadCrystal]:
+        z, heads = state["latents"], self.heads.heads
+        if self.posterior is not None:
+            z = self.posterior(z).mean
+        numbers = heads["atoms"](z)[:, 1:].argmax(1) + 1  # 0 is no element
+        cells = heads["lattice"](crystal_mean(z, where.ptr)).view(-1, 3, 3)
+        return made(wanted, where.sizes, numbers, heads["coords"](z), cells)
 
     def warnings(self, means: Mapping[str, float]) -> list[str]:
         variance = means.get("latent_variance")

@@ -141,7 +141,7 @@ class Matcher:
         """False only where `fits` is."""
         if known.counts != new.counts:  # the matcher pairs atoms one to one, like with like
             return False
-        basis = _similar_cells(known.cell, new.cell, self.ltol, math.radians(self.angle_tol))
+        basis = similar_cells(known.cell, new.cell, self.ltol, math.radians(self.angle_tol))
         if not len(basis):
             return False
         middle = _mean_metric(basis @ known.cell, new.cell)
@@ -160,7 +160,7 @@ class Matcher:
         )
 
 
-def _similar_cells(lattice: np.ndarray, cell: np.ndarray, ltol: float, atol: float) -> np.ndarray:
+def similar_cells(lattice: np.ndarray, cell: np.ndarray, ltol: float, atol: float) -> np.ndarray:
     """[m, 3, 3], all integer matrices of determinant ±1 that make of a lattice a cell with the
     lengths (relative) and angles (radians) of another, within tolerance."""
     lengths = np.linalg.norm(cell, axis=1)

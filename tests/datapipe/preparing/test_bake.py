@@ -153,12 +153,12 @@ def test_the_key_is_of_all_that_a_graph_depends_on():
     others = [
         {"neighbors": 7}, {"pdd": 8}, {"tie_tolerance": 1e-3}, {"lattice_edges": "comformer"},
         {"lattice_triple": True}, {"vectors": True, "depth": None}, {"pair_sums": "exact"},
-        {"neighbors": None, "radius": 6.0}, {"own_images_once": True},
+        {"neighbors": None, "radius": 6.0}, {"own_images_once": True}, {"cut_ties": True},
     ]  # fmt: skip
     assert {next(iter(x)) for x in others} | {"radius", "depth"} == {
         f.name for f in dataclasses.fields(GraphSpec)
     }
-    assert len({graph_key(replace(spec, **x)) for x in others} | {graph_key(spec)}) == 10
+    assert len({graph_key(replace(spec, **x)) for x in others} | {graph_key(spec)}) == 11
 
 
 def test_the_manifest_says_which_graphs_there_are(built, baked):

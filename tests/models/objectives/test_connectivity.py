@@ -33,8 +33,6 @@ def test_pairs_and_their_products():
     ]
     assert torch.stack([pairs.first, pairs.second], dim=1).tolist() == [list(p) for p in expected]
     assert Pairs.starts(ptr).tolist() == [0, *np.cumsum(np.square(sizes))]
-    edges = pairs.edges(ptr)
-    assert edges.ptr.tolist() == [0, *np.cumsum(np.repeat(sizes, sizes))]
     left, right = torch.randn(8, 4, 5), torch.randn(8, 5)
     plain = torch.einsum("pcd,pd->pc", left[pairs.first], right[pairs.second])
     torch.testing.assert_close(pair_products(left, right, ptr), plain)

@@ -333,4 +333,5 @@ def test_nothing_in_the_code_unpickles_or_evaluates():
     refused = modules | calls | keywords
     assert len(CODE) > 50
     found = {str(p.relative_to(ROOT)): hit for p in CODE if (hit := names(p) & refused)}
-    assert not found
+    # its unpickler looks nothing up: tests/datapipe/preparing/test_pickled.py
+    assert found == {"datapipe/preparing/splitting/pickled.py": {"pickle"}}

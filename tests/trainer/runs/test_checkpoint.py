@@ -358,3 +358,17 @@ def test_tensors_may_be_read_by_whoever_may_read_other_new_files(tmp_path):
     save_tensors(tmp_path / "m.safetensors", {"a": torch.ones(3)})
     modes = {p.name: p.stat().st_mode for p in tmp_path.iterdir()}
     assert modes["m.safetensors"] == modes["other"]
+
+
+def test_a_setting_that_is_new_since_a_run_began_has_its_default(run):
+    """Another value of it is another run."""
+    later = RunDirectory(run.path)
+    known = {"seed": 0, "vae": {"lr": 1, "decoder": {"heads": "linear"}}}
+    defaults = {"vae": {"lr": 7, "decoder": {"heads": "linear"}}}
+    later.start("a: 1\n", known, "must", defaults)
+    with pytest.raises(ValueError, match="another vae: decoder: "):
+        later.start(
+            "a: 1\n", {**known, "vae": {"lr": 1, "decoder": {"heads": "mlp"}}}, "must", defaults
+        )
+    with pytest.raises(ValueError, match="another vae: lr: 1 there, 7 here"):
+        later.start("a: 1\n", {**known, "vae": defaults["vae"]}, "must", defaults)

@@ -26,7 +26,7 @@ from crysforge.trainer.base.tensors import copied_state
 from crysforge.trainer.jobs.schemas import FinetuneJob
 from crysforge.trainer.jobs.starting import starting_encoder
 from crysforge.trainer.runs.model_directory import Scaler, export_stage, open_model, take_encoder
-from crysforge.trainer.serving.trained_on import TrainedOn
+from crysforge.trainer.runs.trained_on import TrainedOn
 from crysforge.trainer.stages.finetune import FinetuneConfig, FinetuneStage
 from tests.cell_changes import MATERIALS, cells_of
 

@@ -126,7 +126,7 @@ def test_what_matbench_would_refuse_is_not_written(folds, tmp_path, case):
         (runs[0] / "metrics.json").unlink()
     words = {
         "missing": "no run of fold 3", "twice": "fold 0 of matbench_jdft2d already",
-        "filtered": "none of the official folds", "other": "not of one Matbench task",
+        "filtered": "not those of an official fold", "other": "not of one Matbench task",
         "metadata": "metadata.authors", "unfinished": "no finished finetuning",
     }  # fmt: skip
     with pytest.raises(ValueError, match=words[case]):

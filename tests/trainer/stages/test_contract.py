@@ -9,7 +9,8 @@ import torch
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.models.encoders import build_encoder
 from crysforge.trainer.runs.model_directory import export_stage, open_model
-from crysforge.trainer.stages.base import STAGES, SampleRequest, Stage, StageConfig
+from crysforge.trainer.stages.base import STAGES, Stage, StageConfig
+from crysforge.trainer.stages.made import SampleRequest
 from tests import plugin
 from tests.launching import FINETUNE, PRETRAIN
 

@@ -1,0 +1,1 @@
+"""Crystals that a generative stage makes: what is asked for, made, ranked, shown and judged."""

@@ -1,0 +1,1 @@
+"""Stages that learn to make crystals."""
