@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from pymatgen.util.coord_cython import pbc_shortest_vectors
@@ -136,22 +135,31 @@ def _near(
 
 
 class _Average:
-    """The mean of two cells, in which distances are measured."""
+    """The mean of two cells, in which distances are measured. It is what pymatgen's search for
+    shortest vectors asks of a lattice, with everything made once."""
+
+    pbc = (True, True, True)
 
     def __init__(self, constants: np.ndarray, atoms: int, stol: float) -> None:
         from pymatgen.core import Lattice
 
-        self.lattice: Any = Lattice.from_parameters(*constants)
-        self.size = (atoms / self.lattice.volume) ** (1 / 3)
-        steep = np.array(self.lattice.get_lll_reduced_lattice().reciprocal_lattice.abc)
-        self.near = steep * stol / (np.pi * self.size)
+        lattice = Lattice.from_parameters(*constants)
+        self.lll_matrix = np.array(lattice.lll_matrix)
+        self._inverse = np.array(lattice.lll_inverse)
+        self.size = (atoms / abs(float(np.linalg.det(self.lll_matrix)))) ** (1 / 3)
+        steep = np.linalg.norm(np.linalg.inv(self.lll_matrix), axis=0)
+        self.near = 2 * steep * stol / self.size
+
+    def get_lll_frac_coords(self, frac_coords: np.ndarray) -> np.ndarray:
+        """[n, 3] in the reduced basis."""
+        return np.asarray(frac_coords @ self._inverse)
 
     def measure(self, moved: np.ndarray, sites: np.ndarray, mask: np.ndarray) -> float:
         """Root mean square of the displacements of the cheapest pairing, without their mean, over
         (volume/atom)^(1/3)."""
         vectors, square = pbc_shortest_vectors(
-            self.lattice, moved, sites, mask, return_d2=True, lll_frac_tol=self.near
+            self, moved, sites, mask, return_d2=True, lll_frac_tol=self.near
         )
         chosen = vectors[linear_sum_assignment(square)]
-        left = chosen - chosen.mean(0)
-        return float(np.sqrt((left**2).sum() / len(left))) * self.size
+        left = chosen - chosen.sum(0) / len(chosen)
+        return math.sqrt((left * left).sum() / len(left)) * self.size
