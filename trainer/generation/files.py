@@ -8,6 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,15 @@ class RankedRow:
 
 
 def describe(crystal: Crystal) -> dict[str, Any]:
-    """Columns that follow from the crystal alone."""
-    groups = {f"space_group_{s:g}": space_group(crystal, s) for s in SYMPREC}
-    distance = shortest_distance(crystal)
-    return {
-        **groups,
-        "volume_per_atom": f"{crystal.volume / len(crystal):.4f}",
-        "shortest_distance": f"{distance:.4f}" if math.isfinite(distance) else "",
-    }
+    """Columns that follow from the crystal alone; what cannot be found out is left empty."""
+    out: dict[str, Any] = {f"space_group_{s:g}": "" for s in SYMPREC}
+    out |= {"volume_per_atom": f"{crystal.volume / len(crystal):.4f}", "shortest_distance": ""}
+    with suppress(Exception):  # libraries give up on a cell in more ways than one
+        out |= {f"space_group_{s:g}": space_group(crystal, s) for s in SYMPREC}
+    with suppress(Exception):
+        distance = shortest_distance(crystal)
+        out["shortest_distance"] = f"{distance:.4f}" if math.isfinite(distance) else ""
+    return out
 
 
 def shortest_distance(crystal: Crystal, images: bool = True) -> float:
