@@ -57,7 +57,8 @@ def merge_over_ranks(local: Moments) -> Moments:
     """Moments of the rows of all ranks. Collective: a rank without rows takes part too."""
     flat = torch.cat([local.total[None], local.mean, local.m2])
     gathered = flat.new_empty(dist.get_world_size() * len(flat))
-    dist.all_gather_into_tensor(gathered, flat)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # newer name
+    gather(gathered, flat)
     width = len(local.mean)
     total, mean, m2 = gathered.view(-1, len(flat)).split([1, width, width], dim=1)
     return merged(Moments(total[:, 0], mean, m2))
