@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -59,6 +60,7 @@ COLLECTIVES = (
     "all_reduce",
     "all_gather",
     "all_gather_into_tensor",
+    "all_gather_single",
     "reduce_scatter_tensor",
     "reduce",
     "broadcast",
@@ -168,7 +170,7 @@ def count_bytes() -> list[int]:
 
         return call
 
-    for name in COLLECTIVES:
+    for name in filter(partial(hasattr, dist), COLLECTIVES):
         setattr(dist, name, counted(getattr(dist, name)))
     return total
 

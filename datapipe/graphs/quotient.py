@@ -56,6 +56,25 @@ def refine(
     return colour
 
 
+def orbits(numbers: np.ndarray, row: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Colours [n] uint64 of the atoms of one crystal when no further round splits a class.
+
+    Atoms of one colour hear equally many of each other colour over each distance. So whatever is
+    given to whole colours, such as a mask, tells no two atoms of a colour apart at any depth. The
+    colours belong to the atoms, in whatever order these are listed.
+
+    Args:
+        numbers: [n] atomic numbers.
+        row: [n] distance row of each atom.
+        edges: [4, e] target, source, distance class, count; sorted by target.
+    """
+    wide: np.ndarray = edges.astype(np.int64)
+    target, source, shell, count = wide
+    edge_ptr = np.searchsorted(target, np.arange(len(numbers) + 1))
+    seed = derive(row.astype(np.uint64), numbers)
+    return refine(seed, source, shell, count, edge_ptr, len(numbers))
+
+
 def classes(colour: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First atom of each class [N], ascending, and the class of each atom [A] in that order."""
     _, first, of_atom = np.unique(colour, return_index=True, return_inverse=True)

@@ -20,6 +20,7 @@ from crysforge.datapipe.crystals.crystal import Crystal, wrap
 from crysforge.datapipe.crystals.lattice import from_log_metric, log_metric
 from crysforge.datapipe.crystals.symmetry import space_group
 from crysforge.datapipe.graphs.neighbours import Neighbours
+from crysforge.datapipe.graphs.quotient import orbits
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,8 @@ class TwoViews(Transform):
 
 
 @dataclass(frozen=True)
-class MaskAtoms(Step):
-    """Hides the element of at least one atom, chosen without replacement."""
+class Mask(Step):
+    """Base of what hides elements: how many atoms it is to hide."""
 
     ratio: float
     """Share of the atoms."""
@@ -153,12 +154,47 @@ class MaskAtoms(Step):
         if not 0 < self.ratio <= 1:
             raise ValueError(f"mask ratio must be in (0, 1], got {self.ratio}")
 
+    def count(self, n: int) -> int:
+        """Atoms to hide of n, at least one."""
+        return max(1, (math.ceil if self.round_up else math.floor)(self.ratio * n))
+
+
+class MaskAtoms(Mask):
+    """Hides the element of at least one atom, chosen without replacement."""
+
     def on_crystal(self, sample: Sample, rng: np.random.Generator) -> Sample:
         n = len(sample.crystal)
-        count = max(1, (math.ceil if self.round_up else math.floor)(self.ratio * n))
         masked = np.zeros(n, dtype=bool)
-        masked[rng.choice(n, size=count, replace=False)] = True
+        masked[rng.choice(n, size=self.count(n), replace=False)] = True
         return replace(sample, masked=masked)
+
+
+class MaskOrbits(Mask):
+    """Hides the elements of whole orbits: of all atoms that the view's graph cannot tell apart.
+
+    Orbits lie in random order around a circle as long as there are atoms, each over its number of
+    atoms; those are hidden whose middle falls into a window as long as `count`, at a random place.
+    So each atom is hidden with probability `count / n`, as in `MaskAtoms`, and the number of hidden
+    atoms has the mean `count` and misses it by no more than the size of the largest orbit: a
+    crystal of one orbit is hidden altogether or not at all, one without symmetry has exactly
+    `count` hidden atoms. The draw does not depend on the order of the atoms.
+    """
+
+    def on_graph(
+        self, graph: Neighbours, sample: Sample, rng: np.random.Generator
+    ) -> tuple[Neighbours, Sample]:
+        whole = graph.with_pairs()
+        colour = orbits(sample.seen.numbers, whole.pdd_row, whole.edges)
+        _, orbit, size = np.unique(colour, return_inverse=True, return_counts=True)
+        n, order = len(colour), rng.permutation(len(size))
+        middle = np.cumsum(size[order]) - size[order] / 2
+        hidden = np.empty(len(size), dtype=bool)
+        hidden[order] = (middle - rng.uniform(0, n)) % n < self.count(n)
+        return graph, replace(sample, masked=hidden[orbit])
+
+
+MASKS: dict[str, type[Mask]] = {"atom": MaskAtoms, "orbit": MaskOrbits}
+"""What hides elements, by the unit that is hidden."""
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,12 @@ def is_synchronised() -> bool:
 def merge_over_ranks(local: Moments) -> Moments:
     """Moments of the rows of all ranks. Collective: a rank without rows takes part too."""
     flat = torch.cat([local.total[None], local.mean, local.m2])
-    gathered = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, flat)
+    gathered = flat.new_empty(dist.get_world_size() * len(flat))
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # newer name
+    gather(gathered, flat)
     width = len(local.mean)
-    return merge([Moments(g[0], g[1 : 1 + width], g[1 + width :]) for g in gathered])
+    total, mean, m2 = gathered.view(-1, len(flat)).split([1, width, width], dim=1)
+    return merged(Moments(total[:, 0], mean, m2))
 
 
 class Standard(NamedTuple):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from crysforge.trainer.base import distributed
+from crysforge.trainer.engines import deepspeed
 from crysforge.trainer.engines.base import EngineConfig
 from crysforge.trainer.engines.build import build_engine
 from crysforge.trainer.loop.optim import param_groups
@@ -99,6 +100,36 @@ def test_zero_stages_equal_plain_torch_and_continue_each_other(chain, results, p
     torch.testing.assert_close(
         torch.tensor(results[chain]), torch.tensor(plain), rtol=1e-5, atol=1e-6
     )
+
+
+BUCKETS = [(zero, part) for zero in (1, 2, 3) for part in (0, 10**6)]
+"""ZeRO stage, and how small the parts of a bucket are that are reduced together."""
+
+
+def small_buckets_job() -> list:
+    """Weights after training with buckets that hold a few of the parameters; one is larger."""
+    world, found = distributed.init(), []
+    deepspeed.BUCKET = 24
+    for zero, deepspeed.SMALL_PART in BUCKETS:
+        stage = Toy()
+        config = EngineConfig(engine="deepspeed", zero_stage=zero)
+        engine = build_engine(stage, param_groups(stage, 0.1), 1.0, config, world)
+        assert engine.optimizer.reduce_bucket_size == 24
+        if zero < 3:
+            together = deepspeed.SMALL_PART > 0
+            assert engine.optimizer.use_multi_rank_bucket_allreduce == together
+        steps(engine, 0, 6)
+        weights = engine.weights()
+        found.append(torch.cat([w.flatten() for w in weights.values()]).tolist() if weights else [])
+    distributed.shutdown()
+    return found
+
+
+def test_buckets_smaller_than_the_model_change_nothing(plain):
+    for weights in run_ranks("tests.distributed.test_engine:small_buckets_job", 2)[0]:
+        torch.testing.assert_close(
+            torch.tensor(weights), torch.tensor(plain[:-1]), rtol=1e-5, atol=1e-6
+        )
 
 
 def state_of(engine) -> list:

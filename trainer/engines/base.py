@@ -15,6 +15,9 @@ from crysforge.trainer.base.distributed import World
 from crysforge.trainer.stages.base import Stage, Term
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+BUCKET = 39063 * 512
+"""Elements whose gradients ZeRO reduces together: about 2·10⁷, 80 MB in fp32. Reduction begins when
+a bucket is full, so that of a bucket as large as the model begins when backward has ended."""
 
 
 @dataclass(kw_only=True)

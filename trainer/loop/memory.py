@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_leaves
 
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.trainer.base.distributed import World
-from crysforge.trainer.engines.base import PRECISIONS, EngineConfig, set_recompute
+from crysforge.trainer.engines.base import BUCKET, PRECISIONS, EngineConfig, set_recompute
 from crysforge.trainer.engines.build import uses_deepspeed
 from crysforge.trainer.loop.averages import total_over_ranks, weighted_loss
 from crysforge.trainer.stages.base import Stage
 
-BUCKET = 5 * 10**8
-"""Most elements of DeepSpeed's buffers for communication."""
+WHOLE = 5 * 10**8
+"""Most elements that DeepSpeed joins for one reduction without ZeRO."""
 GPU = torch.device("cuda")
 INDEX_BYTES = 200
 """Per edge: the sums over edges, forward and transposed, as 64-bit indices."""
@@ -65,7 +65,7 @@ def state_bytes(parameters: int, config: EngineConfig, ranks: int, deepspeed: bo
     """
     each = 4.0 * parameters
     if not deepspeed or config.zero_stage == 0:
-        buffers = min(each, 4.0 * BUCKET) if deepspeed else 0.0
+        buffers = min(each, 4.0 * WHOLE) if deepspeed else 0.0
         return MemoryPlan(each, each, 2 * each, buffers, 0.0)
     shard = each / ranks
     weights = shard if config.zero_stage == 3 else each

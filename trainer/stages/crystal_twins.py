@@ -12,7 +12,6 @@ from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.graphs.edge_transforms import DropEdges
 from crysforge.datapipe.graphs.transforms import (
     Chain,
-    MaskAtoms,
     ShiftAtoms,
     Step,
     Transform,
@@ -27,8 +26,8 @@ from crysforge.models.objectives.contrastive import (
     negative_cosine,
 )
 from crysforge.models.ops.segments import mean_readout
-from crysforge.trainer.stages.base import STAGES, PretrainingConfig, Stage, Term
-from crysforge.trainer.stages.vae import check_mask_ratio
+from crysforge.trainer.stages.base import STAGES, Stage, Term
+from crysforge.trainer.stages.vae import MaskingConfig
 
 VARIANTS = ("barlow", "simsiam")
 SPREAD_WARNING = 0.05
@@ -36,7 +35,7 @@ SPREAD_WARNING = 0.05
 
 
 @dataclass(kw_only=True)
-class CrystalTwinsConfig(PretrainingConfig):
+class CrystalTwinsConfig(MaskingConfig):
     """Settings of Crystal Twins; the defaults are the paper's, with the schedule of the unified
     comparison. Barlow needs batches as large as the encoder is wide."""
 
@@ -56,7 +55,6 @@ class CrystalTwinsConfig(PretrainingConfig):
         super().__post_init__()
         if self.variant not in VARIANTS:
             raise ValueError(f"unknown variant {self.variant!r}: {nearest(self.variant, VARIANTS)}")
-        check_mask_ratio(self.mask_ratio)
         if not 0 <= self.edge_ratio < 1:
             raise ValueError(f"edge_ratio must be in [0, 1), got {self.edge_ratio}")
         for name in ("off_diagonal", "shift"):
@@ -89,8 +87,8 @@ class CrystalTwinsStage(Stage):
 
     def transform(self) -> Transform:
         steps: list[Step] = [ShiftAtoms(self.config.shift)]
-        if self.config.mask_ratio > 0:
-            steps.append(MaskAtoms(self.config.mask_ratio, round_up=False))
+        if mask := self.config.mask(round_up=False):
+            steps.append(mask)
         steps.append(DropEdges(self.config.edge_ratio))
         return TwoViews(Chain(tuple(steps)))
 

@@ -14,20 +14,20 @@ from crysforge.datapipe.graphs.noise import (
     NoiseLatticeEntries,
     NoisePositions,
 )
-from crysforge.datapipe.graphs.transforms import Chain, MaskAtoms, Once, Step, Transform
+from crysforge.datapipe.graphs.transforms import Chain, Once, Step, Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.layers.basic import WideLinear
 from crysforge.models.objectives.vae import Reconstruct, ReconstructionHeads
-from crysforge.trainer.stages.base import STAGES, PretrainingConfig, Stage, Term
-from crysforge.trainer.stages.vae import check_mask_ratio
+from crysforge.trainer.stages.base import STAGES, Stage, Term
+from crysforge.trainer.stages.vae import MaskingConfig
 
 POSITION_TARGETS = ("coordinates", "displacement")
 NOISES = ("paper", "released")
 
 
 @dataclass(kw_only=True)
-class DPFConfig(PretrainingConfig):
+class DPFConfig(MaskingConfig):
     """Settings of denoising pretraining. Each corruption that is not 0 is applied and has its loss;
     the paper studies them one at a time, the default is all of them together."""
 
@@ -51,7 +51,6 @@ class DPFConfig(PretrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_mask_ratio(self.mask_ratio)
         if self.noise not in NOISES:
             raise ValueError(f"unknown noise {self.noise!r}: {nearest(self.noise, NOISES)}")
         for name in ("position_noise", "lattice_noise"):
@@ -101,8 +100,8 @@ class DPFStage(Stage):
     def transform(self) -> Transform:
         config, steps = self.config, list[Step]()
         released = config.noise == "released"
-        if config.mask_ratio > 0:
-            steps.append(MaskAtoms(config.mask_ratio))
+        if mask := config.mask():
+            steps.append(mask)
         if config.lattice_noise > 0:
             lattice = NoiseLatticeEntries if released else NoiseLattice
             steps.append(lattice(config.lattice_noise))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
-from crysforge.datapipe.graphs.transforms import MaskAtoms, Transform
+from crysforge.datapipe.graphs.transforms import Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.denoisers.dit import DiT, DiTConfig
 from crysforge.models.encoders.base import Encoder
@@ -29,9 +29,9 @@ from crysforge.models.objectives.vae import (
 )
 from crysforge.models.ops.segments import crystal_mean
 from crysforge.trainer.base.tensors import load_into
-from crysforge.trainer.stages.base import STAGES, PretrainingConfig, Saved, Stage, Term
+from crysforge.trainer.stages.base import STAGES, Saved, Stage, Term
 from crysforge.trainer.stages.made import Wanted, Watch, made
-from crysforge.trainer.stages.vae import check_mask_ratio
+from crysforge.trainer.stages.vae import MaskingConfig
 
 TIME_BINS = 5
 COLLAPSE = 0.1
@@ -39,7 +39,7 @@ COLLAPSE = 0.1
 
 
 @dataclass(kw_only=True)
-class JointConfig(PretrainingConfig):
+class JointConfig(MaskingConfig):
     """Settings of stage 2. The defaults are the released code's, but that it does not clip
     gradients, centres the noise over padding too, and hands on the weights of the least validation
     loss (configs/pretrain/crysldnet.yaml has its choices, docs/fidelity.md all differences)."""
@@ -70,7 +70,6 @@ class JointConfig(PretrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_mask_ratio(self.mask_ratio)
         if self.latent_dim is not None and self.latent_dim < 1:
             raise ValueError(f"latent_dim must be at least 1, got {self.latent_dim}")
         if self.retain_decoder and not self.reconstruct.active():
@@ -118,7 +117,7 @@ class JointStage(Stage):
         self.register_buffer("first_variance", torch.zeros(()))  # 0: not seen yet
 
     def transform(self) -> Transform | None:
-        return MaskAtoms(self.config.mask_ratio) if self.config.mask_ratio > 0 else None
+        return self.config.mask()
 
     def forward(self, batch: CrystalBatch) -> dict[str, Term]:
         z1 = z = self.encoder(batch).float()

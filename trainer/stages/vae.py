@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from crysforge.datapipe.common.names import nearest
-from crysforge.datapipe.graphs.transforms import MaskAtoms, Once, Transform
+from crysforge.datapipe.graphs.transforms import MASKS, Mask, Once, Transform
 from crysforge.datapipe.schema import CrystalBatch
 from crysforge.models.encoders.base import Encoder
 from crysforge.models.objectives.vae import (
@@ -17,11 +17,36 @@ from crysforge.models.objectives.vae import (
 )
 from crysforge.trainer.stages.base import STAGES, PretrainingConfig, Stage, Term
 
-MASKS = ("fresh", "fixed")
+DRAWN = ("fresh", "fixed")
 
 
 @dataclass(kw_only=True)
-class VAEConfig(PretrainingConfig):
+class MaskingConfig(PretrainingConfig):
+    """Settings of a stage that hides elements."""
+
+    mask_ratio: float = 0.0
+    """Share of the atoms whose element is hidden."""
+    mask_unit: str = "atom"
+    """What is hidden as one: each `atom` by itself, or an `orbit`, all atoms that the graph cannot
+    tell apart. Orbits keep the symmetry that the quotient graph lives on, `mask_ratio` is then a
+    mean over draws. An atom that was moved is an orbit of its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.mask_ratio <= 1:
+            raise ValueError(f"mask_ratio must be in [0, 1], got {self.mask_ratio}")
+        if self.mask_unit not in MASKS:
+            raise ValueError(
+                f"unknown mask_unit {self.mask_unit!r}: {nearest(self.mask_unit, MASKS)}"
+            )
+
+    def mask(self, round_up: bool = True) -> Mask | None:
+        """What hides the elements, where any are hidden."""
+        return MASKS[self.mask_unit](self.mask_ratio, round_up) if self.mask_ratio > 0 else None
+
+
+@dataclass(kw_only=True)
+class VAEConfig(MaskingConfig):
     """Settings of stage 1. The defaults are the released code's, but that masks are drawn anew in
     every epoch and the last weights are handed on (configs/pretrain/crysldnet.yaml has its choices,
     docs/fidelity.md all differences)."""
@@ -42,21 +67,14 @@ class VAEConfig(PretrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_mask_ratio(self.mask_ratio)
-        if self.masks not in MASKS:
-            raise ValueError(f"unknown masks {self.masks!r}: {nearest(self.masks, MASKS)}")
+        if self.masks not in DRAWN:
+            raise ValueError(f"unknown masks {self.masks!r}: {nearest(self.masks, DRAWN)}")
         if not self.kl_weight >= 0:
             raise ValueError(f"kl_weight must not be negative, got {self.kl_weight}")
         if self.latent_dim is not None and self.latent_dim < 1:
             raise ValueError(f"latent_dim must be at least 1, got {self.latent_dim}")
         if not self.reconstruct.active():
             raise ValueError("stage vae needs a positive weight in reconstruct")
-
-
-def check_mask_ratio(ratio: float) -> None:
-    """Raises ValueError unless the share of masked atoms is in [0, 1]."""
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"mask_ratio must be in [0, 1], got {ratio}")
 
 
 @STAGES.register("vae")
@@ -83,10 +101,8 @@ class VAEStage(Stage):
         self.weights = {**config.reconstruct.active(), "kl": config.kl_weight}
 
     def transform(self) -> Transform | None:
-        if not self.config.mask_ratio > 0:
-            return None
-        masks = MaskAtoms(self.config.mask_ratio)
-        return Once(masks) if self.config.masks == "fixed" else masks
+        mask = self.config.mask()
+        return Once(mask) if mask and self.config.masks == "fixed" else mask
 
     def forward(self, batch: CrystalBatch) -> dict[str, Term]:
         latents = self.posterior(self.encoder(batch))

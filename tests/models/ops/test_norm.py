@@ -2,9 +2,19 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from crysforge.models.ops.norm import BatchNorm, Moments, merge, moments, uncounted
+from crysforge.models.ops.norm import (
+    BatchNorm,
+    Moments,
+    merge,
+    merge_over_ranks,
+    moments,
+    uncounted,
+)
 
 
 def rows(n=7, dim=5, seed=0):
@@ -129,3 +139,27 @@ def test_rows_that_do_not_count_are_seen_by_no_statistics(n):
     torch.testing.assert_close(y, ours.eval()(x))
     ours.train()(rows()[0])
     assert not torch.equal(ours.running_mean, before["running_mean"])  # counted again
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that reach a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_more_ranks_are_no_more_operations():
+    counts = []
+    for ranks in (2, 512):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+        try:
+            local = moments(torch.randn(6, 3), torch.ones(6))
+            with Calls() as calls:
+                merge_over_ranks(local)
+        finally:
+            dist.destroy_process_group()
+        counts.append(calls.count)
+    assert 0 < counts[0] == counts[1]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from crysforge.datapipe.common.config import configure
-from crysforge.datapipe.crystals.crystal import crystal_key
+from crysforge.datapipe.crystals.crystal import Crystal, crystal_key
 from crysforge.datapipe.graphs.packing import build
 from crysforge.datapipe.graphs.transforms import Sample
 from crysforge.models.encoders import ENCODERS, build_encoder
@@ -139,6 +139,7 @@ def test_a_filler_shows_others_nothing(objective, crystals):
         ("dpf", {"keep_weights": "bst"}, "did you mean 'best'"),
         ("dpf", {"best_metric": "mae"}, "best_metric"),
         ("vae", {"masks": "static"}, "masks"),
+        ("joint", {"mask_unit": "orbits"}, "did you mean 'orbit'"),
         ("vae", {"decoder": {"heads": "mpl"}}, "did you mean 'mlp'"),
         ("vae", {"decoder": {"coords_loss": "l2"}}, "coords_loss"),
         ("joint", {"retain_decoder": True}, "retain_decoder"),
@@ -153,6 +154,25 @@ def test_a_filler_shows_others_nothing(objective, crystals):
 def test_settings_that_make_no_sense_are_named(stage, settings, word):
     with pytest.raises(ValueError, match=word):
         configure(STAGES[stage].Config, settings, stage)
+
+
+@pytest.mark.parametrize("unit", ["atom", "orbit"])
+@pytest.mark.parametrize("masks", ["fresh", "fixed"])
+@pytest.mark.parametrize("stage", ["vae", "joint", "dpf", "crystal_twins"])
+def test_atoms_alike_are_hidden_one_by_one_or_together(stage, masks, unit):
+    still = {
+        "vae": {"masks": masks},
+        "dpf": {"position_noise": 0.0, "lattice_noise": 0.0},
+        "crystal_twins": {"shift": 0.0},
+    }
+    settings = {**still.get(stage, {}), "mask_ratio": 0.5, "mask_unit": unit}
+    config = configure(STAGES[stage].Config, settings, stage)
+    stage = STAGES[stage](config, build_encoder({"name": "pddformer", "tiny": True}))
+    diamond = Crystal.create("C", [6, 6], [[0, 0, 0], [0.25] * 3], 1.785 * (1 - np.eye(3)))
+    samples = [Sample.clean(diamond, key, lasting_key=key) for key in range(30)]
+    batch = build(samples, stage.encoder.graph, transform=stage.transform())
+    hidden = set(batch.masked.view(-1, 2).sum(1).tolist())
+    assert hidden == ({1} if unit == "atom" else {0, 2})
 
 
 # Denoising
