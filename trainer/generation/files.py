@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 import re
@@ -17,7 +16,7 @@ import numpy as np
 from ase.io import read, write
 
 from crysforge.datapipe.common.files import make_directory, replacing, write_text
-from crysforge.datapipe.common.tables import row_writer
+from crysforge.datapipe.common.tables import read_rows, row_writer
 from crysforge.datapipe.crystals.crystal import BadCrystal, Crystal
 from crysforge.datapipe.crystals.symmetry import space_group
 
@@ -159,6 +158,5 @@ def read_samples(folder: Path) -> tuple[list[Generated], int]:
         out.append(Generated(name, formula, target, int(info.get("sample", 0)), crystal))
     failed = 0
     if (folder / FAILED).is_file():
-        with open(folder / FAILED, encoding="utf-8", newline="") as file:
-            failed = sum(1 for _ in csv.DictReader(file))
+        failed = sum(1 for _ in read_rows(folder / FAILED))
     return out, failed

@@ -172,7 +172,9 @@ KNOWN = {
     "datapipe/sources/parse.py": "crystals: records and lists in text",
     "datapipe/sources/supercon3d.py": "crystals: rows of a CSV",
     "trainer/base/command_line.py": "settings and what is typed; files come from safe_read",
+    "trainer/generation/request.py": "formulas that are asked for: rows of a CSV",
     "trainer/jobs/setup.py": "own values through JSON",
+    "trainer/serving/generate.py": "own values through JSON",
     "launch/cluster/planning/sweep.py": "what is typed in sweep=[…], settings read safely",
 }
 
@@ -216,6 +218,7 @@ ANYTHING = {
     "models/objectives/element_features.py": "a file of ours",
     "trainer/runs/card.py": "settings of a run, which the card shows",
     "trainer/runs/saved.py": "the state of a run, see Checkpoint.read_state",
+    "trainer/judging/report.py": "what a report says of itself, kept beside the numbers",
     "trainer/evaluation/results.py": "settings of a run: `data`, if it is a text",
     "trainer/evaluation/suite.py": "settings of runs, to tell them apart",
     "trainer/runs/model_directory.py": "a model of one of two schemas, then checked; a scaler",
