@@ -7,6 +7,7 @@ import posixpath
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import PurePosixPath
 
 SUFFIXES = (".cif", ".mcif", ".vasp", ".poscar", ".contcar")
@@ -118,6 +119,12 @@ class Names:
         """As `find`, where the table lost leading zeros or gained `.0`, as spreadsheets do it."""
         return self._by_number.get(_number(_normal(key)))
 
+    def _below(self, folder: str, key: str) -> str | None:
+        return self._by_path.get(posixpath.join(folder, _normal(key)))
+
+    def _without_head(self, folders: int, key: str) -> str | None:
+        return self._by_path.get(_normal(key).split("/", folders)[-1])
+
     def match(self, keys: Sequence[str], folder: str = "") -> list[str | None]:
         """The path of each file that a table lists; None for what is no file.
 
@@ -128,13 +135,10 @@ class Names:
         deepest = max((_normal(k).count("/") for k in keys[:1000]), default=0)
         finds: list[Callable[[str], str | None]] = [self.find]
         finds += [
-            lambda k, above=above: self._by_path.get(posixpath.join(above, _normal(k)))  # type: ignore
+            partial(self._below, above)
             for above in dict.fromkeys([*_above(folder), *_above(self._head)])
         ]
-        finds += [
-            lambda k, skip=skip: self._by_path.get(_normal(k).split("/", skip)[-1])  # type: ignore
-            for skip in range(1, deepest + 1)
-        ]
+        finds += [partial(self._without_head, skip) for skip in range(1, deepest + 1)]
         found: list[str | None] = [None] * len(keys)
         for find in finds:
             found = [find(k) for k in keys]

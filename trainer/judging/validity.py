@@ -19,6 +19,7 @@ from ase.data import atomic_numbers
 from crysforge.datapipe.common.names import nearest
 from crysforge.datapipe.crystals.crystal import Crystal
 from crysforge.trainer.generation.files import shortest_distance
+from crysforge.trainer.judging.config import OXIDATION
 
 LEAST_DISTANCE, LEAST_VOLUME = 0.5, 0.1
 """Å and Å³."""
@@ -42,7 +43,7 @@ Au-1+1+2+3+5 Hg+1+2+4 Tl-1+1+3 Pb-4+2+4 Bi-3+1+3+5+7 Po-2+2+4+5+6 At-1+1+3+5+7 R
 Ra+2 Ac+2+3 Th+2+3+4 Pa+2+3+4+5 U+2+3+4+5+6 Np+3+4+5+6+7 Pu+3+4+5+6+7+8 Am+2+3+4+5+6+7
 Cm+2+3+4+6+8 Bk+2+3+4 Cf+2+3+4 Es+2+3+4 Fm+2+3 Md+2+3 No+2+3 Lr+3 Rf+4 Db+5 Sg+6 Bh+7 Hs+8
 """
-SETS: Mapping[str, str] = {"smact14": _SMACT14, "icsd": ""}
+SETS: Mapping[str, str] = dict(zip(OXIDATION, (_SMACT14, ""), strict=True))
 """Sets of oxidation states by name; `icsd` are those that pymatgen lists as occurring there."""
 
 
